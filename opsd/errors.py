@@ -1,0 +1,56 @@
+"""The two kinds of failure a user can cause, and how the command line reports them.
+
+Every entry script ends with `raise SystemExit(run_cli(main))`: a `UsageError` prints one line and exits 2, an
+`ArtefactError` prints one line and exits 3, and anything else is a defect of this project and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from collections.abc import Callable
+
+
+class UsageError(Exception):
+    """A flag, argument or environment variable is wrong. The message names the value and the remedy."""
+
+    exit_code = 2
+
+
+class ArtefactError(Exception):
+    """A file, folder, model or dataset is missing or invalid. The message names it and the remedy."""
+
+    exit_code = 3
+
+
+def printable(text: object, limit: int = 2000) -> str:
+    """`text` with control characters escaped, so that data can neither move the cursor nor forge a line.
+
+    Tabs and newlines become visible escapes too; text longer than `limit` characters is cut with its length
+    stated.
+    """
+    string = str(text)
+    cut = string if len(string) <= limit else f"{string[:limit]}… ({len(string)} characters)"
+    return "".join(
+        char.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else char
+        for char in cut
+    )
+
+
+def run_cli(main: Callable[[], int | None]) -> int:
+    """Run an entry point and turn the user's mistakes into one line on stderr and an exit code.
+
+    Returns the exit code: what `main` returns (None counts as 0), 2 for a `UsageError`, 3 for an
+    `ArtefactError`, 130 for an interrupt from the keyboard.
+    """
+    try:
+        return main() or 0
+    except (UsageError, ArtefactError) as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
