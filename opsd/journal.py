@@ -1,0 +1,211 @@
+"""The journal of an evaluation: finished samples on disk as they finish, so that a killed run can go on.
+
+A JSONL file. Each line is `{"crc32": "xxxxxxxx", "data": {...}}`, the checksum over the bytes of `data`; the
+first line's data is the header, which holds the regime (everything that two runs must share to be the same
+run). A line is handed to the operating system whole as soon as its sample is finished, so killing the process
+loses at most the line being written; the disk is synchronised every few lines or seconds, so a power cut
+loses little more. A last line without its newline is what a kill leaves: it is dropped and its sample drawn
+again. Damage anywhere else is not explained by a kill, and is an error.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from opsd.errors import ArtefactError, UsageError, printable
+
+FORMAT = 1
+SYNC_LINES = 64
+SYNC_SECONDS = 5.0
+_PREFIX = b'{"crc32":"'
+_MIDDLE = b'","data":'
+
+
+def encode_line(data: Mapping[str, Any]) -> bytes:
+    """`data` as one line of the journal, checksum first, newline last."""
+    payload = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+    return _PREFIX + b"%08x" % zlib.crc32(payload) + _MIDDLE + payload + b"}\n"
+
+
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """The data of one line, or None where the line is not what `encode_line` wrote."""
+    start = len(_PREFIX) + 8 + len(_MIDDLE)
+    payload = line[start:-2]
+    intact = (
+        line.startswith(_PREFIX)
+        and line.endswith(b"}\n")
+        and line[len(_PREFIX) + 8 : start] == _MIDDLE
+        and line[len(_PREFIX) : len(_PREFIX) + 8] == b"%08x" % zlib.crc32(payload)
+    )
+    return json.loads(payload) if intact else None
+
+
+class LineReader:
+    """Reads the complete lines of a journal from where the last `read` stopped; another process may append.
+
+    Attributes:
+        offset: bytes of the file that are read and intact. What follows is a line still being written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        self.number = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The data of the lines that became complete since the last call.
+
+        Raises:
+            ArtefactError: a complete line is damaged; the message names it.
+        """
+        found = []
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.number += 1
+                data = decode_line(line)
+                if data is None:
+                    raise ArtefactError(
+                        f"line {self.number} of the journal {self.path} is damaged (its checksum does not "
+                        "match), which a killed run does not explain; to keep what precedes it: "
+                        f"head -n {self.number - 1} JOURNAL > REPAIRED, move it into place and run again, "
+                        "or delete the journal to start over"
+                    )
+                self.offset += len(line)
+                found.append(data)
+        return found
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One readable phrase per field that differs between two regimes, a missing field included."""
+    absent = "(absent)"
+    return [
+        f"{name}: {printable(old.get(name, absent), 120)} there, {printable(new.get(name, absent), 120)} now"
+        for name in sorted(set(old) | set(new))
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+
+
+class Journal:
+    """A journal open for appending, locked against a second writer. Use it as a context manager.
+
+    Args:
+        path: the file; its folder is made. An existing journal is continued.
+        regime: what must be equal for two runs to be the same run; JSON values.
+
+    Attributes:
+        records: what the file held when it was opened, without the header, in the order written.
+        dropped_bytes: length of the torn last line that was cut off, 0 as a rule.
+
+    Raises:
+        UsageError: another process writes this journal, or it belongs to another regime (every differing
+            field is named).
+        ArtefactError: the file is damaged, or not a journal.
+    """
+
+    def __init__(self, path: Path | str, regime: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.regime = json.loads(json.dumps(regime))  # as it reads back: tuples are lists, keys are strings
+        self.records: list[dict[str, Any]] = []
+        self.dropped_bytes = 0
+        self._unsynced = 0
+        self._synced_at = time.monotonic()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._open_locked()
+        try:
+            self._load()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one finished sample. It survives a kill of this process from here on."""
+        self._write(record)
+        self._unsynced += 1
+        if self._unsynced >= SYNC_LINES or time.monotonic() - self._synced_at >= SYNC_SECONDS:
+            self.sync()
+
+    def extend(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add several samples and synchronise the disk."""
+        for record in records:
+            self._write(record)
+        self.sync()
+
+    def sync(self) -> None:
+        """Make everything appended so far survive a power cut."""
+        os.fsync(self._file.fileno())
+        self._unsynced = 0
+        self._synced_at = time.monotonic()
+
+    def close(self) -> None:
+        """Synchronise and release the lock; harmless when closed already."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def remove(self) -> None:
+        """Delete the file: its samples are in a result by now."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def _write(self, data: Mapping[str, Any]) -> None:
+        self._file.write(encode_line(data))
+        self._file.flush()
+
+    def _open_locked(self) -> IO[bytes]:
+        while True:
+            file = open(self.path, "ab")  # noqa: SIM115 (closed by close())
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise UsageError(
+                    f"another process is writing the journal {self.path}; wait for it, or choose another "
+                    "--output"
+                ) from None
+            # Between open and lock the previous owner may have finished and deleted the file: then the lock
+            # is on a file that nobody finds any more.
+            try:
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                    return file
+            except FileNotFoundError:
+                pass
+            file.close()
+
+    def _load(self) -> None:
+        reader = LineReader(self.path)
+        lines = reader.read()
+        self.dropped_bytes = os.path.getsize(self.path) - reader.offset
+        if self.dropped_bytes:
+            os.truncate(self.path, reader.offset)
+        if not lines:
+            self._write({"format": FORMAT, "regime": self.regime})
+            self.sync()
+            return
+        header, *self.records = lines
+        if header.get("format") != FORMAT or not isinstance(header.get("regime"), dict):
+            raise ArtefactError(
+                f"{self.path} does not begin with the header of an evaluation journal of format {FORMAT}; "
+                "delete it, or choose another --output"
+            )
+        different = differences(header["regime"], self.regime)
+        if different:
+            raise UsageError(
+                f"the journal {self.path} belongs to another run: {'; '.join(different)}. Repeat that run's "
+                "settings to finish it, choose another --output, or delete the journal"
+            )
