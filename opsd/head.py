@@ -1,0 +1,125 @@
+"""The LM head as the objectives use it: hidden states of a few positions -> logits, and back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from opsd.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen LM head: z = softcap(scale · (h Wᵀ + b)).
+
+    Attributes:
+        weight: [V, H].
+        bias: [V] or None.
+        scale: multiplies the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
+        softcap: c in c · tanh(z / c) (Gemma's final_logit_softcapping), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[C, H] -> [C, V] in the head's own dtype, the logits that the model itself would give."""
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def softcap_slope(self, logits: Tensor) -> Tensor | None:
+        """∂z/∂u of the soft cap at its output z, [C, V]; None without one."""
+        if self.softcap is None:
+            return None
+        return (logits / self.softcap).square_().neg_().add_(1.0)
+
+    @torch.no_grad()
+    def back_project(self, grad_logits: Tensor) -> Tensor:
+        """[C, V] gradient with respect to scale · (h Wᵀ + b) -> [C, H] with respect to h."""
+        gradient = grad_logits.to(self.weight.dtype) @ self.weight
+        return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a causal language model.
+
+    Raises:
+        UsageError: the head is not a plain linear layer, is trained, or is adapted.
+    """
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        raise UsageError(
+            f"the LM head of {type(model).__name__} is {type(layer).__name__}, not a plain linear layer; leave "
+            "lm_head out of the adapter's targets (--lora_target_modules)"
+        )
+    if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+        raise UsageError(
+            "the LM head is trainable; the chunked objectives form gradients for a frozen head only. "
+            "Freeze lm_head (with tied embeddings, embed_tokens too)"
+        )
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, layer.bias, scale, float(softcap) if softcap else None)
+
+
+def attach_hidden_forward(model: PreTrainedModel) -> None:
+    """Teach a causal LM's forward one more keyword: `positions` returns hidden states instead of logits.
+
+    `model(input_ids, attention_mask, positions=flat_indices)` runs the backbone once and returns [N, H], the last
+    hidden states at `flat_indices` [N] of the flattened [B·T] grid. It stays the model's own forward, so adapters,
+    gradient checkpointing, autocast and DistributedDataParallel see an ordinary call.
+    """
+    original = model.forward
+    if "positions" in inspect.signature(original).parameters:
+        raise ValueError("the model's forward already takes `positions`")
+
+    @functools.wraps(original)
+    def forward(*args, positions: Tensor | None = None, **kwargs):
+        if positions is None:
+            return original(*args, **kwargs)
+        allowed = ("input_ids", "attention_mask", "position_ids")
+        backbone_inputs = {name: kwargs[name] for name in allowed if kwargs.get(name) is not None}
+        hidden = model.get_decoder()(**backbone_inputs, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, positions)
+
+    model.forward = forward
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, head: Head) -> None:
+    """Compare the chunked head with the model's own logits on a few tokens, before any long work.
+
+    Raises:
+        UsageError: they differ: the model's forward does something to its logits that `Head` does not know.
+    """
+    device = head.weight.device
+    ids = torch.arange(4, device=device).unsqueeze(0) % head.weight.shape[0]
+    was_training = model.training
+    model.eval()
+    own = model(input_ids=ids, use_cache=False).logits[0].float()
+    ours = head.logits(model(input_ids=ids, positions=torch.arange(4, device=device))).float()
+    model.train(was_training)
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 5e-2
+    if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max().clamp(min=1.0))):
+        raise UsageError(
+            f"{type(model).__name__} changes its logits after the LM head (largest difference "
+            f"{float((own - ours).abs().max()):.3g}); opsd/head.py knows logit_scale, logits_scaling and "
+            "final_logit_softcapping only, so this model is not supported"
+        )

@@ -1,0 +1,326 @@
+"""Per-token statistics of student and teacher from hidden states, in chunks of positions.
+
+A vocabulary of 150,000 entries makes [N, V] tensors the memory limit of a run, so none is ever formed: a chunk of
+positions meets the LM head, gives its statistics, and the gradient of its per-token terms with respect to the
+student's hidden states is formed at once. A token's term depends on that token's own hidden state alone, so what has
+to survive until the backward pass is [N, H] (the size of the hidden states), and any mask, weight or reduction can
+still be chosen afterwards.
+
+Shapes: N positions (completion tokens of all sequences, flat), H hidden, V vocabulary, C positions of a chunk.
+All quantities are at the distillation temperature T, in nats, in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opsd.head import Head
+
+# Per logits buffer. A chunk holds two of them (student and teacher).
+CHUNK_BYTES_CPU = 20 * 2**20
+CHUNK_BYTES_CUDA = 256 * 2**20
+# On a CPU the elementwise work runs on blocks of rows that stay in the cache.
+BLOCK_BYTES_CPU = 5 * 2**19
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What the objectives read, each [N]. Fields a method does not ask for are None.
+
+    Attributes:
+        term: the method's per-token term; the only field that carries a gradient.
+        student_logprob: log p_S(y) of the sampled token.
+        teacher_logprob: log p_T(y) of the sampled token.
+        student_entropy: H(p_S).
+        teacher_entropy: H(p_T).
+        divergence: Σ_v p_T [log p_T − log p_S], not clipped.
+        clipped_divergence: Σ_v min(p_T [log p_T − log p_S], c).
+        clipped_entries: how many vocabulary entries the clip cut.
+        topk_divergence: Σ_{v∈top-k(p_T)} q [log q − log p_S], q = p_T renormalised over its own top k.
+    """
+
+    term: Tensor | None
+    student_logprob: Tensor
+    teacher_logprob: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    divergence: Tensor | None = None
+    clipped_divergence: Tensor | None = None
+    clipped_entries: Tensor | None = None
+    topk_divergence: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsConfig:
+    """Which statistics to form, and how.
+
+    Attributes:
+        temperature: divides both sides' logits.
+        divergence_clip: cap on each vocabulary entry of the forward KL; 0 = no cap; None = not formed.
+        top_k: size of the teacher's support in `topk_divergence`; None = not formed.
+        chunk_positions: positions per chunk; None chooses by memory.
+    """
+
+    temperature: float
+    divergence_clip: float | None = None
+    top_k: int | None = None
+    chunk_positions: int | None = None
+
+
+TermFunction = Callable[[TokenStats], Tensor]
+
+
+def token_statistics(
+    student: Tensor,
+    teacher: Tensor,
+    token_ids: Tensor,
+    *,
+    config: StatsConfig,
+    term: TermFunction | None = None,
+    head: Head | None = None,
+) -> TokenStats:
+    """Statistics of N positions, with the gradient of `term` flowing to `student` alone.
+
+    Args:
+        student: [N, H] hidden states that predict the sampled tokens, or [N, V] raw logits when `head` is None.
+        teacher: the same for the teacher; never receives a gradient.
+        token_ids: [N] sampled tokens.
+        config: temperature and the statistics to form.
+        term: per-token function of the statistics, [n] fields -> [n]. Gradients reach it through `student_logprob`,
+            `clipped_divergence` and `topk_divergence`; every other field is a constant to it. It is called once per
+            chunk and must treat positions independently.
+        head: the LM head both sides share.
+
+    Returns:
+        TokenStats with [N] fields, `term` differentiable with respect to `student`.
+
+    Raises:
+        ValueError: shapes disagree, or `top_k` exceeds the vocabulary.
+    """
+    if student.shape != teacher.shape or student.ndim != 2 or token_ids.shape != student.shape[:1]:
+        raise ValueError(
+            f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)} and token_ids "
+            f"{tuple(token_ids.shape)} must be [N, H], [N, H] and [N]"
+        )
+    vocabulary = head.weight.shape[0] if head is not None else student.shape[1]
+    if config.top_k is not None and config.top_k > vocabulary:
+        raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {vocabulary} entries")
+    outputs = _ChunkedStatistics.apply(student, teacher, token_ids, config, term, head)
+    names = _field_names(config, term)
+    return TokenStats(**{"term": None, **dict(zip(names, outputs, strict=True))})
+
+
+def _field_names(config: StatsConfig, term: TermFunction | None) -> list[str]:
+    names = [] if term is None else ["term"]
+    names += ["student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy"]
+    if config.divergence_clip is not None:
+        names += ["divergence", "clipped_divergence", "clipped_entries"]
+    if config.top_k is not None:
+        names += ["topk_divergence"]
+    return names
+
+
+def _rows_per(buffer_bytes: int, vocabulary: int, itemsize: int) -> int:
+    return max(1, buffer_bytes // (vocabulary * itemsize))
+
+
+class _ChunkedStatistics(torch.autograd.Function):
+    """Forward: statistics and ∂term/∂student, chunk by chunk. Backward: scale the rows by the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, token_ids, config, term, head):
+        positions = student.shape[0]
+        names = _field_names(config, term)
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        fields = {name: torch.empty(positions, dtype=dtype, device=student.device) for name in names}
+        wants_gradient = term is not None and ctx.needs_input_grad[0]
+        gradient = torch.empty(student.shape, dtype=dtype, device=student.device) if wants_gradient else None
+        vocabulary = head.weight.shape[0] if head is not None else student.shape[1]
+        on_cpu = student.device.type == "cpu"
+        chunk = config.chunk_positions or _rows_per(
+            CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_CUDA, vocabulary, dtype.itemsize
+        )
+        block = min(chunk, _rows_per(BLOCK_BYTES_CPU, vocabulary, dtype.itemsize)) if on_cpu else chunk
+        for start in range(0, positions, chunk):
+            span = slice(start, min(start + chunk, positions))
+            student_logits = _project(head, student[span], dtype)
+            teacher_logits = _project(head, teacher[span], dtype)
+            for low in range(0, student_logits.shape[0], block):
+                rows = slice(low, low + block)
+                stats = _block_statistics(
+                    student_logits[rows],
+                    teacher_logits[rows],
+                    token_ids[span][rows],
+                    config,
+                    term,
+                    wants_gradient,
+                    head,
+                )
+                for name in names:
+                    fields[name][span][rows] = getattr(stats, name)
+            if gradient is not None:
+                gradient[span] = _back_project(head, student_logits, dtype)
+        ctx.save_for_backward(gradient)
+        outputs = tuple(fields[name] for name in names)
+        ctx.mark_non_differentiable(*outputs[1 if term is not None else 0 :])
+        ctx.student_dtype = student.dtype
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        (gradient,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None, None, None, None
+        scaled = gradient * upstream[0].unsqueeze(1)
+        return scaled.to(ctx.student_dtype), None, None, None, None, None
+
+
+def _project(head: Head | None, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, H] -> a fresh [C, V] buffer of raw logits in the computing dtype."""
+    if head is None:
+        return hidden.detach().to(dtype, copy=True)
+    return head.logits(hidden).to(dtype)
+
+
+def _back_project(head: Head | None, grad_logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, V] gradient with respect to raw logits -> [C, H] with respect to hidden states."""
+    if head is None:
+        return grad_logits
+    return head.back_project(grad_logits).to(dtype)
+
+
+def _block_statistics(student_logits, teacher_logits, token_ids, config, term, wants_gradient, head):
+    """Statistics of a block; with `wants_gradient`, ∂term/∂(raw logits) overwrites `student_logits` in place.
+
+    Both logits buffers [n, V] are consumed: no pass allocates more than four buffers of the block's size.
+    """
+    slope = head.softcap_slope(student_logits) if head is not None and wants_gradient else None
+    inverse_temperature = 1.0 / config.temperature
+    student_log = torch.log_softmax(student_logits.mul_(inverse_temperature), dim=-1)
+    teacher_log = torch.log_softmax(teacher_logits.mul_(inverse_temperature), dim=-1)
+    student_probs = torch.exp(student_log, out=student_logits)
+    teacher_probs = torch.exp(teacher_log, out=teacher_logits)
+    picked = token_ids.unsqueeze(1)
+    values = {
+        "student_logprob": student_log.gather(1, picked).squeeze(1),
+        "teacher_logprob": teacher_log.gather(1, picked).squeeze(1),
+        "student_entropy": -torch.linalg.vecdot(student_probs, student_log),
+        "teacher_entropy": -torch.linalg.vecdot(teacher_probs, teacher_log),
+    }
+    top_ids = top_probs = kept_mass = None
+    if config.top_k is not None:
+        top_log, top_ids = teacher_log.topk(config.top_k, dim=-1)
+        top_log = torch.log_softmax(top_log, dim=-1)  # renormalised over the teacher's own top k
+        top_probs = top_log.exp()
+        values["topk_divergence"] = (top_probs * (top_log - student_log.gather(1, top_ids))).sum(-1)
+    if config.divergence_clip is not None:
+        kept_mass = _divergences(values, student_log, teacher_log, teacher_probs, config.divergence_clip)
+    if term is None:
+        return TokenStats(term=None, **values)
+    values["term"], slopes = _term_and_slopes(term, values, wants_gradient)
+    if wants_gradient:
+        _write_gradient(student_probs, teacher_probs, kept_mass, picked, top_ids, top_probs, slopes)
+        student_probs.mul_(inverse_temperature)
+        if slope is not None:
+            student_probs.mul_(slope)
+    return TokenStats(**values)
+
+
+def _divergences(values, student_log, teacher_log, teacher_probs, clip) -> Tensor:
+    """Forward KL, clipped and not. Leaves `teacher_probs` with the clipped entries at 0; returns its row sums [n].
+
+    Where an entry is cut its own gradient stops; at equality it passes, as torch.clamp has it.
+    """
+    entries = torch.sub(teacher_log, student_log, out=teacher_log)
+    # 0 · (log 0 − log p) is 0 in a divergence, not NaN.
+    entries = torch.where(teacher_probs > 0, entries, 0.0).mul_(teacher_probs)
+    values["divergence"] = entries.sum(-1)
+    if clip > 0:
+        cut = entries > clip
+        values["clipped_entries"] = cut.sum(-1)
+        values["clipped_divergence"] = entries.clamp_(max=clip).sum(-1)
+        teacher_probs.masked_fill_(cut, 0.0)
+        return teacher_probs.sum(-1)
+    values["clipped_entries"] = torch.zeros_like(values["divergence"])
+    values["clipped_divergence"] = values["divergence"].clone()
+    return torch.ones_like(values["divergence"])
+
+
+DIFFERENTIABLE = ("student_logprob", "clipped_divergence", "topk_divergence")
+
+
+def _term_and_slopes(term: TermFunction, values: dict[str, Tensor], wants_gradient: bool):
+    """The term [n] and its derivative with respect to each differentiable statistic, [n] each."""
+    if not wants_gradient:
+        return term(TokenStats(term=None, **values)), {}
+    with torch.enable_grad():
+        leaves = {name: values[name].clone().requires_grad_() for name in DIFFERENTIABLE if name in values}
+        result = term(TokenStats(term=None, **{**values, **leaves}))
+        slopes = torch.autograd.grad(result.sum(), list(leaves.values()), allow_unused=True)
+    return result.detach(), {n: s for n, s in zip(leaves, slopes, strict=True) if s is not None}
+
+
+def _write_gradient(student_probs, teacher_probs, kept_mass, picked, top_ids, top_probs, slopes) -> None:
+    """∂term/∂(tempered logits) into `student_probs`, from the slopes of the three differentiable statistics.
+
+    ∂ log p_S(y) = δ_y − p_S;  ∂ Σ min(·, c) = p_S Σ_kept p_T − p_T·1[kept];  ∂ top-k KL = p_S − q.
+    """
+    scale = torch.zeros_like(student_probs[:, :1])
+    if "student_logprob" in slopes:
+        scale -= slopes["student_logprob"].unsqueeze(1)
+    if "clipped_divergence" in slopes:
+        scale += (slopes["clipped_divergence"] * kept_mass).unsqueeze(1)
+    if "topk_divergence" in slopes:
+        scale += slopes["topk_divergence"].unsqueeze(1)
+    student_probs.mul_(scale)
+    if "clipped_divergence" in slopes:
+        student_probs.addcmul_(teacher_probs, slopes["clipped_divergence"].unsqueeze(1), value=-1.0)
+    if "topk_divergence" in slopes:
+        student_probs.scatter_add_(1, top_ids, top_probs * -slopes["topk_divergence"].unsqueeze(1))
+    if "student_logprob" in slopes:
+        student_probs.scatter_add_(1, picked, slopes["student_logprob"].unsqueeze(1))
+
+
+@torch.no_grad()
+def sampling_audit(
+    hidden: Tensor,
+    token_ids: Tensor,
+    *,
+    head: Head,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    chunk_positions: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Whether each sampled token lies outside the sampler's support, and its raw log-probability, by the trainer.
+
+    The support is that of the trainer's own logits: the `top_k` likeliest tokens (0 = all), then the smallest set of
+    them whose mass reaches `top_p`. A large share outside means that the sampler runs other weights or other rules.
+
+    Args:
+        hidden: [N, H] hidden states that predicted the tokens.
+        token_ids: [N].
+
+    Returns:
+        (outside [N] bool, logprob [N] float32 in nats at temperature 1).
+    """
+    chunk = chunk_positions or _rows_per(CHUNK_BYTES_CPU, head.weight.shape[0], 4)
+    outside = torch.zeros(len(token_ids), dtype=torch.bool, device=hidden.device)
+    logprob = torch.empty(len(token_ids), device=hidden.device)
+    for start in range(0, len(token_ids), chunk):
+        span = slice(start, start + chunk)
+        logits = head.logits(hidden[span]).float()
+        chosen = logits.gather(1, token_ids[span].unsqueeze(1))
+        logprob[span] = chosen.squeeze(1) - logits.logsumexp(-1)
+        support = logits.topk(min(top_k, logits.shape[1]) if top_k else logits.shape[1], dim=-1).values
+        masses = torch.softmax(support / temperature, dim=-1)
+        # Tokens strictly likelier than the chosen one; the nucleus still takes the token that crosses top_p.
+        before = masses.masked_fill(support <= chosen, 0.0).sum(-1)
+        outside[span] = (chosen.squeeze(1) < support[:, -1]) | (before >= top_p)
+    return outside, logprob
