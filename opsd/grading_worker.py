@@ -1,0 +1,206 @@
+"""What runs inside a grading process: parse each string once, decide comparisons, write every verdict down.
+
+A comparison can be stuck in C code (the factorial of 10^8), where no Python signal handler ever runs. So each
+parse and each comparison runs under an alarm whose action is the kernel's default: it ends this process. What
+was decided before stands in the ledger, and its last line names the string or pair that was being worked on.
+
+Imports neither torch nor vLLM; sympy and math_verify are imported only where a process is meant to grade.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+PARSE, COMPARE, VERDICT, DONE = "parse", "compare", "verdict", "done"
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+Verdict = bool | None  # None: the comparison was killed, which counts as not equal
+
+
+@dataclass(frozen=True)
+class Job:
+    """One problem's answers to grade and, if `clustered`, to compare with each other.
+
+    Attributes:
+        texts: entry 0 is the gold answer, the others are the distinct predicted answers in the order in which
+            they were first seen.
+        clustered: False decides gold against each answer only.
+        known: verdicts already decided, by (index of gold side, index of predicted side).
+        dead: indices of strings whose parse was killed before.
+        suspects: indices of strings that get no further chance to be stuck (see `Decider`).
+    """
+
+    texts: tuple[str, ...]
+    clustered: bool
+    known: dict[tuple[int, int], Verdict] = field(default_factory=dict)
+    dead: frozenset[int] = frozenset()
+    suspects: frozenset[int] = frozenset()
+
+
+def start_worker(memory_limit_mb: int) -> None:
+    """Bound this process (memory in MiB of address space, no core dump, dies with its parent) and warm up."""
+    if os.uname().sysname == "Linux":
+        # A worker that is stuck when its parent is killed would otherwise burn a core for ever.
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_AS, (memory_limit_mb * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    # ANTLR reports syntax errors of hostile answers on the terminal.
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
+    _parse("\\frac{1}{2}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(text: str) -> list:
+    from math_verify import parse
+
+    wrapped = text if "$" in text else f"${text}$"
+    # The time limit is the alarm around this call; math_verify's own cannot interrupt C code.
+    return parse(wrapped, fallback_mode="no_fallback", parsing_timeout=None)
+
+
+def _plain_equal(gold: str, predicted: str) -> bool:
+    return (
+        gold.replace("$", "").replace(" ", "").lower() == predicted.replace("$", "").replace(" ", "").lower()
+    )
+
+
+def _structurally_equal(gold: list, predicted: list) -> bool:
+    # For equal expression trees math_verify's first test already says yes (except for nan and zoo).
+    from sympy import Basic, MatrixBase, nan, zoo
+
+    kinds = (Basic, MatrixBase)
+    return any(
+        isinstance(g, kinds) and isinstance(p, kinds) and g not in (nan, zoo) and bool(g == p)
+        for g in gold
+        for p in predicted
+    )
+
+
+class SliceOver(Exception):
+    """The time slice of this call is used up; what is left is for the next call."""
+
+
+@contextlib.contextmanager
+def _alarm(time_limit_s: float) -> Iterator[None]:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@dataclass
+class Decider:
+    """Decides pairs of one job and writes each verdict to the ledger before going on.
+
+    A suspect is a string in whose comparisons workers were killed. It is still equal to what parses to the
+    same expression tree; nothing more expensive is tried with it, so that one hostile answer costs its limit
+    once and not once for each answer it meets.
+    """
+
+    job: Job
+    number: int
+    ledger: int
+    time_limit_s: float
+    deadline: float
+    trees: dict[int, list] = field(default_factory=dict)
+
+    def _write(self, *fields: object) -> None:
+        os.write(self.ledger, (" ".join(map(str, (self.number, *fields))) + "\n").encode("ascii"))
+
+    def _parsed(self, index: int) -> list:
+        if index not in self.trees:
+            self._write(PARSE, index)
+            with _alarm(self.time_limit_s):
+                self.trees[index] = _parse(self.job.texts[index])
+        return self.trees[index]
+
+    def _compute(self, i: int, j: int) -> bool:
+        from math_verify import verify
+
+        if i in self.job.dead or j in self.job.dead:
+            return False
+        gold, predicted = self._parsed(i), self._parsed(j)
+        self._write(COMPARE, i, j)
+        with _alarm(self.time_limit_s):
+            if i in self.job.suspects or j in self.job.suspects:
+                return _structurally_equal(gold, predicted)
+            try:
+                return verify(gold, predicted, timeout_seconds=None)
+            except Exception:
+                # The protocol's own rule for whatever math_verify raises, its type unknown beforehand.
+                return _plain_equal(self.job.texts[i], self.job.texts[j])
+
+    def __call__(self, i: int, j: int) -> Verdict:
+        if (i, j) not in self.job.known:
+            if time.monotonic() > self.deadline:
+                raise SliceOver
+            self.job.known[i, j] = self._compute(i, j)
+            self._write(VERDICT, i, j, int(self.job.known[i, j]))
+        return self.job.known[i, j]
+
+
+def group(order: Sequence[int], equal: Callable[[int, int], Verdict]) -> list[list[int]]:
+    """Cluster samples: each joins the first cluster whose first member is equivalent in either direction.
+
+    Args:
+        order: the text index of each sample, in order of sampling.
+        equal: verdict by (index of gold side, index of predicted side); None when it was killed.
+
+    Returns:
+        Clusters of positions in `order`, in the order in which they were founded.
+    """
+    clusters: list[list[int]] = []
+    for position, text in enumerate(order):
+        for cluster in clusters:
+            first = order[cluster[0]]
+            verdict = equal(first, text)
+            # The other direction of a killed comparison is not tried: it counts as not equal.
+            if verdict or (verdict is False and first != text and equal(text, first)):
+                cluster.append(position)
+                break
+        else:
+            clusters.append([position])
+    return clusters
+
+
+def walk(job: Job, equal: Callable[[int, int], Verdict]) -> None:
+    """Ask `equal` for every verdict that grading `job` can need."""
+    answers = range(1, len(job.texts))
+    for index in answers:
+        equal(0, index)
+    if job.clustered:
+        # Each text twice, because a text need not equal itself and then founds a second cluster.
+        group([index for index in answers for _ in range(2)], equal)
+
+
+def run_jobs(jobs: Sequence[Job], ledger_path: str, time_limit_s: float, slice_s: float) -> None:
+    """Work through `jobs` until all are done or `slice_s` seconds have passed, verdicts going to the ledger.
+
+    Ledger lines: `<job> parse <i>`, `<job> compare <i> <j>` (about to start), `<job> verdict <i> <j> <0|1>`,
+    `<job> done`.
+    """
+    deadline = time.monotonic() + slice_s
+    ledger = os.open(ledger_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        for number, job in enumerate(jobs):
+            decider = Decider(job, number, ledger, time_limit_s, deadline)
+            walk(job, decider)
+            os.write(ledger, f"{number} {DONE}\n".encode("ascii"))
+    except SliceOver:
+        pass
+    finally:
+        os.close(ledger)
