@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from opsd.errors import UsageError
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -34,6 +36,25 @@ class Sampling:
     min_p: float = 0.0
     presence_penalty: float = 0.0
     max_new_tokens: int
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse sampling parameters outside their range.
+
+    Raises:
+        UsageError: names the parameter, its value and its range.
+    """
+    ranges = (
+        ("temperature", sampling.temperature >= 0, "at least 0"),
+        ("top_p", 0 < sampling.top_p <= 1, "in (0, 1]"),
+        ("top_k", sampling.top_k >= 0, "at least 0 (0 = off)"),
+        ("min_p", 0 <= sampling.min_p <= 1, "in [0, 1]"),
+        ("presence_penalty", -2 <= sampling.presence_penalty <= 2, "in [-2, 2]"),
+        ("max_new_tokens", sampling.max_new_tokens >= 1, "at least 1"),
+    )
+    for name, fits, wanted in ranges:
+        if not fits:
+            raise UsageError(f"{name} is {getattr(sampling, name)}, but must be {wanted}")
 
 
 @dataclass(frozen=True)

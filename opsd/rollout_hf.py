@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig
 
 from opsd.errors import ArtefactError, UsageError
-from opsd.rollout import Completion, Request, Sampling
-from opsd.seeded_sampling import check_sampling, processors
+from opsd.rollout import Completion, Request, Sampling, check_sampling
+from opsd.seeded_sampling import processors
 
 if TYPE_CHECKING:
     from peft import PeftModel

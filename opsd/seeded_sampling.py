@@ -20,27 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from opsd.errors import UsageError
 from opsd.rollout import Sampling
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Refuse sampling parameters outside their range.
-
-    Raises:
-        UsageError: names the parameter, its value and its range.
-    """
-    ranges = (
-        ("temperature", sampling.temperature >= 0, "at least 0"),
-        ("top_p", 0 < sampling.top_p <= 1, "in (0, 1]"),
-        ("top_k", sampling.top_k >= 0, "at least 0 (0 = off)"),
-        ("min_p", 0 <= sampling.min_p <= 1, "in [0, 1]"),
-        ("presence_penalty", -2 <= sampling.presence_penalty <= 2, "in [-2, 2]"),
-        ("max_new_tokens", sampling.max_new_tokens >= 1, "at least 1"),
-    )
-    for name, fits, wanted in ranges:
-        if not fits:
-            raise UsageError(f"{name} is {getattr(sampling, name)}, but must be {wanted}")
 
 
 def uniform_streams(seeds: Sequence[int], length: int) -> torch.Tensor:
