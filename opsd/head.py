@@ -64,8 +64,8 @@ def head_of(model: PreTrainedModel) -> Head:
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:
         raise UsageError(
-            f"the LM head of {type(model).__name__} is {type(layer).__name__}, not a plain linear layer; leave "
-            "lm_head out of the adapter's targets (--lora_target_modules)"
+            f"the LM head of {type(model).__name__} is {type(layer).__name__}, not a plain linear layer; "
+            "leave lm_head out of the adapter's targets (--lora_target_modules)"
         )
     if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
         raise UsageError(
@@ -82,9 +82,9 @@ def head_of(model: PreTrainedModel) -> Head:
 def attach_hidden_forward(model: PreTrainedModel) -> None:
     """Teach a causal LM's forward one more keyword: `positions` returns hidden states instead of logits.
 
-    `model(input_ids, attention_mask, positions=flat_indices)` runs the backbone once and returns [N, H], the last
-    hidden states at `flat_indices` [N] of the flattened [B·T] grid. It stays the model's own forward, so adapters,
-    gradient checkpointing, autocast and DistributedDataParallel see an ordinary call.
+    `model(input_ids, attention_mask, positions=flat_indices)` runs the backbone once and returns [N, H], the
+    last hidden states at `flat_indices` [N] of the flattened [B·T] grid. It stays the model's own forward, so
+    adapters, gradient checkpointing, autocast and DistributedDataParallel see an ordinary call.
     """
     original = model.forward
     if "positions" in inspect.signature(original).parameters:

@@ -1,7 +1,8 @@
 """Base + adapter as merged matrices, out of place: the base weights are never written.
 
-PEFT's merge_adapter/unmerge_adapter adds and subtracts the delta in place; in bf16 that drifts the base, which is the
-teacher. Here W + scale · B A is formed in float32, one matrix at a time, and cast to W's dtype once.
+PEFT's merge_adapter/unmerge_adapter adds and subtracts the delta in place; in bf16 that drifts the base,
+which is the teacher. Here W + scale · B A is formed in float32, one matrix at a time, and cast to W's dtype
+once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def adapted_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """(base model's weight name, LoRA layer) of every adapted linear layer, in module order.
 
     Raises:
-        UsageError: the adapter is of a kind whose merge is more than W + scale · B A (DoRA, biases, embeddings,
+        UsageError: the adapter is of a kind whose merge is more than W + scale · B A (DoRA, biases,
+        embeddings,
             several active adapters, fully trained modules).
     """
     from peft.tuners.lora import LoraLayer

@@ -2,7 +2,8 @@
 
 A method is a per-token term and a reduction. Terms and reductions see tensors over the N valid tokens of one
 micro-batch, flat, sequence after sequence, with `lengths` [B] saying whose they are; padding never gets here.
-Everything is at temperature T, in nats, in float32 or better (PROTOCOL: the paper's arXiv:2605.21606, section 4).
+Everything is at temperature T, in nats, in float32 or better (PROTOCOL: the paper's arXiv:2605.21606, section
+4).
 
 Sources: OPSD arXiv:2601.18734; EOPD arXiv:2603.07079; REOPOLD arXiv:2603.11137; PW-OPSD arXiv:2605.21606.
 """
@@ -27,7 +28,8 @@ class Hyperparameters:
         temperature: T, divides student and teacher logits.
         jsd_token_clip: c, the cap on each vocabulary entry of the forward KL; 0 = no cap.
         position_w_min, position_tau, position_s: PW-OPSD's schedule; the defaults are the Moderate one.
-        position_global_reduction: weighted terms under a mean over all tokens (the 2×2 ablation's other cell).
+        position_global_reduction: weighted terms under a mean over all tokens (the 2×2 ablation's other
+        cell).
         eopd_entropy_threshold: τ, nats of teacher entropy above which the top-k forward KL is added.
         eopd_top_k: k, the size of the teacher's support in that divergence.
         eopd_clip_epsilon: ε of the PPO clip.
@@ -99,7 +101,8 @@ def opsd_term(stats: TokenStats, hyper: Hyperparameters) -> Tensor:
 def eopd_term(stats: TokenStats, hyper: Hyperparameters) -> Tensor:
     """−A·r, PPO-clipped, plus the teacher's top-k forward KL where the teacher is uncertain. [N] -> [N].
 
-    A = log p_T(y) − log p_S(y) is a constant, r = exp(log p_S(y) − const) is 1 in value: the rollouts are on-policy.
+    A = log p_T(y) − log p_S(y) is a constant, r = exp(log p_S(y) − const) is 1 in value: the rollouts are
+    on-policy.
     """
     advantage = (stats.teacher_logprob - stats.student_logprob).detach()
     ratio = torch.exp(stats.student_logprob - stats.student_logprob.detach())
@@ -110,13 +113,16 @@ def eopd_term(stats: TokenStats, hyper: Hyperparameters) -> Tensor:
 
 
 def reopold_term(stats: TokenStats, hyper: Hyperparameters) -> Tensor:
-    """−R̂·log p_S(y), R̂ = max(R, floor), R = log p_T(y) − log p_S(y) a constant; the mask comes later. [N] -> [N]."""
+    """−R̂·log p_S(y), R̂ = max(R, floor); the mask comes in the reduction. [N] -> [N].
+
+    R = log p_T(y) − log p_S(y) is a constant.
+    """
     reward = (stats.teacher_logprob - stats.student_logprob).detach().clamp(min=hyper.reward_floor)
     return -reward * stats.student_logprob
 
 
 def entropy_threshold(entropies: Tensor, hyper: Hyperparameters) -> Tensor:
-    """The (1 − β)-quantile of student entropy with linear interpolation, [N] -> scalar nats; +inf for N = 0."""
+    """The (1 − β)-quantile of student entropy, linearly interpolated: [N] -> scalar nats; +inf for N = 0."""
     if entropies.numel() == 0:
         return entropies.new_tensor(math.inf)
     ordered = entropies.sort().values
@@ -131,8 +137,8 @@ def reopold_mask(
 ) -> Tensor:
     """Which tokens REOPOLD keeps, [N] bool.
 
-    Before `reopold_t_switch` (exploration) those whose reward reaches the floor; from it on (refinement) those whose
-    student entropy reaches `threshold`, by default this micro-batch's own (1 − β)-quantile.
+    Before `reopold_t_switch` (exploration) those whose reward reaches the floor; from it on (refinement)
+    those whose student entropy reaches `threshold`, by default this micro-batch's own (1 − β)-quantile.
     """
     if step < hyper.reopold_t_switch:
         return stats.teacher_logprob - stats.student_logprob >= hyper.reward_floor
@@ -191,7 +197,8 @@ class Method:
         term: (stats, hyper) -> [N] per-token term.
         reduce: (stats, lengths [B], hyper, step=, threshold=) -> Reduction.
         statistics: hyper -> which statistics the term reads.
-        normalises_by_tokens_kept: the count depends on the statistics, not on lengths alone, so a count over several
+        normalises_by_tokens_kept: the count depends on the statistics, not on lengths alone, so a count over
+        several
             micro-batches needs a look at all of them first.
     """
 

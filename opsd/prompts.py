@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 TRANSITION = (
-    "\n\nAfter reading the reference solution above, make sure you truly understand the reasoning behind each "
-    "step — do not copy or paraphrase it. Now, using your own words and independent reasoning, derive the same "
-    "final answer to the problem above. Think step by step, explore different approaches, and don't be afraid "
-    "to backtrack or reconsider if something doesn't work out:\n"
+    "\n\nAfter reading the reference solution above, make sure you truly understand the reasoning behind "
+    "each step — do not copy or paraphrase it. Now, using your own words and independent reasoning, derive "
+    "the same final answer to the problem above. Think step by step, explore different approaches, and "
+    "don't be afraid to backtrack or reconsider if something doesn't work out:\n"
 )
 
 OPEN_THINK_AT_END = re.compile(r"<think\s*>\s*$")
@@ -36,7 +36,8 @@ def teacher_message(problem: str, solution: str) -> str:
     """What the privileged teacher reads: the problem and its reference solution."""
     return (
         f"Problem: {problem}\n\nHere is a reference solution to this problem:\n"
-        f"=== Reference Solution Begin ===\n{solution}\n=== Reference Solution End ===\n{TRANSITION}\n{INSTRUCTION}"
+        f"=== Reference Solution Begin ===\n{solution}\n=== Reference Solution End ===\n"
+        f"{TRANSITION}\n{INSTRUCTION}"
     )
 
 

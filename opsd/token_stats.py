@@ -1,13 +1,13 @@
 """Per-token statistics of student and teacher from hidden states, in chunks of positions.
 
-A vocabulary of 150,000 entries makes [N, V] tensors the memory limit of a run, so none is ever formed: a chunk of
-positions meets the LM head, gives its statistics, and the gradient of its per-token terms with respect to the
-student's hidden states is formed at once. A token's term depends on that token's own hidden state alone, so what has
-to survive until the backward pass is [N, H] (the size of the hidden states), and any mask, weight or reduction can
-still be chosen afterwards.
+A vocabulary of 150,000 entries makes [N, V] tensors the memory limit of a run, so none is ever formed: a
+chunk of positions meets the LM head, gives its statistics, and the gradient of its per-token terms with
+respect to the student's hidden states is formed at once. A token's term depends on that token's own hidden
+state alone, so what has to survive until the backward pass is [N, H] (the size of the hidden states), and any
+mask, weight or reduction can still be chosen afterwards.
 
-Shapes: N positions (completion tokens of all sequences, flat), H hidden, V vocabulary, C positions of a chunk.
-All quantities are at the distillation temperature T, in nats, in float32 (float64 for float64 inputs).
+Shapes: N positions (completion tokens of all sequences, flat), H hidden, V vocabulary, C positions of a
+chunk. All quantities are at the distillation temperature T, in nats, in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -87,13 +87,15 @@ def token_statistics(
     """Statistics of N positions, with the gradient of `term` flowing to `student` alone.
 
     Args:
-        student: [N, H] hidden states that predict the sampled tokens, or [N, V] raw logits when `head` is None.
+        student: [N, H] hidden states that predict the sampled tokens, or [N, V] raw logits when `head` is
+        None.
         teacher: the same for the teacher; never receives a gradient.
         token_ids: [N] sampled tokens.
         config: temperature and the statistics to form.
-        term: per-token function of the statistics, [n] fields -> [n]. Gradients reach it through `student_logprob`,
-            `clipped_divergence` and `topk_divergence`; every other field is a constant to it. It is called once per
-            chunk and must treat positions independently.
+        term: per-token function of the statistics, [n] fields -> [n]. Gradients reach it through
+        `student_logprob`,
+            `clipped_divergence` and `topk_divergence`; every other field is a constant to it. It is called
+            once per chunk and must treat positions independently.
         head: the LM head both sides share.
 
     Returns:
@@ -130,7 +132,8 @@ def _rows_per(buffer_bytes: int, vocabulary: int, itemsize: int) -> int:
 
 
 class _ChunkedStatistics(torch.autograd.Function):
-    """Forward: statistics and ∂term/∂student, chunk by chunk. Backward: scale the rows by the upstream gradient."""
+    """Forward: statistics and ∂term/∂student, chunk by chunk. Backward: scale the rows by the upstream
+    gradient."""
 
     @staticmethod
     def forward(ctx, student, teacher, token_ids, config, term, head):
@@ -233,7 +236,8 @@ def _block_statistics(student_logits, teacher_logits, token_ids, config, term, w
 
 
 def _divergences(values, student_log, teacher_log, teacher_probs, clip) -> Tensor:
-    """Forward KL, clipped and not. Leaves `teacher_probs` with the clipped entries at 0; returns its row sums [n].
+    """Forward KL, clipped and not. Leaves `teacher_probs` with the clipped entries at 0; returns its row sums
+    [n].
 
     Where an entry is cut its own gradient stops; at equality it passes, as torch.clamp has it.
     """
@@ -298,10 +302,12 @@ def sampling_audit(
     top_p: float,
     chunk_positions: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Whether each sampled token lies outside the sampler's support, and its raw log-probability, by the trainer.
+    """Whether each sampled token lies outside the sampler's support, and its raw log-probability, by the
+    trainer.
 
-    The support is that of the trainer's own logits: the `top_k` likeliest tokens (0 = all), then the smallest set of
-    them whose mass reaches `top_p`. A large share outside means that the sampler runs other weights or other rules.
+    The support is that of the trainer's own logits: the `top_k` likeliest tokens (0 = all), then the smallest
+    set of them whose mass reaches `top_p`. A large share outside means that the sampler runs other weights or
+    other rules.
 
     Args:
         hidden: [N, H] hidden states that predicted the tokens.

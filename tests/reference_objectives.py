@@ -1,7 +1,8 @@
-"""Each equation restated with plain loops over tokens and vocabulary entries: a second witness, independent of opsd/.
+"""Each equation restated with plain loops over tokens and vocabulary entries: a second witness, independent
+of opsd/.
 
-Nothing here is fast or shares code with the package. Inputs are [B, T, V] logits, [B, T] ids and a [B, T] mask of
-valid tokens, as nested sequences or tensors; the loss is a differentiable float64 scalar.
+Nothing here is fast or shares code with the package. Inputs are [B, T, V] logits, [B, T] ids and a [B, T]
+mask of valid tokens, as nested sequences or tensors; the loss is a differentiable float64 scalar.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def _clipped_kl(log_student, log_teacher, clip):
 
 def _eopd_token(log_student, log_teacher, token, *, threshold, top_k):
     advantage = float(log_teacher[token]) - float(log_student[token])
-    # r = 1 in value, its derivative is that of log p_S(y): −A · log p_S(y) plus a constant that restores the value.
+    # r = 1 in value, its derivative is that of log p_S(y): −A · log p_S(y) plus a constant that restores the
+    # value.
     policy = -advantage * (log_student[token] - float(log_student[token]) + 1.0)
     if _entropy(log_teacher) <= threshold:
         return policy

@@ -21,8 +21,9 @@ from opsd.objectives import (
 from opsd.token_stats import token_statistics
 from tests.reference_objectives import reference_loss
 
-# tests/golden/losses.npz: 8 cases (L1..L8) produced by running the published PW-OPSD training code (SaFo-Lab/PW-OPSD,
-# commit 35303e0) on CPU with torch 2.13.0, trl 0.26.0 and transformers 4.57.1; see tests/golden/README.md.
+# tests/golden/losses.npz: 8 cases (L1..L8) produced by running the published PW-OPSD training code
+# (SaFo-Lab/PW-OPSD, commit 35303e0) on CPU with torch 2.13.0, trl 0.26.0 and transformers 4.57.1; see
+# tests/golden/README.md.
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
 CASES = {
     "L1": ("opsd", {}, 0),
@@ -162,7 +163,7 @@ def test_hand_arithmetic_of_the_position_schedule():
 
 
 def test_hand_arithmetic_of_the_clip():
-    """Two entries: p_T = (0.8, 0.2), p_S = (0.5, 0.5). 0.8 ln 1.6 = 0.376 is cut at 0.05; 0.2 ln 0.4 = −0.183 stays."""
+    """p_T = (0.8, 0.2), p_S = (0.5, 0.5): 0.8 ln 1.6 = 0.376 is cut at 0.05, 0.2 ln 0.4 = −0.183 stays."""
     student, teacher = torch.zeros(1, 1, 2), torch.tensor([[[0.8, 0.2]]]).log()
     ids, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
     hyper = Hyperparameters(temperature=1.0)
