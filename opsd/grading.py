@@ -50,7 +50,7 @@ _BOX_TOKENS = re.compile(r"\\boxed\{|[{}]")
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}` with balanced braces, stripped; None when there is none or it is empty.
+    r"""Content of the last `\boxed{...}` with balanced braces, stripped; None if none, or if it is empty.
 
     Every brace counts, an escaped one too. `\boxed 5` and `\fbox{5}` are not boxed answers, an unclosed box
     is passed over, a box inside a think block counts like any other, and of nested boxes the inner one starts
