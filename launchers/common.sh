@@ -1,0 +1,76 @@
+# shellcheck shell=bash
+# What every launcher shares; sourced, never run. Needs bash and nothing else before `ensure_venv`.
+#
+#   DRY_RUN=1   print each command as the shell would need it typed, and do nothing
+#   PYTHON      the Python (3.11 or newer) that makes .venv; VENV another place for it
+#   STACK       gpu or cpu, instead of looking for an NVIDIA GPU
+#   HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE   1 = use the local Hugging Face cache alone (default 0)
+
+set -euo pipefail
+
+REPO_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+VENV="${VENV:-$REPO_ROOT/.venv}"
+DRY_RUN="${DRY_RUN:-0}"
+# shellcheck disable=SC2034  # read by the launchers that source this
+METHODS=(opsd eopd reopold pwopsd)
+export REPO_ROOT VENV
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"
+export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-0}"
+# A library that finds a tokenizer's threads after a fork only warns about it.
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+
+# Exit codes as in opsd/errors.py: 2 = the call is wrong, 3 = a file, folder or model is missing or invalid.
+die() { # CODE MESSAGE
+  # A control character in a name must not move the cursor or forge a line.
+  printf 'error: %s\n' "${2//[[:cntrl:]]/?}" >&2
+  exit "$1"
+}
+
+say() {
+  printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*" >&2
+}
+
+is_one_of() { # WORD LIST...
+  local word="$1" item
+  shift
+  for item in "$@"; do
+    [[ "$word" == "$item" ]] && return 0
+  done
+  return 1
+}
+
+# A positive whole number without sign or leading zero.
+is_count() {
+  [[ "$1" =~ ^[1-9][0-9]{0,8}$ ]]
+}
+
+# The interpreter of .venv, which is made and filled first where need be. Sets VENV_PYTHON.
+#   ensure_venv [--with-vllm]
+ensure_venv() {
+  # shellcheck disable=SC2034
+  VENV_PYTHON="$VENV/bin/python"
+  [[ "$DRY_RUN" == 1 ]] && return 0
+  "$(base_python)" "$REPO_ROOT/launchers/install.py" "$@"
+}
+
+base_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3.11 python3 "$VENV/bin/python"; do
+    if [[ -n "$candidate" ]] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      printf '%s\n' "$candidate"
+      return 0
+    fi
+  done
+  die 3 "no Python 3.11 or newer found; set PYTHON to one"
+}
+
+# Run a command, or with DRY_RUN=1 print it so that it can be pasted into a shell.
+run() {
+  if [[ "$DRY_RUN" == 1 ]]; then
+    printf 'HF_HUB_OFFLINE=%q TRANSFORMERS_OFFLINE=%q' "$HF_HUB_OFFLINE" "$TRANSFORMERS_OFFLINE"
+    printf ' %q' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}

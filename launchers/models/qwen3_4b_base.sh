@@ -1,0 +1,8 @@
+# shellcheck shell=bash disable=SC2034  # read by the launcher that sources this
+BASE_MODEL="Qwen/Qwen3-4B"
+DEVICE=gpu
+DEFAULT_PROCESSES=4
+DEFAULT_PER_DEVICE_BATCH=4
+DEFAULT_ROLLOUT=vllm
+VLLM_MEMORY_SHARE=0.40
+MODEL_FLAGS=()
