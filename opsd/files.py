@@ -46,6 +46,13 @@ def remove_partials(path: Path) -> list[Path]:
     return removed
 
 
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and `folder` itself, to the disk."""
+    for path in sorted(folder.rglob("*")):
+        _fsync(path)
+    _fsync(folder)
+
+
 def glob_escape(name: str) -> str:
     """`name` as a glob pattern that matches only itself."""
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
@@ -102,9 +109,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            _fsync(file)
-        _fsync(temporary)
+        fsync_tree(temporary)
         if path.exists():
             retired = partial_name(path)
             os.replace(path, retired)

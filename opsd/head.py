@@ -107,14 +107,18 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
     """Compare the chunked head with the model's own logits on a few tokens, before any long work.
 
     Raises:
-        UsageError: they differ: the model's forward does something to its logits that `Head` does not know.
+        UsageError: they differ (the model's forward does something to its logits that `Head` does not know),
+        or
+            tokens look at later ones (padding at the right is harmless to a causal model only).
     """
     device = head.weight.device
-    ids = torch.arange(4, device=device).unsqueeze(0) % head.weight.shape[0]
+    ids = torch.arange(6, device=device).unsqueeze(0) % head.weight.shape[0]
     was_training = model.training
     model.eval()
-    own = model(input_ids=ids, use_cache=False).logits[0].float()
-    ours = head.logits(model(input_ids=ids, positions=torch.arange(4, device=device))).float()
+    own = model(input_ids=ids[:, :4], use_cache=False).logits[0].float()
+    hidden = model(input_ids=ids[:, :4], positions=torch.arange(4, device=device))
+    longer = model(input_ids=ids, positions=torch.arange(4, device=device))
+    ours = head.logits(hidden).float()
     model.train(was_training)
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 5e-2
     if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max().clamp(min=1.0))):
@@ -122,4 +126,9 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
             f"{type(model).__name__} changes its logits after the LM head (largest difference "
             f"{float((own - ours).abs().max()):.3g}); opsd/head.py knows logit_scale, logits_scaling and "
             "final_logit_softcapping only, so this model is not supported"
+        )
+    if not torch.allclose(hidden.float(), longer.float(), rtol=tolerance, atol=10 * tolerance):
+        raise UsageError(
+            f"{type(model).__name__} is not causal: a token's hidden state changes with what follows it. "
+            "Use a decoder-only language model"
         )

@@ -147,8 +147,16 @@ def reopold_mask(
     return stats.student_entropy >= threshold
 
 
+def _count_tokens(lengths: Tensor, hyper: Hyperparameters) -> Tensor:
+    return lengths.sum()
+
+
+def _count_weighted(lengths: Tensor, hyper: Hyperparameters) -> Tensor:
+    return lengths.sum() if hyper.position_global_reduction else (lengths > 0).sum()
+
+
 def _token_mean(stats: TokenStats, lengths: Tensor, hyper: Hyperparameters, **_) -> Reduction:
-    return Reduction(stats.term.sum(), lengths.sum())
+    return Reduction(stats.term.sum(), _count_tokens(lengths, hyper))
 
 
 def _eopd_mean(stats: TokenStats, lengths: Tensor, hyper: Hyperparameters, **_) -> Reduction:
@@ -158,7 +166,7 @@ def _eopd_mean(stats: TokenStats, lengths: Tensor, hyper: Hyperparameters, **_) 
         "method/advantage": _mean(stats.teacher_logprob - stats.student_logprob),
         "method/topk_divergence": _mean(stats.topk_divergence),
     }
-    return Reduction(stats.term.sum(), lengths.sum(), metrics)
+    return Reduction(stats.term.sum(), _count_tokens(lengths, hyper), metrics)
 
 
 def _reopold_mean(
@@ -179,10 +187,10 @@ def _reopold_mean(
 def _position_weighted(stats: TokenStats, lengths: Tensor, hyper: Hyperparameters, **_) -> Reduction:
     weights = position_weights(lengths, hyper).to(stats.term.dtype)
     metrics = {"method/mean_weight": _mean(weights)}
-    if hyper.position_global_reduction:
-        return Reduction((weights * stats.term).sum(), lengths.sum(), metrics)
-    per_token = torch.repeat_interleave(lengths, lengths).to(stats.term.dtype)
-    return Reduction((weights * stats.term / per_token).sum(), (lengths > 0).sum(), metrics)
+    weighted = weights * stats.term
+    if not hyper.position_global_reduction:
+        weighted = weighted / torch.repeat_interleave(lengths, lengths)
+    return Reduction(weighted.sum(), _count_weighted(lengths, hyper), metrics)
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -205,7 +213,7 @@ class Method:
     term: Callable[[TokenStats, Hyperparameters], Tensor]
     reduce: Callable[..., Reduction]
     statistics: Callable[[Hyperparameters], StatsConfig]
-    normalises_by_tokens_kept: bool = False
+    count: Callable[[Tensor, Hyperparameters], Tensor] | None = None
 
 
 def _forward_kl(hyper: Hyperparameters) -> StatsConfig:
@@ -221,8 +229,8 @@ def _sampled(hyper: Hyperparameters) -> StatsConfig:
 
 
 METHODS: dict[str, Method] = {
-    "opsd": Method(opsd_term, _token_mean, _forward_kl),
-    "eopd": Method(eopd_term, _eopd_mean, _with_top_k),
-    "reopold": Method(reopold_term, _reopold_mean, _sampled, normalises_by_tokens_kept=True),
-    "pwopsd": Method(opsd_term, _position_weighted, _forward_kl),
+    "opsd": Method(opsd_term, _token_mean, _forward_kl, _count_tokens),
+    "eopd": Method(eopd_term, _eopd_mean, _with_top_k, _count_tokens),
+    "reopold": Method(reopold_term, _reopold_mean, _sampled),
+    "pwopsd": Method(opsd_term, _position_weighted, _forward_kl, _count_weighted),
 }

@@ -70,10 +70,16 @@ def _render(tokenizer: PreTrainedTokenizerBase, message: str, *, enable_thinking
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
-    # The template has written the special tokens already; adding a second beginning-of-sequence shifts
-    # everything.
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: list[str]) -> list[list[int]]:
+    """Token ids of rendered prompts, many at once.
+
+    The template has written the special tokens already; a second beginning-of-sequence would shift everything.
+    """
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    return encode_rendered(tokenizer, [rendered])[0]
 
 
 def render_student(tokenizer: PreTrainedTokenizerBase, problem: str) -> str:

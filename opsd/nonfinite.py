@@ -1,0 +1,107 @@
+"""A NaN or infinite loss or gradient stops the run with its evidence saved; the optimizer never sees it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opsd.errors import ArtefactError
+from opsd.files import atomic_write_json
+from opsd.token_stats import TokenStats
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteGuard:
+    """Collects one optimizer step's losses and decides once, when the gradients are complete.
+
+    Args:
+        output_dir: where `nonfinite-step-<N>.json` goes.
+        tolerated: how many non-finite steps a run may leave out before it stops.
+    """
+
+    def __init__(self, output_dir: Path, *, tolerated: int):
+        self.output_dir = output_dir
+        self.tolerated = tolerated
+        self.seen = 0
+        self._micro_batches: list[tuple[Tensor, list[int], TokenStats]] = []
+
+    def see_loss(self, loss: Tensor, problems: list[int], stats: TokenStats) -> None:
+        """Remember a micro-batch until `reset`; nothing is copied from the device."""
+        self._micro_batches.append((loss.detach(), problems, stats))
+
+    def bad(self, norm: Tensor | float | None) -> bool:
+        """Whether a loss of this rank or the gradient norm is not finite. One look per optimizer step."""
+        losses = [loss.float() for loss, _, _ in self._micro_batches]
+        total = torch.stack(losses).sum() if losses else torch.zeros(())
+        if norm is not None:
+            total = total + torch.as_tensor(norm, device=total.device, dtype=torch.float32)
+        return not bool(torch.isfinite(total))
+
+    def handle(self, step: int, norm: Tensor | float | None, *, is_main: bool) -> None:
+        """Save the evidence of a non-finite step, and stop unless it is tolerated.
+
+        Raises:
+            ArtefactError: more non-finite steps than `tolerated`; names the step, the problems and the file.
+        """
+        self.seen += 1
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        path = self.output_dir / f"nonfinite-step-{step}-rank-{rank}.json"
+        atomic_write_json(path, self._evidence(step, norm))
+        problems = sorted({p for _, ids, _ in self._micro_batches for p in ids})
+        if self.seen > self.tolerated:
+            raise ArtefactError(
+                f"loss or gradient is not finite at optimizer step {step} (dataset rows {problems}); "
+                "statistics "
+                f"are in {path}. The optimizer has not seen it. Lower --learning_rate, or allow some steps "
+                "to be "
+                "left out with --skip_nonfinite N"
+            )
+        if is_main:
+            logger.warning(
+                "step %d is left out: loss or gradient is not finite (%d of %d tolerated); see %s",
+                step,
+                self.seen,
+                self.tolerated,
+                path,
+            )
+
+    def reset(self) -> None:
+        """Forget the step."""
+        self._micro_batches.clear()
+
+    def _evidence(self, step: int, norm: Tensor | float | None) -> dict:
+        return {
+            "step": step,
+            "gradient_norm": _number(norm) if norm is not None else None,
+            "micro_batches": [
+                {"loss": _number(loss), "problems": problems, "statistics": _summary(stats)}
+                for loss, problems, stats in self._micro_batches
+            ],
+        }
+
+
+def _number(value: Tensor | float) -> float | str:
+    """A float, or its name where JSON has no such number."""
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+
+def _summary(stats: TokenStats) -> dict:
+    """Extremes and the count of non-finite entries of every statistic."""
+    summary = {}
+    for name, values in vars(stats).items():
+        if values is None or values.numel() == 0:
+            continue
+        values = values.detach().float()
+        finite = values[values.isfinite()]
+        summary[name] = {
+            "not_finite": int(values.numel() - finite.numel()),
+            "min": _number(finite.min()) if finite.numel() else None,
+            "max": _number(finite.max()) if finite.numel() else None,
+        }
+    return summary

@@ -1,0 +1,102 @@
+"""What a run writes besides checkpoints: metrics.jsonl, one line per logged step, and sample completions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import ProgressCallback, TrainerCallback
+
+from opsd.files import atomic_write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opsd.data import Example
+    from opsd.rollout import Completion
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def read_metrics(run_folder: Path) -> list[dict]:
+    """The logged steps of a run, in order; a torn last line is left out."""
+    path = run_folder / METRICS_NAME
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each log to metrics.jsonl; on resuming, first drops what the resumed steps will log again."""
+
+    def __init__(self, run_folder: Path):
+        self.run_folder = run_folder
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        kept = [row for row in read_metrics(self.run_folder) if row["step"] <= state.global_step]
+        kept = [row for row in kept if "train_runtime" not in row]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        atomic_write_text(self.run_folder / METRICS_NAME, text)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        with open(self.run_folder / METRICS_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class ConciseProgress(ProgressCallback):
+    """The Trainer's progress bar with one short line a log; metrics.jsonl has the rest."""
+
+    SHOWN = {
+        "loss": "loss {:.4g}",
+        "loss/divergence": "divergence {:.4g}",
+        "grad_norm": "gradient {:.3g}",
+        "rollout/completion_tokens": "tokens {:.0f}",
+        "rollout/truncated_share": "truncated {:.0%}",
+        "time/step_s": "{:.2f} s",
+    }
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None or not logs or "loss" not in logs:
+            return
+        shown = [form.format(float(logs[name])) for name, form in self.SHOWN.items() if name in logs]
+        self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown))
+
+
+def write_completions(
+    run_folder: Path,
+    step: int,
+    examples: Sequence[Example],
+    completions: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """`completions/step-000010.jsonl`: what the student wrote at that optimizer step, on this rank."""
+    lines = [
+        json.dumps(
+            {
+                "step": step,
+                "row": example.index,
+                "problem": example.problem,
+                "completion": tokenizer.decode(completion.token_ids, skip_special_tokens=False),
+                "tokens": len(completion.token_ids),
+                "truncated": completion.truncated,
+            },
+            ensure_ascii=False,
+        )
+        for example, completion in zip(examples, completions, strict=True)
+    ]
+    atomic_write_text(run_folder / "completions" / f"step-{step:06d}.jsonl", "\n".join(lines) + "\n")

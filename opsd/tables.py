@@ -1,0 +1,87 @@
+"""Rows with text columns from wherever a user keeps them: a hub id, a folder, parquet, JSONL, JSON or CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opsd.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def load_table(source: str, *, split: str = "train", revision: str | None = None) -> Dataset:
+    """The rows of `source` through `datasets`.
+
+    Args:
+        source: an existing file or folder (files of one kind, or one written by `save_to_disk`), else a hub
+        id.
+        split: which split of a hub dataset, or of a folder that holds several.
+        revision: hub branch, tag or commit.
+
+    Raises:
+        ArtefactError: nothing there, not readable, or the hub cannot be reached.
+    """
+    path = Path(source)
+    if path.exists():
+        return _load_local(path, split)
+    if path.suffix in BUILDERS or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ArtefactError(
+            f"{source!r} does not exist; give an existing file or folder, or a hub id owner/name"
+        )
+    return _load_hub(source, split, revision)
+
+
+def _load_local(path: Path, split: str) -> Dataset:
+    import datasets
+
+    if path.is_dir() and (path / "dataset_dict.json").exists():
+        return datasets.load_from_disk(str(path))[split]
+    if path.is_dir() and (path / "state.json").exists():
+        return datasets.load_from_disk(str(path))
+    files = sorted(p for p in path.rglob("*") if p.suffix in BUILDERS) if path.is_dir() else [path]
+    if path.is_dir():
+        files = [p for p in files if split in p.name] or files
+    kinds = {p.suffix for p in files}
+    if not files or len({BUILDERS.get(kind) for kind in kinds}) != 1 or not kinds <= BUILDERS.keys():
+        found = ", ".join(sorted(kinds)) or "no data file"
+        raise ArtefactError(f"{path} holds {found}; give files of one kind among {', '.join(BUILDERS)}")
+    try:
+        builder = BUILDERS[files[0].suffix]
+        # The file is read as it is now: a cache keyed by its path would serve yesterday's rows.
+        return datasets.load_dataset(
+            builder,
+            data_files={split: [str(p) for p in files]},
+            split=split,
+            download_mode="force_redownload",
+        )
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, KeyError) as error:
+        cause = error.__cause__ or error
+        raise ArtefactError(f"{path} cannot be read as {files[0].suffix[1:]}: {cause}") from error
+
+
+def _load_hub(source: str, split: str, revision: str | None) -> Dataset:
+    import datasets
+    import huggingface_hub
+    import requests
+
+    problems = (
+        datasets.exceptions.DatasetNotFoundError,
+        datasets.exceptions.DatasetGenerationError,
+        huggingface_hub.errors.HfHubHTTPError,
+        requests.exceptions.RequestException,
+        ConnectionError,
+        FileNotFoundError,
+        ValueError,
+        OSError,
+    )
+    try:
+        return datasets.load_dataset(source, split=split, revision=revision)
+    except problems as error:
+        raise ArtefactError(
+            f"the dataset {source!r} (split {split!r}) cannot be loaded: {error}. Without a connection set "
+            "HF_HUB_OFFLINE=1 after one download, or give a local file or folder"
+        ) from error

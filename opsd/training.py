@@ -1,0 +1,282 @@
+"""What ea_opsd_train.py does between its flags and the Trainer: data, tokenizer, model, adapter, engine,
+records."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
+from opsd.checkpoints import NAME, remove_incomplete, resolve_resume
+from opsd.data import Problems, check_positions, check_rows, encode_problems
+from opsd.errors import ArtefactError, UsageError
+from opsd.files import atomic_write_text
+from opsd.head import attach_hidden_forward, check_head, head_of
+from opsd.manifest import read_manifest, run_manifest, write_manifest
+from opsd.models import load_causal_lm, load_config, load_tokenizer
+from opsd.objectives import METHODS, Hyperparameters
+from opsd.provenance import dataset_fingerprint
+from opsd.step_records import ConciseProgress, MetricsFile
+from opsd.tables import load_table
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from opsd.rollout import Engine
+
+logger = logging.getLogger(__name__)
+
+# A resumed run may change these; everything else would make it another run.
+FREE_TO_CHANGE = {
+    "output_dir", "run_name", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
+    "max_steps",
+    "log_completions_steps", "rollout_audit_steps", "disable_tqdm", "skip_nonfinite", "save_total_limit",
+    "dataloader_num_workers", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_max_num_seqs",
+    "vllm_enforce_eager", "ddp_timeout", "local_rank", "log_level",
+}  # fmt: skip
+
+
+def train(
+    training: TrainingArguments,
+    method: MethodArguments,
+    hyper: Hyperparameters,
+    rollout: RolloutArguments,
+    options: ModelArguments,
+) -> int:
+    """Run the training and return the exit code.
+
+    Raises:
+        UsageError, ArtefactError: before any model is loaded where that is possible.
+    """
+    from transformers import ProgressCallback
+
+    from opsd.trainer import OPSDTrainer
+
+    output_dir = Path(training.output_dir)
+    _check_engine(rollout, training.world_size)
+    _check_writable(output_dir)
+    resume = resolve_resume(output_dir, training.resume_from_checkpoint)
+    load = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
+    config = load_config(options.model_name_or_path, **load)
+    tokenizer = load_tokenizer(options.model_name_or_path, **load)
+    rows, problems = _load_problems(training, rollout, options, tokenizer)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    check_positions(problems, max_completion_length=rollout.max_completion_length, positions=positions)
+    _check_batches(problems, training)
+    manifest = _manifest(training, method, rollout, options, config, rows, problems)
+    _check_same_run(output_dir, manifest, resume)
+    if resume is not None and int(NAME.fullmatch(resume.name)[1]) >= training.max_steps:
+        logger.info("%s is already the last step of %d; nothing to train", resume, training.max_steps)
+        return 0
+    if training.process_index == 0:
+        for path in remove_incomplete(output_dir):
+            logger.warning("%s was half-written when a run was killed; removed", path)
+        if resume is None:
+            write_manifest(output_dir, manifest)
+        _identify_wandb_run(training, output_dir)
+    logger.info("resuming from %s", resume) if resume is not None else logger.info("starting afresh")
+    model = _load_model(training, options)
+    head = head_of(model.get_base_model())
+    attach_hidden_forward(model.get_base_model())
+    model.to(training.device)
+    check_head(model.get_base_model(), head_of(model.get_base_model()))
+    engine = _build_engine(model, tokenizer, problems, rollout, options, training)
+    trainer = OPSDTrainer(
+        model=model,
+        args=training,
+        processing_class=tokenizer,
+        train_dataset=problems,
+        method=METHODS[method.method],
+        hyper=hyper,
+        loss_scope=method.loss_scope,
+        engine=engine,
+        head=head,
+        rollout=rollout,
+        options=options,
+        callbacks=[MetricsFile(output_dir)],
+    )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ConciseProgress)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    finally:
+        engine.close()
+    return 0
+
+
+def _check_engine(rollout: RolloutArguments, world_size: int) -> None:
+    if rollout.rollout != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise UsageError(
+            "--rollout vllm: vLLM is not installed. Install requirements.txt (GPU) or run "
+            "launchers/test.sh once "
+            "(CPU), or use --rollout hf"
+        )
+    size = rollout.vllm_tensor_parallel_size
+    if world_size % size:
+        raise UsageError(
+            f"--vllm_tensor_parallel_size {size} does not divide the {world_size} processes: each engine "
+            "takes that "
+            "many ranks"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ArtefactError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+
+
+def _load_problems(
+    training: TrainingArguments,
+    rollout: RolloutArguments,
+    options: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+):
+    with training.main_process_first(desc="loading the dataset"):
+        rows = load_table(options.train_dataset, revision=options.dataset_revision)
+    check_rows(rows, options.train_dataset)
+    problems = encode_problems(
+        rows,
+        tokenizer,
+        source=options.train_dataset,
+        max_prompt_length=options.max_length - rollout.max_completion_length,
+        show_progress=training.process_index == 0 and not training.disable_tqdm,
+    )
+    return rows, problems
+
+
+def _check_batches(problems: Problems, training: TrainingArguments) -> None:
+    needed = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    if len(problems) < needed:
+        raise UsageError(
+            f"one optimizer step takes {needed} problems ({training.world_size} processes × "
+            f"--per_device_train_batch_size {training.per_device_train_batch_size} × "
+            "--gradient_accumulation_steps "
+            f"{training.gradient_accumulation_steps}), the dataset has {len(problems)}"
+        )
+
+
+def _manifest(training, method, rollout, options, config, rows, problems: Problems) -> dict:
+    # The parallel layout has its own fields; the Trainer's derived ones say nothing about the experiment.
+    arguments = {**training.to_sanitized_dict(), **vars(method), **vars(rollout), **vars(options)}
+    return run_manifest(
+        run_name=training.run_name,
+        method=method.method,
+        base_model=options.model_name_or_path,
+        base_revision=getattr(config, "_commit_hash", None),
+        arguments=arguments,
+        dataset=options.train_dataset,
+        dataset_rows=len(problems),
+        dataset_sha256=dataset_fingerprint(rows),
+        world_size=training.world_size,
+        per_device_batch=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        seeds={
+            "seed": training.seed,
+            "data_seed": training.seed if training.data_seed is None else training.data_seed,
+        },
+    )
+
+
+def _check_same_run(output_dir: Path, manifest: dict, resume: Path | None) -> None:
+    """A resumed run is the same run: refuse other arguments, data or code paths, with the differing fields
+    named."""
+    if resume is None or not (output_dir / "manifest.json").exists():
+        return
+    before = read_manifest(output_dir)
+    differing = [
+        f"{name}: {before['arguments'].get(name)!r} before, {value!r} now"
+        for name, value in manifest["arguments"].items()
+        if name not in FREE_TO_CHANGE and before["arguments"].get(name) != value
+    ]
+    for name in ("base_model", "base_revision", "world_size"):
+        if before[name] != manifest[name]:
+            differing.append(f"{name}: {before[name]!r} before, {manifest[name]!r} now")
+    if before["dataset"]["sha256"] != manifest["dataset"]["sha256"]:
+        differing.append("the dataset's content")
+    if differing:
+        raise UsageError(
+            f"{output_dir} was trained with other settings ({'; '.join(differing)}); restore them, or give "
+            "another "
+            "--output_dir"
+        )
+
+
+def _identify_wandb_run(training: TrainingArguments, output_dir: Path) -> None:
+    """A resumed run continues its own W&B run instead of opening a second one."""
+    if "wandb" not in training.report_to or "WANDB_RUN_ID" in os.environ:
+        return
+    path = output_dir / "wandb_run_id"
+    if not path.exists():
+        atomic_write_text(path, uuid.uuid4().hex[:12])
+    os.environ["WANDB_RUN_ID"] = path.read_text(encoding="utf-8").strip()
+    os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftModel:
+    """The base with a fresh adapter. LoRA parameters stay in float32 also on a bfloat16 base (PEFT's
+    autocast)."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    use_bf16 = training.bf16 if options.dtype == "auto" else options.dtype == "bfloat16"
+    model: PreTrainedModel = load_causal_lm(
+        options.model_name_or_path,
+        dtype=torch.bfloat16 if use_bf16 else torch.float32,
+        revision=options.model_revision,
+        trust_remote_code=options.trust_remote_code,
+        attn_implementation=options.attn_implementation,
+    )
+    set_seed(training.seed)  # the adapter's initial values are the seed's, whatever drew numbers before
+    lora = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=list(options.lora_target_modules),
+        task_type="CAUSAL_LM",
+        revision=options.model_revision,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UsageError(f"--lora_target_modules {' '.join(options.lora_target_modules)}: {error}") from error
+
+
+def _build_engine(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Problems,
+    rollout: RolloutArguments,
+    options: ModelArguments,
+    training: TrainingArguments,
+) -> Engine:
+    if rollout.rollout == "hf":
+        from opsd.rollout_hf import HFEngine
+
+        return HFEngine(model, tokenizer, batch_size=rollout.hf_rollout_batch_size)
+    from opsd.rollout_vllm import VLLMEngine
+
+    return VLLMEngine(
+        options.model_name_or_path,
+        tensor_parallel_size=rollout.vllm_tensor_parallel_size,
+        gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
+        max_model_len=problems.longest_student_prompt + rollout.max_completion_length,
+        max_num_seqs=rollout.vllm_max_num_seqs,
+        seed=training.seed,
+        enforce_eager=rollout.vllm_enforce_eager,
+        enable_sleep_mode=rollout.vllm_enable_sleep_mode,
+        dtype=str(model.get_base_model().dtype).removeprefix("torch."),
+    )
