@@ -51,7 +51,11 @@ def start_worker(memory_limit_mb: int) -> None:
     if os.uname().sysname == "Linux":
         # A worker that is stuck when its parent is killed would otherwise burn a core for ever.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        resource.setrlimit(resource.RLIMIT_AS, (memory_limit_mb * 2**20,) * 2)
+        # What is mapped by now is no answer's doing: multiprocessing imports the caller's main script into
+        # every worker, and that may hold torch.
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            mapped = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_limit_mb * 2**20,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     # ANTLR reports syntax errors of hostile answers on the terminal.
