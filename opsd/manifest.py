@@ -46,37 +46,41 @@ FORMAT = 1
 # among them. `check_merged` compares these and no others.
 CELL_ARGUMENTS = (
     "method",
-    "loss_scope",
+    "temperature",
+    "jsd_token_clip",
     "position_w_min",
     "position_tau",
     "position_s",
     "position_global_reduction",
-    "opsd_sequence_reduction",
+    "eopd_entropy_threshold",
+    "eopd_top_k",
+    "eopd_clip_epsilon",
     "reopold_lambda",
     "reopold_beta",
     "reopold_t_switch",
-    "jsd_token_clip",
-    "eopd_tau",
-    "eopd_top_k",
-    "eopd_epsilon",
-    "temperature",
-    "top_p",
-    "top_k",
+    "loss_scope",
+    "rollout",
+    "rollout_temperature",
+    "rollout_top_p",
+    "rollout_top_k",
     "max_completion_length",
-    "max_prompt_length",
-    "learning_rate",
-    "lr_scheduler_type",
-    "max_steps",
-    "max_grad_norm",
-    "weight_decay",
+    "max_length",
+    "train_dataset",
+    "model_revision",
     "lora_r",
     "lora_alpha",
     "lora_dropout",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "max_steps",
     "seed",
     "bf16",
 )
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _LARGEST_JSON_BYTES = 64 * 2**20
 
 
@@ -278,7 +282,7 @@ def check_merged(
     expected = {
         "run_name": (manifest["run_name"], expected_run_name),
         "method": (manifest["method"], expected_method),
-        "base_model": (manifest["base_model"], expected_base_model),
+        "base model": (manifest["base_model"], expected_base_model),
         "adapter step": (sentinel.get("adapter_step"), expected_step),
     }
     for name in CELL_ARGUMENTS:
@@ -319,20 +323,33 @@ def _check_whole(folder: Path, *, hashes: bool) -> tuple[dict[str, Any], dict[st
     names = sentinel["files"]
     if not any(name.endswith(".safetensors") for name in names):
         raise IncompleteMergeError(f"{folder} holds no weights; {remedy}")
-    if not any(name in names for name in _TOKENIZER_FILES):
+    if not any(name in names for name in TOKENIZER_FILES):
         raise IncompleteMergeError(f"{folder} holds no tokenizer; {remedy}")
     return sentinel, manifest
 
 
 def _same_value(found: Any, wanted: Any) -> bool:
     """Equality that takes a command line's words for what they mean: "1" is 1.0, "True" is true."""
-    if found == wanted:
-        return True
-    left, right = str(found), str(wanted)
-    if left.lower() == right.lower():
+    if found == wanted or str(found).lower() == str(wanted).lower():
         return True
     try:
-        return float(left) == float(right)
-    except ValueError:
-        # Two spellings of one existing folder.
-        return os.path.isdir(left) and os.path.isdir(right) and os.path.samefile(left, right)
+        return float(found) == float(wanted)
+    except (TypeError, ValueError):
+        return same_source(str(found), str(wanted))
+
+
+def same_source(recorded: str, given: str) -> bool:
+    """Whether two names of a model or data set may mean the same thing.
+
+    Equal names do, two spellings of one existing path do, and so do a hub id and its copy in the local cache.
+    Of two absolute paths of which one is gone (a checkout that has moved), the last parts decide.
+    """
+    if recorded == given:
+        return True
+    if os.path.exists(recorded) and os.path.exists(given):
+        return os.path.samefile(recorded, given)
+    for hub_id, path in ((recorded, given), (given, recorded)):
+        if hub_id.count("/") == 1 and f"models--{hub_id.replace('/', '--')}" in Path(path).parts:
+            return True
+    both = os.path.isabs(recorded) and os.path.isabs(given)
+    return both and Path(recorded).parts[-2:] == Path(given).parts[-2:]

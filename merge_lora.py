@@ -1,0 +1,302 @@
+"""Merge a LoRA checkpoint into its base model, or check a merged folder:
+
+    python merge_lora.py --base_model Qwen/Qwen3-4B --adapter outputs/RUN/checkpoint-100 --output outputs/RUN_merged
+    python merge_lora.py --check outputs/RUN_merged [--run_name RUN] [--step 100] [--hashes] [-- TRAINING FLAGS]
+
+The merged folder holds the weights (safetensors), the base's tokenizer, chat template and generation settings
+letter for letter, the run's manifest.json and a model card. It is written under a temporary name and renamed
+whole; the sentinel `.ready_for_eval` follows, last of all. `--check` ends with 0 for a whole folder, 1 for a
+missing or incomplete one and 3 for another run's.
+"""  # noqa: E501 - the command that runs it, unbroken
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opsd.adapter import Adapter, check_fits, check_same_base, read_adapter
+from opsd.base_files import (
+    COPIED_FILES,
+    base_config,
+    base_folder,
+    base_shapes,
+    check_tokenizer,
+    copy_base_files,
+    first_line,
+)
+from opsd.errors import ArtefactError, UsageError, run_cli
+from opsd.files import atomic_directory
+from opsd.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    SENTINEL_NAME,
+    IncompleteMergeError,
+    check_merged,
+    file_list,
+    versions,
+    write_manifest,
+    write_sentinel,
+)
+from opsd.model_card import model_card
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger("merge_lora")
+
+OWN_FILES = (
+    *COPIED_FILES,
+    "config.json",
+    "model.safetensors.index.json",
+    MANIFEST_NAME,
+    SENTINEL_NAME,
+    "README.md",
+)
+# Room beside the weights: tokenizer, manifest, and the file system's own blocks.
+SPARE_BYTES = 64 * 2**20
+
+
+def merge(
+    base: str,
+    adapter: Path | str,
+    out: Path | str,
+    *,
+    revision: str | None = None,
+    accept_base_name: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write base + adapter to the folder `out` and return its sentinel. Takes the memory of one base model.
+
+    Args:
+        base: hub id or folder of the base model.
+        adapter: folder of a LoRA checkpoint.
+        revision: hub commit of the base; default the one that the run's manifest names.
+        accept_base_name: take `base` although the adapter was trained on a model of another name.
+
+    Raises:
+        UsageError: `out` holds files that are no merged model's, or the adapter is no plain LoRA.
+        ArtefactError: base or checkpoint is missing, incomplete or not the other's; no room or no permission.
+    """
+    out = Path(out)
+    checkpoint = read_adapter(adapter)
+    check_same_base(checkpoint, base, accept_name=accept_base_name)
+    _refuse_foreign_folder(out, keep=(Path(base), checkpoint.path))
+    if revision is None and checkpoint.manifest is not None:
+        revision = checkpoint.manifest.get("base_revision")
+    folder = base_folder(base, revision)
+    check_tokenizer(folder, base)
+    config = base_config(folder, base, trust_remote_code=trust_remote_code)
+    shapes = base_shapes(config, trust_remote_code=trust_remote_code)
+    check_fits(checkpoint, shapes, base)
+    with _disk_errors(out):
+        _check_room(out, config, shapes)
+        with atomic_directory(out) as temporary:
+            model = _merged_model(folder, checkpoint, trust_remote_code=trust_remote_code)
+            log.info("writing %s", out)
+            model.save_pretrained(temporary, max_shard_size="5GB")
+            del model
+            copy_base_files(folder, temporary)
+            manifest = checkpoint.manifest or _foreign_manifest(checkpoint, base, out)
+            write_manifest(temporary, manifest)
+            card = model_card(manifest, adapter_step=checkpoint.step)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            files = file_list(temporary)
+        return write_sentinel(
+            out, base_model=base, adapter=str(checkpoint.path), adapter_step=checkpoint.step, files=files
+        )
+
+
+def _refuse_foreign_folder(out: Path, *, keep: Sequence[Path]) -> None:
+    """`out` is replaced whole: refuse one with anything but an earlier merge in it, or with the inputs."""
+    for path in keep:
+        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"--output {out} would replace {path}, which is merged; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--output {out} is a file; choose a folder that does not exist")
+    for entry in sorted(out.iterdir()) if out.is_dir() else ():
+        if entry.name not in OWN_FILES and entry.suffix != ".safetensors":
+            raise UsageError(f"--output {out} holds {entry.name}, which is no merged model's; choose another")
+
+
+def _check_room(out: Path, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    import math
+
+    import torch
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    bytes_each = (config.dtype or torch.float32).itemsize
+    needed = sum(math.prod(shape) for shape in shapes.values()) * bytes_each + SPARE_BYTES
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise ArtefactError(
+            f"{out.parent} has {free / 2**30:.2f} GiB free; the merged model needs {needed / 2**30:.2f} GiB"
+        )
+
+
+def _merged_model(folder: Path, checkpoint: Adapter, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The base with W + scale · B A in place of every adapted W, one matrix at a time."""
+    import torch
+    from peft import PeftModel
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    log.info("loading %s", folder)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtefactError(
+            f"the weights of the base model {folder} cannot be loaded: {first_line(error)}"
+        ) from error
+    try:
+        model = PeftModel.from_pretrained(base, checkpoint.path)
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtefactError(f"the adapter {checkpoint.path} cannot be loaded: {first_line(error)}") from error
+    with torch.no_grad():
+        merge_in_place(model, expected=len(checkpoint.rank_shapes))
+    return model.unload()
+
+
+def merge_in_place(model: PeftModel, *, expected: int) -> None:
+    """Put W + scale · B A in the place of each adapted W; the old matrix is freed before the next is formed.
+
+    Args:
+        expected: how many modules the checkpoint holds matrices for.
+
+    Raises:
+        ArtefactError: the checkpoint's configuration adapts more or fewer modules than it has matrices for.
+    """
+    from opsd.merging import adapted_layers, merged_matrix
+
+    layers = list(adapted_layers(model))
+    if len(layers) != expected:
+        raise ArtefactError(
+            f"the adapter's configuration targets {len(layers)} modules, its weights {expected}: damaged"
+        )
+    for _, layer in layers:
+        layer.get_base_layer().weight.data = merged_matrix(layer, model.active_adapters[0])
+
+
+def _foreign_manifest(checkpoint: Adapter, base: str, out: Path) -> dict[str, Any]:
+    """For an adapter that another project trained: what is known, and nothing made up."""
+    return {
+        "format": FORMAT,
+        "run_name": out.name.removesuffix("_merged"),
+        "method": "unknown",
+        "base_model": base,
+        "base_revision": None,
+        "arguments": {},
+        "versions": versions(),
+        "dataset": {},
+        "world_size": 0,
+        "effective_batch": 0,
+        "seeds": {},
+        "note": f"no manifest came with {checkpoint.path.name}; versions are the merge's",
+    }
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turn "no room" and "no permission", which reach us in two libraries' words, into one clear line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        words = str(error).lower()
+        if number in (errno.ENOSPC, errno.EDQUOT) or "no space left" in words or "quota" in words:
+            raise ArtefactError(f"the disk of {out.parent} is full; nothing was left at {out}") from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS) or "permission denied" in words:
+            raise ArtefactError(f"no permission to write {out}; nothing was left there") from error
+        raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--base_model", help="hub id or folder of the base model")
+    parser.add_argument("--adapter", help="folder of the LoRA checkpoint")
+    parser.add_argument("--output", help="folder to write; an earlier merge there is replaced")
+    parser.add_argument(
+        "--accept_base_name", action="store_true", help="the base is a copy under another name"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model ships")
+    parser.add_argument("--check", metavar="DIR", help="check a merged folder instead of merging")
+    parser.add_argument("--run_name", help="with --check: the run that it must be")
+    parser.add_argument("--step", type=int, help="with --check: the adapter's step that it must hold")
+    parser.add_argument(
+        "--hashes", action="store_true", help="with --check: compare SHA-256, not sizes alone"
+    )
+    return parser
+
+
+def flag_values(flags: Sequence[str]) -> dict[str, str]:
+    """`--name value` and `--name=value` pairs of another command line; the last of a name counts."""
+    values: dict[str, str] = {}
+    for position, word in enumerate(flags):
+        if not word.startswith("--"):
+            continue
+        name, equals, value = word[2:].partition("=")
+        following = flags[position + 1] if position + 1 < len(flags) else "--"
+        if not equals:
+            value = "True" if following.startswith("--") else following
+        values[name.replace("-", "_")] = value
+    return values
+
+
+def _check(args: argparse.Namespace, training_flags: Sequence[str]) -> int:
+    expected = flag_values(training_flags)
+    try:
+        merged = check_merged(
+            args.check,
+            expected_run_name=args.run_name,
+            expected_method=expected.get("method"),
+            expected_base_model=args.base_model,
+            expected_step=args.step,
+            expected_arguments=expected,
+            hashes=args.hashes,
+        )
+    except IncompleteMergeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{args.check} is complete: step {merged['adapter_step']} of {merged['manifest']['run_name']}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    cut = words.index("--") if "--" in words else len(words)
+    args = _parser().parse_args(words[:cut])
+    if args.check:
+        return _check(args, words[cut + 1 :])
+    missing = [name for name in ("base_model", "adapter", "output") if not getattr(args, name)]
+    if missing:
+        raise UsageError(f"{', '.join('--' + name for name in missing)} missing; or use --check DIR")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    merge(
+        args.base_model,
+        args.adapter,
+        args.output,
+        accept_base_name=args.accept_base_name,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

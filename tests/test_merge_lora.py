@@ -1,0 +1,434 @@
+"""merge_lora.py: the merged model is the adapter's model, and every mistake leaves no half folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import merge_lora
+import opsd.files
+from opsd.errors import ArtefactError, UsageError
+from opsd.manifest import SENTINEL_NAME, check_merged, read_manifest, run_manifest, write_manifest
+
+TEMPLATE = (
+    "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+KINDS = {
+    "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, True),
+    "qwen3-untied": (Qwen3Config, Qwen3ForCausalLM, False),
+    "llama-untied": (LlamaConfig, LlamaForCausalLM, False),
+}
+
+
+def tiny_base(folder: Path, kind: str = "qwen3-tied", *, dtype: torch.dtype = torch.float32, **sizes) -> Path:
+    """A random base model with a tokenizer, saved in `folder`."""
+    config_class, model_class, tied = KINDS[kind]
+    torch.manual_seed(0)
+    model = model_class(config_class(**(SIZES | sizes), tie_word_embeddings=tied)).to(dtype)
+    model.generation_config.update(top_k=20, do_sample=True, eos_token_id=1)
+    model.save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(["<p>", "<e>", "<u>", "<a>", *"0123456789+-= "])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<p>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<p>", eos_token="<e>", additional_special_tokens=["<u>", "<a>"]
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train_nothing(base: Path, run: Path, *, step: int = 100, targets=TARGETS, **lora) -> Path:
+    """A checkpoint as the trainer leaves it, with random matrices; returns checkpoint-<step>."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **lora))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    checkpoint = run / f"checkpoint-{step}"
+    model.save_pretrained(checkpoint)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 150}))
+    write_manifest(run, manifest_of(run.name, base))
+    return checkpoint
+
+
+def manifest_of(run_name: str, base: Path, **changes) -> dict:
+    values = {
+        "run_name": run_name,
+        "method": "pwopsd",
+        "base_model": str(base),
+        "base_revision": None,
+        "arguments": {"method": "pwopsd", "learning_rate": 5e-6, "position_w_min": 0.25, "max_steps": 150},
+        "dataset": "train.jsonl",
+        "dataset_rows": 10,
+        "dataset_sha256": "0" * 64,
+        "world_size": 4,
+        "per_device_batch": 4,
+        "accumulation": 2,
+        "seeds": {"seed": 42},
+        "command": ["python", "ea_opsd_train.py"],
+    }
+    return run_manifest(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, Path]:
+    """(base folder, checkpoint folder) of a tiny tied Qwen3 in float32."""
+    root = tmp_path_factory.mktemp("world")
+    base = tiny_base(root / "base")
+    return base, train_nothing(base, root / "outputs" / "tiny_pwopsd")
+
+
+def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(ids).logits.float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_merged_logits_equal_the_adapter_models(tmp_path, kind, dtype):
+    base = tiny_base(tmp_path / "base", kind, dtype=dtype)
+    checkpoint = train_nothing(base, tmp_path / "run")
+    merge_lora.merge(str(base), checkpoint, tmp_path / "run_merged")
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run_merged", dtype="auto")
+    assert merged.dtype is dtype
+    assert type(merged) is KINDS[kind][1]
+    ids = torch.arange(24).view(2, 12)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), checkpoint)
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), ids)
+    expected = logits_of(adapted, ids)
+    found = logits_of(merged, ids)
+    # bfloat16 keeps 8 bits: one rounding of W' moves a logit by about 2^-8 of the logits' spread per layer.
+    tolerance = 1e-5 if dtype is torch.float32 else 0.04
+    spread = expected.std()
+    assert (found - expected).abs().max() < tolerance * spread.clamp(min=1.0) * 3
+    assert (plain - expected).abs().max() > 0.5 * spread, (
+        "the adapter changes nothing: the test shows nothing"
+    )
+
+
+def test_merged_matrices_are_float32_sums_cast_once(tmp_path):
+    base = tiny_base(tmp_path / "base", dtype=torch.bfloat16)
+    checkpoint = train_nothing(base, tmp_path / "run")
+    merge_lora.merge(str(base), checkpoint, tmp_path / "run_merged")
+    from safetensors.torch import load_file
+
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "run_merged"))
+    lora = load_file(checkpoint / "adapter_model.safetensors")
+    assert old.keys() == new.keys()
+    for name, weight in new.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{stem}A.weight" in lora:
+            delta = lora[f"{stem}B.weight"].float() @ lora[f"{stem}A.weight"].float()
+            expected = (old[name].float() + 2.0 * delta).to(torch.bfloat16)
+            torch.testing.assert_close(weight.float(), expected.float(), rtol=2**-8, atol=1e-6)
+        else:
+            assert torch.equal(weight, old[name]), f"{name} is not adapted, yet changed"
+
+
+def test_merged_folder_is_complete_and_says_what_it_is(world, tmp_path):
+    base, checkpoint = world
+    out = tmp_path / "tiny_pwopsd_merged"
+    merge_lora.merge(str(base), checkpoint, out)
+    merged = check_merged(
+        out,
+        expected_run_name="tiny_pwopsd",
+        expected_method="pwopsd",
+        expected_base_model=str(base),
+        expected_step=100,
+        hashes=True,
+    )
+    assert merged["adapter_step"] == 100
+    assert merged["base_model"] == str(base)
+    assert {"python", "torch", "peft"} <= merged["versions"].keys()
+    assert read_manifest(out) == read_manifest(checkpoint.parent)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes(), name
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False) == "<u>1"
+    card = (out / "README.md").read_text()
+    assert "| Method | pwopsd |" in card
+    assert "| Optimizer steps | 100 |" in card
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+@pytest.mark.vllm
+def test_merged_folder_is_read_by_vllm(tmp_path):
+    pytest.importorskip("vllm")
+    from opsd.rollout import Request, Sampling
+    from opsd.rollout_vllm import VLLMEngine
+
+    base = tiny_base(tmp_path / "base", head_dim=32)
+    merge_lora.merge(str(base), train_nothing(base, tmp_path / "run"), tmp_path / "run_merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run_merged").eval()
+    prompt = [2, 5, 6, 7, 3]
+    expected = merged.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    engine = VLLMEngine(str(tmp_path / "run_merged"), max_model_len=64, enforce_eager=True)
+    try:
+        greedy = Sampling(temperature=0.0, max_new_tokens=8)
+        found = engine.generate([Request(prompt, 0)], greedy)[0].token_ids
+    finally:
+        engine.close()
+    assert found == expected[0, len(prompt) : len(prompt) + len(found)].tolist()
+
+
+def test_the_sentinel_is_the_last_file_written(world, tmp_path, monkeypatch):
+    base, checkpoint = world
+    out = tmp_path / "m"
+    seen = []
+
+    def spy(path, value, real=opsd.files.atomic_write_json):
+        if Path(path).name == SENTINEL_NAME:
+            seen.extend(sorted(p.name for p in out.iterdir()))
+        real(path, value)
+
+    monkeypatch.setattr("opsd.manifest.atomic_write_json", spy)
+    merge_lora.merge(str(base), checkpoint, out)
+    assert sorted([*seen, SENTINEL_NAME]) == sorted(p.name for p in out.iterdir())
+
+
+def test_killed_before_the_sentinel_is_incomplete_and_merged_again(world, tmp_path, monkeypatch):
+    base, checkpoint = world
+    out = tmp_path / "m"
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_lora, "write_sentinel", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            merge_lora.merge(str(base), checkpoint, out)
+    assert merge_lora.main(["--check", str(out)]) == 1
+    merge_lora.merge(str(base), checkpoint, out)
+    assert merge_lora.main(["--check", str(out), "--hashes"]) == 0
+
+
+def test_an_earlier_merge_is_replaced_whole(world, tmp_path):
+    base, checkpoint = world
+    out = tmp_path / "m"
+    merge_lora.merge(str(base), checkpoint, out)
+    (out / "model.safetensors").write_bytes(b"")
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"left from a larger model")
+    assert merge_lora.main(["--check", str(out)]) == 1
+    merge_lora.merge(str(base), checkpoint, out)
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    check_merged(out, hashes=True)
+
+
+def refused(error: type, words: str, tmp_path: Path, base, checkpoint, **options) -> None:
+    out = tmp_path / "refused_merged"
+    with pytest.raises(error, match=words):
+        merge_lora.merge(str(base), checkpoint, out, **options)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".refused*")), "a half folder is left"
+
+
+def test_base_of_another_name_is_refused(world, tmp_path):
+    _, checkpoint = world
+    other = tiny_base(tmp_path / "other")
+    refused(ArtefactError, "was trained on .*base.* not on .*other", tmp_path, other, checkpoint)
+    merge_lora.merge(str(other), checkpoint, tmp_path / "m", accept_base_name=True)
+    check_merged(tmp_path / "m", hashes=True)
+
+
+def test_base_of_other_shapes_is_refused(world, tmp_path):
+    _, checkpoint = world
+    wide = tiny_base(tmp_path / "wide", intermediate_size=80)
+    shallow = tiny_base(tmp_path / "shallow", num_hidden_layers=1)
+    refused(
+        ArtefactError, "down_proj is 32 x 48.* 32 x 80", tmp_path, wide, checkpoint, accept_base_name=True
+    )
+    refused(
+        ArtefactError, r"layers\.1\..*does not have", tmp_path, shallow, checkpoint, accept_base_name=True
+    )
+
+
+def damaged(checkpoint: Path, tmp_path: Path, name: str, damage) -> Path:
+    run = tmp_path / "damaged"
+    shutil.copytree(checkpoint.parent, run)
+    damage(run / checkpoint.name / name)
+    return run / checkpoint.name
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("adapter_model.safetensors", Path.unlink, "adapter_model.safetensors is missing"),
+        ("adapter_model.safetensors", cut, "damaged"),
+        ("adapter_model.safetensors", lambda p: p.write_bytes(b""), "damaged"),
+        ("adapter_config.json", Path.unlink, "no adapter configuration"),
+        ("adapter_config.json", cut, "not valid JSON"),
+        ("adapter_config.json", lambda p: p.write_text('{"peft_type": "IA3"}'), "not LORA"),
+        ("trainer_state.json", Path.unlink, "not complete: trainer_state.json"),
+        ("trainer_state.json", lambda p: p.write_text('{"global_step": 75}'), "says step 75"),
+        ("../manifest.json", cut, "manifest .* not valid JSON"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(world, tmp_path, name, damage, words):
+    base, checkpoint = world
+    refused(ArtefactError, words, tmp_path, base, damaged(checkpoint, tmp_path, name, damage))
+
+
+def test_missing_checkpoint_names_those_that_exist(world, tmp_path):
+    base, checkpoint = world
+    absent = checkpoint.with_name("checkpoint-125")
+    refused(ArtefactError, r"no checkpoint at .*125; .* holds checkpoint-100", tmp_path, base, absent)
+
+
+def test_pickled_adapters_are_refused(world, tmp_path):
+    base, checkpoint = world
+    pickled = damaged(
+        checkpoint, tmp_path, "adapter_model.safetensors", lambda p: p.rename(p.with_suffix(".bin"))
+    )
+    refused(ArtefactError, "pickled", tmp_path, base, pickled)
+
+
+def test_missing_matrices_are_refused(world, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base, checkpoint = world
+
+    def drop(path: Path, side: str) -> None:
+        kept = {k: v for k, v in load_file(path).items() if not ("layers.1.mlp.up_proj" in k and side in k)}
+        save_file(kept, path)
+
+    one_side = damaged(checkpoint, tmp_path / "a", "adapter_model.safetensors", lambda p: drop(p, "lora_B"))
+    refused(ArtefactError, "up_proj has only its lora_A", tmp_path, base, one_side)
+    both = damaged(checkpoint, tmp_path / "b", "adapter_model.safetensors", lambda p: drop(p, "lora_"))
+    refused(ArtefactError, "targets 14 modules, its weights 13", tmp_path, base, both)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=["dora", "full"]
+)
+def test_more_than_plain_lora_is_refused(tmp_path, options):
+    base = tiny_base(tmp_path / "base", "qwen3-untied")
+    checkpoint = train_nothing(base, tmp_path / "run", **options)
+    refused((ArtefactError, UsageError), "LoRA", tmp_path, base, checkpoint)
+
+
+def test_bases_that_cannot_be_used_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base, checkpoint = world
+
+    def variant(name: str, damage) -> Path:
+        folder = tmp_path / name / "base"
+        shutil.copytree(base, folder)
+        damage(folder)
+        return folder
+
+    def encoder(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
+
+    cases = [
+        ("no tokenizer", lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer"),
+        ("cut tokenizer", lambda f: cut(f / "tokenizer.json"), "no usable tokenizer"),
+        ("no template", lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
+        ("no config", lambda f: (f / "config.json").unlink(), "no usable config.json"),
+        ("not causal", encoder, "not a causal language model"),
+        ("no weights", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        ("cut weights", lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
+    ]
+    for name, damage, words in cases:
+        refused(ArtefactError, words, tmp_path, variant(name, damage), checkpoint, accept_base_name=True)
+    refused(
+        ArtefactError, "neither a folder nor", tmp_path, "no/such-model", checkpoint, accept_base_name=True
+    )
+
+
+def test_too_little_room_is_told_beforehand(world, tmp_path, monkeypatch):
+    base, checkpoint = world
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(merge_lora, "_merged_model", lambda *_, **__: pytest.fail("loads the model first"))
+    refused(ArtefactError, r"0\.00 GiB free; the merged model needs 0\.06 GiB", tmp_path, base, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "is full"), (errno.EACCES, "no permission"), (errno.EROFS, "permission")],
+)
+def test_disk_errors_leave_nothing(world, tmp_path, monkeypatch, number, words):
+    base, checkpoint = world
+
+    def fail(source, target):
+        raise OSError(number, "told by the disk")
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    refused(ArtefactError, words, tmp_path, base, checkpoint)
+
+
+def test_foreign_folders_are_never_replaced(world, tmp_path):
+    base, checkpoint = world
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        merge_lora.merge(str(base), checkpoint, home)
+    for target in (base, base.parent, checkpoint.parent):
+        with pytest.raises(UsageError, match="would replace"):
+            merge_lora.merge(str(base), checkpoint, target)
+    assert (home / "thesis.tex").read_text() == "years of work"
+    assert (base / "model.safetensors").is_file()
+
+
+def test_adapters_of_another_project_merge_without_a_manifest(world, tmp_path):
+    base, checkpoint = world
+    adapter = tmp_path / "adapter"
+    shutil.copytree(checkpoint, adapter)
+    (adapter / "trainer_state.json").unlink()
+    merge_lora.merge(str(base), adapter, tmp_path / "theirs_merged")
+    merged = check_merged(tmp_path / "theirs_merged", expected_run_name="theirs")
+    assert merged["adapter_step"] is None
+    with pytest.raises(ArtefactError, match="method is 'unknown', expected 'pwopsd'"):
+        check_merged(tmp_path / "theirs_merged", expected_method="pwopsd")
+
+
+def test_command_line(world, tmp_path, capsys):
+    base, checkpoint = world
+    out = str(tmp_path / "tiny_pwopsd_merged")
+    with pytest.raises(UsageError, match="--adapter, --output missing"):
+        merge_lora.main(["--base_model", str(base)])
+    assert merge_lora.main(["--check", out]) == 1
+    assert merge_lora.main(["--base_model", str(base), "--adapter", str(checkpoint), "--output", out]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    check = ["--check", out, "--run_name", "tiny_pwopsd", "--step", "100", "--base_model", str(base)]
+    same = ["--method", "pwopsd", "--learning_rate", "5e-6", "--position_w_min=0.250", "--report_to", "wandb"]
+    assert merge_lora.main([*check, "--", *same]) == 0
+    for other in (["--method", "opsd"], ["--position_w_min", "1"], ["--max_steps", "100"]):
+        with pytest.raises(ArtefactError, match=f"{other[0][2:]} is .* expected '{other[1]}'"):
+            merge_lora.main([*check, "--", *same, *other])
+    with pytest.raises(ArtefactError, match="run_name is 'tiny_pwopsd', expected 'x'"):
+        merge_lora.main(["--check", out, "--run_name", "x"])
+    with pytest.raises(ArtefactError, match="adapter step is 100, expected 125"):
+        merge_lora.main(["--check", out, "--step", "125"])
