@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opsd.checkpoints import MARKER
 from opsd.errors import ArtefactError
 from opsd.manifest import MANIFEST_NAME, read_json_object, read_manifest, same_source
 
@@ -51,6 +52,9 @@ def read_adapter(path: Path | str) -> Adapter:
         raise ArtefactError(f"no checkpoint at {folder}{_others(folder)}")
     if not (folder / WEIGHTS_NAME).is_file() and (folder / "adapter_model.bin").is_file():
         raise ArtefactError(f"{folder} holds pickled weights (adapter_model.bin), which are not loaded here")
+    manifest = _run_manifest(folder)
+    if manifest is not None:
+        _check_marker(folder)
     config = read_json_object(folder / CONFIG_NAME, what="adapter configuration")
     if config.get("peft_type") != "LORA":
         raise ArtefactError(f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r}, not LORA")
@@ -60,8 +64,22 @@ def read_adapter(path: Path | str) -> Adapter:
         base_model=str(base_model),
         rank_shapes=_shapes(folder / WEIGHTS_NAME),
         step=_step(folder),
-        manifest=_run_manifest(folder),
+        manifest=manifest,
     )
+
+
+def _check_marker(folder: Path) -> None:
+    """Compare the files that a merge reads with the marker that training writes last."""
+    sizes = read_json_object(folder / MARKER, what="marker of a completed checkpoint").get("files")
+    for name in (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME):
+        recorded = sizes.get(name) if isinstance(sizes, dict) else None
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found is None:
+            raise ArtefactError(f"the checkpoint {folder} is not complete: {name} is missing")
+        if found != recorded:
+            raise ArtefactError(
+                f"the checkpoint {folder} is damaged: {name} has {found} bytes, not {recorded}"
+            )
 
 
 def _others(folder: Path) -> str:

@@ -23,6 +23,7 @@ from transformers import (
 
 import merge_lora
 import opsd.files
+from opsd.checkpoints import mark_complete
 from opsd.errors import ArtefactError, UsageError
 from opsd.manifest import SENTINEL_NAME, check_merged, read_manifest, run_manifest, write_manifest
 
@@ -76,6 +77,9 @@ def train_nothing(base: Path, run: Path, *, step: int = 100, targets=TARGETS, **
     checkpoint = run / f"checkpoint-{step}"
     model.save_pretrained(checkpoint)
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 150}))
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (checkpoint / name).write_bytes(b"not read by a merge")
+    mark_complete(checkpoint)
     write_manifest(run, manifest_of(run.name, base))
     return checkpoint
 
@@ -285,17 +289,43 @@ def cut(path: Path) -> None:
         ("adapter_model.safetensors", Path.unlink, "adapter_model.safetensors is missing"),
         ("adapter_model.safetensors", cut, "damaged"),
         ("adapter_model.safetensors", lambda p: p.write_bytes(b""), "damaged"),
-        ("adapter_config.json", Path.unlink, "no adapter configuration"),
-        ("adapter_config.json", cut, "not valid JSON"),
-        ("adapter_config.json", lambda p: p.write_text('{"peft_type": "IA3"}'), "not LORA"),
+        ("adapter_config.json", Path.unlink, "adapter_config.json is missing"),
+        ("adapter_config.json", cut, "damaged"),
         ("trainer_state.json", Path.unlink, "not complete: trainer_state.json"),
-        ("trainer_state.json", lambda p: p.write_text('{"global_step": 75}'), "says step 75"),
+        (".complete", Path.unlink, "no marker"),
+        (".complete", cut, "not valid JSON"),
         ("../manifest.json", cut, "manifest .* not valid JSON"),
     ],
 )
 def test_damaged_checkpoints_are_refused(world, tmp_path, name, damage, words):
     base, checkpoint = world
     refused(ArtefactError, words, tmp_path, base, damaged(checkpoint, tmp_path, name, damage))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("adapter_model.safetensors", Path.unlink, "adapter_model.safetensors is missing"),
+        ("adapter_model.safetensors", cut, "damaged"),
+        ("adapter_model.safetensors", lambda p: p.write_bytes(b""), "damaged"),
+        ("adapter_config.json", Path.unlink, "no adapter configuration"),
+        ("adapter_config.json", cut, "not valid JSON"),
+        ("adapter_config.json", lambda p: p.write_text('{"peft_type": "IA3"}'), "not LORA"),
+        ("trainer_state.json", Path.unlink, "not complete: trainer_state.json"),
+        ("trainer_state.json", lambda p: p.write_text('{"global_step": 75}'), "says step 75"),
+    ],
+)
+def test_damage_is_found_without_our_marker_too(world, tmp_path, name, damage, words):
+    base, checkpoint = world
+    broken = damaged(checkpoint, tmp_path, name, damage)
+    (broken.parent / "manifest.json").unlink()
+    refused(ArtefactError, words, tmp_path, base, broken)
+
+
+def test_the_optimizer_state_may_be_deleted(world, tmp_path):
+    base, checkpoint = world
+    slim = damaged(checkpoint, tmp_path, "optimizer.pt", Path.unlink)
+    merge_lora.merge(str(base), slim, tmp_path / "m")
 
 
 def test_missing_checkpoint_names_those_that_exist(world, tmp_path):
@@ -321,9 +351,14 @@ def test_missing_matrices_are_refused(world, tmp_path):
         kept = {k: v for k, v in load_file(path).items() if not ("layers.1.mlp.up_proj" in k and side in k)}
         save_file(kept, path)
 
-    one_side = damaged(checkpoint, tmp_path / "a", "adapter_model.safetensors", lambda p: drop(p, "lora_B"))
+    def without(name: str, side: str) -> Path:
+        folder = damaged(checkpoint, tmp_path / name, "adapter_model.safetensors", lambda p: drop(p, side))
+        (folder.parent / "manifest.json").unlink()
+        return folder
+
+    one_side = without("a", "lora_B")
     refused(ArtefactError, "up_proj has only its lora_A", tmp_path, base, one_side)
-    both = damaged(checkpoint, tmp_path / "b", "adapter_model.safetensors", lambda p: drop(p, "lora_"))
+    both = without("b", "lora_")
     refused(ArtefactError, "targets 14 modules, its weights 13", tmp_path, base, both)
 
 
