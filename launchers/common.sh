@@ -13,7 +13,7 @@ VENV="${VENV:-$REPO_ROOT/.venv}"
 DRY_RUN="${DRY_RUN:-0}"
 # shellcheck disable=SC2034  # read by the launchers that source this
 METHODS=(opsd eopd reopold pwopsd)
-export REPO_ROOT VENV
+export REPO_ROOT VENV DRY_RUN
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"
 export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-0}"
 # A library that finds a tokenizer's threads after a fork only warns about it.

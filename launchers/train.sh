@@ -21,7 +21,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 EFFECTIVE_BATCH=32
 
 usage() {
-  die 2 "$1. Usage: bash launchers/train.sh MODEL METHOD [flags]; MODEL: $(model_tags); METHOD: ${METHODS[*]}"
+  die 2 "$1. Usage: bash launchers/train.sh MODEL METHOD [flags];\
+ MODEL: $(model_tags); METHOD: ${METHODS[*]}"
 }
 
 model_tags() {
@@ -40,7 +41,8 @@ refuse_own_flags() {
     name="${flag%%=*}"
     name="${name//-/_}"
     case "${name#__}" in
-      method | model_name_or_path) die 2 "$flag is set by the launcher: train.sh MODEL METHOD, BASE_MODEL_PATH" ;;
+      method | model_name_or_path)
+        die 2 "$flag is set by the launcher: train.sh MODEL METHOD, BASE_MODEL_PATH" ;;
       output_dir | run_name) die 2 "$flag is set by the launcher: use RUN_NAME and OUTPUT_ROOT" ;;
       per_device_train_batch_size | gradient_accumulation_steps)
         die 2 "$flag is set by the launcher: use NUM_PROCESSES and PER_DEVICE_BATCH" ;;
@@ -93,14 +95,17 @@ check_batch() {
   is_count "$PER_DEVICE_BATCH" || die 2 "PER_DEVICE_BATCH=$PER_DEVICE_BATCH: give a number of sequences, such as 2"
   local per_micro_batch=$((NUM_PROCESSES * PER_DEVICE_BATCH))
   if ((EFFECTIVE_BATCH % per_micro_batch != 0)); then
-    die 2 "NUM_PROCESSES=$NUM_PROCESSES x PER_DEVICE_BATCH=$PER_DEVICE_BATCH does not divide the effective batch of $EFFECTIVE_BATCH; choose both so that it does"
+    die 2 "NUM_PROCESSES=$NUM_PROCESSES x PER_DEVICE_BATCH=$PER_DEVICE_BATCH does not divide the effective batch of\
+ $EFFECTIVE_BATCH; choose both so that it does"
   fi
   ACCUMULATION=$((EFFECTIVE_BATCH / per_micro_batch))
   if [[ "$DEVICE" == gpu && "$DRY_RUN" != 1 ]]; then
     local gpus
     gpus="$(visible_gpus)"
-    ((gpus > 0)) || die 2 "$MODEL needs NVIDIA GPUs and none is visible; the small world does not: bash launchers/quickstart.sh"
-    ((NUM_PROCESSES <= gpus)) || die 2 "NUM_PROCESSES=$NUM_PROCESSES, but $gpus GPU(s) are visible; lower NUM_PROCESSES (the effective batch stays $EFFECTIVE_BATCH)"
+    ((gpus > 0)) || die 2 "$MODEL needs NVIDIA GPUs and none is visible; the small world does not:\
+ bash launchers/quickstart.sh"
+    ((NUM_PROCESSES <= gpus)) || die 2 "NUM_PROCESSES=$NUM_PROCESSES, but $gpus GPU(s) are visible; lower\
+ NUM_PROCESSES (the effective batch stays $EFFECTIVE_BATCH)"
   fi
 }
 
@@ -111,7 +116,8 @@ choose_launch() {
   else
     local config="$REPO_ROOT/launchers/accelerate_4gpu.yaml"
     [[ "$DEVICE" == cpu ]] && config="$REPO_ROOT/launchers/accelerate_cpu.yaml"
-    LAUNCH=("$VENV_PYTHON" "$REPO_ROOT/launchers/accelerate_launch.py" --config_file "$config" --num_processes "$NUM_PROCESSES")
+    LAUNCH=("$VENV_PYTHON" "$REPO_ROOT/launchers/accelerate_launch.py")
+    LAUNCH+=(--config_file "$config" --num_processes "$NUM_PROCESSES")
   fi
 }
 
@@ -169,7 +175,10 @@ TRAIN_FLAGS=(
 if [[ "$ROLLOUT" == vllm && -n "$VLLM_MEMORY_SHARE" ]]; then
   TRAIN_FLAGS+=(--vllm_gpu_memory_utilization "$VLLM_MEMORY_SHARE")
 fi
-TRAIN_FLAGS+=("${MODEL_FLAGS[@]}" --resume_from_checkpoint auto "$@")
+if [[ "$DEVICE" == gpu && -n "${PWOPSD_TRAIN_DATASET:-}" ]]; then
+  TRAIN_FLAGS+=(--train_dataset "$PWOPSD_TRAIN_DATASET")
+fi
+TRAIN_FLAGS+=(${MODEL_FLAGS[@]+"${MODEL_FLAGS[@]}"} --resume_from_checkpoint auto "$@")
 
 if [[ "$DRY_RUN" != 1 ]]; then
   mkdir -p -- "$RUN_DIR" || die 3 "cannot create $RUN_DIR"
@@ -182,7 +191,8 @@ if [[ "$DRY_RUN" != 1 ]]; then
     say "$MERGED_DIR is complete; nothing to do"
     exit 0
   fi
-  say "training $RUN_NAME: $NUM_PROCESSES x $PER_DEVICE_BATCH x $ACCUMULATION = $EFFECTIVE_BATCH sequences a step, rollouts by $ROLLOUT"
+  say "training $RUN_NAME: $NUM_PROCESSES ranks x $PER_DEVICE_BATCH sequences x $ACCUMULATION micro-batches" \
+    "= $EFFECTIVE_BATCH a step, rollouts by $ROLLOUT"
 fi
 run "${LAUNCH[@]}" "$REPO_ROOT/ea_opsd_train.py" "${TRAIN_FLAGS[@]}"
 [[ "$DRY_RUN" == 1 ]] || say "merging checkpoint-$MERGE_STEP into $MERGED_DIR"
