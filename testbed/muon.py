@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024) in float32, equal shapes orthogonalised together.
 
 `torch.optim.Muon` runs its Newton-Schulz iteration in bfloat16, one matrix after another. On a CPU without
-bfloat16 instructions that takes longer than the forward and backward pass of the small model; this one takes a
-twentieth of it and follows the same update.
+bfloat16 instructions that takes longer than the forward and backward pass of the small model; this one takes
+about a twentieth of that time for the same update.
 """
 
 from __future__ import annotations

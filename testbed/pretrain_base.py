@@ -2,11 +2,11 @@
 
 Train the small world's base model from scratch and write it, with its tokenizer, to testbed/base_model/.
 
-The mixture, each step: the student's prompt and the evaluation prompt answered by a writer who slips (more and
-more often towards the end of a solution), and the privileged teacher's prompt answered without slips. One network
-thus has the two contexts that the method needs: it is fallible when it sees the problem alone, and reliable when
-it sees the reference solution too. In a part of the teacher's examples slips are forced into the text but never
-learned, so that the teacher also knows how to go on behind a student's slip.
+The mixture, each step: the student's prompt and the evaluation prompt answered by a writer who slips (more
+and more often towards the end of a solution), and the privileged teacher's prompt answered without slips.
+One network thus has the two contexts that the method needs: it is fallible when it sees the problem alone,
+and reliable when it sees the reference solution too. In a part of the teacher's examples slips are forced
+into the text but never learned, so that the teacher also knows how to go on behind a student's slip.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Recipe:
     Attributes:
         steps: optimizer steps.
         examples: sequences per step and prompt; the teacher's prompt gets twice as many.
-        fewest, most: operations per problem, uniformly drawn. More than the training set's, so that the harder
-            held-out set is not out of reach.
+        fewest, most: operations per problem, uniformly drawn. They reach beyond the training set's, so that
+            the harder held-out set is not out of reach.
         first_slip, last_slip: chance of a slip at the first and at the last operation.
         forced_share: share of the teacher's examples in which slips are forced and masked.
         muon_lr, adamw_lr: peak learning rates for the matrices of the layers, and for embeddings and norms.
@@ -201,6 +201,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
 def build_optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings and norms."""
     import torch
+
     from testbed.muon import Muon
 
     matrices = [
@@ -251,8 +252,9 @@ def train(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen3ForCausalL
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write model, tokenizer, chat template and generation configuration, whole or not at all."""
-    from opsd.files import atomic_directory
     from transformers import GenerationConfig
+
+    from opsd.files import atomic_directory
 
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -278,6 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     import torch
+
     from opsd.errors import UsageError
     from testbed.tokenizer import build_tokenizer
 

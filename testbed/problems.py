@@ -1,15 +1,15 @@
 """python testbed/problems.py
 
-Write the small world's problems to testbed/data/{train,heldout,heldout_hard}.jsonl, byte for byte the same each
-time. `--check` compares instead of writing.
+Write the small world's problems to testbed/data/{train,heldout,heldout_hard}.jsonl, byte for byte the same
+each time. `--check` compares instead of writing.
 
-A problem is a chain of additions and subtractions, "Compute 36+35-41+36+21.", whose every running total lies in
-15..99; its reference solution writes each running total down and ends in `\\boxed{}`. The same module writes the
-texts with slips (a forgotten carry, units off by one; what follows builds on the slip) from which the base model
-learns to be right only part of the time.
+A problem is a chain of additions and subtractions, "Compute 36+35-41+36+21.", whose every running total
+lies in 15..99; its reference solution writes each running total down and ends in `\\boxed{}`. The same
+module writes the texts with slips (a forgotten carry, units off by one; what follows builds on the slip)
+from which the base model learns to be right only part of the time.
 
-Everything here is a pure function of its arguments and the generator passed in (`random.Random`, whose integer
-methods give the same stream on every platform and Python 3 release in use).
+Everything here is a pure function of its arguments and the generator passed in. `random.Random` gives the
+same stream for the same seed on every platform.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def slipped_totals(
         last: chance of a slip at the last operation; linear in between.
 
     Returns:
-        The totals as written, and for each whether that very operation slipped. A slip that would drive this or
-        a later total out of 10..99 does not happen.
+        The totals as written, and for each whether that very operation slipped. A slip that would drive this
+        or a later total out of 10..99 does not happen.
     """
     written: list[int] = []
     slips: list[bool] = []
@@ -161,7 +161,7 @@ def slipped_totals(
         amounts = [
             amount
             for amount in slip_amounts(total, term)
-            if SMALLEST_SLIPPED <= min(later) + offset + amount
+            if min(later) + offset + amount >= SMALLEST_SLIPPED
             and max(later) + offset + amount <= LARGEST_SLIPPED
         ]
         # Drawn whether or not a slip is possible: the stream then does not depend on the outcome.

@@ -21,9 +21,9 @@ PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINK = ("<think>", "</think>")
 VOCABULARY = 1280
 
-# Each digit alone, and each sign between digits; everything else in runs up to the next digit, so that what a
-# prompt repeats becomes one token ("assistant\n", ". Then, ", the whole request to reason step by step). On a CPU
-# the teacher's pass is then three times as fast as with one token per word.
+# Each digit alone, and each sign behind a digit; everything else in runs up to the next digit, so that what a
+# prompt repeats becomes one token ("assistant\n", ". Then, ", the whole request to reason step by step): the
+# teacher's prompt has 120 tokens where one token per word takes 270.
 PIECES = r"\d|(?<=\d)[+\-=]|[^\d]+"
 
 CHAT_TEMPLATE = """\
@@ -39,8 +39,8 @@ CHAT_TEMPLATE = """\
 """
 
 
-def corpus(rows: int = 2000) -> Iterator[str]:
-    """The texts that the merges are learned from: what stands between special tokens in the rendered prompts."""
+def corpus(rows: int = 1000) -> Iterator[str]:
+    """The texts that the merges are learned from: what rendered prompts hold between special tokens."""
     rng = random.Random("tokenizer")
     for _ in range(rows):
         problem = draw_problem(rng, rng.randint(4, 9))
