@@ -169,7 +169,7 @@ def answer_text(value: Any) -> str:
 # -- sources -------------------------------------------------------------------------------------------------
 
 
-def hub_rows(hub_id: str, split: str) -> list[dict[str, Any]]:
+def hub_rows(hub_id: str, split: str, *, remedy: str = "pass --dataset_path FILE") -> list[dict[str, Any]]:
     """Rows of a dataset on the hub, or in the local cache when offline.
 
     Raises:
@@ -184,7 +184,7 @@ def hub_rows(hub_id: str, split: str) -> list[dict[str, Any]]:
         first_line = (str(error).splitlines() or [""])[0]
         raise ArtefactError(
             f"cannot load {hub_id} (split {split}): {type(error).__name__}: {first_line}; connect to the hub "
-            "once, set HF_HOME to a cache that holds it, or pass --dataset_path FILE"
+            f"once, set HF_HOME to a cache that holds it, or {remedy}"
         ) from error
 
 
