@@ -1,0 +1,266 @@
+"""python summarize_results.py [PATTERN ...] [--format md|csv|latex] [--output FILE] [--plot FILE.png]
+
+Puts result files into the paper's table: a row for each method and model, a column for each benchmark, mean ±
+sample standard deviation of Avg@n over the evaluation seeds, and the equal-weight mean of the benchmarks.
+The paper's own numbers stand below, labelled as such. Pass@n, Maj@n and bootstrap intervals over problems
+follow, then the commands that would fill the cells that are missing.
+
+Runs of different regimes are never averaged: they are refused with the differing fields named. A damaged or
+foreign file is reported and skipped, and the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from opsd.errors import UsageError, printable, run_cli
+from opsd.files import atomic_write_bytes, atomic_write_text
+from opsd.summary import METRICS, Row, Statistic, Table, build_tables, collect, missing_commands, paper_row
+
+DEFAULT_PATTERN = "eval_results/*_38k*.json"
+PAPER_NUMBERS = Path(__file__).resolve().parent / "opsd" / "paper_numbers.json"
+DASH = "—"
+TITLES = {"opsd": "OPSD", "eopd": "EOPD", "reopold": "REOPOLD", "pwopsd": "PW-OPSD", "base": "Base model"}
+COLUMNS = {"math500": "MATH-500", "aime24": "AIME 2024", "aime25": "AIME 2025", "hmmt25": "HMMT 2025"}
+METRIC_TITLES = {"average": "Avg", "pass": "Pass", "majority": "Maj"}
+
+
+# -- cells as text -------------------------------------------------------------------------------------------
+
+
+def with_deviation(statistic: Statistic | None) -> str:
+    """`66.67 ± 1.27`, without ± for a single run."""
+    if statistic is None:
+        return DASH
+    return f"{statistic.mean:.2f}" + ("" if statistic.deviation is None else f" ± {statistic.deviation:.2f}")
+
+
+def with_interval(statistic: Statistic | None) -> str:
+    """`66.67 [60.10, 72.85]`."""
+    if statistic is None:
+        return DASH
+    return f"{statistic.mean:.2f} [{statistic.interval[0]:.2f}, {statistic.interval[1]:.2f}]"
+
+
+def row_title(row: Row) -> str:
+    """The method's name, with the number of training seeds where there are several."""
+    seeds = {run.training_seed for cell in row.cells.values() for run in cell.runs}
+    title = TITLES.get(row.method, row.method)
+    return f"{title} ({len(seeds)} training seeds)" if len(seeds) > 1 else title
+
+
+def grid(table: Table, metric: str, text: Callable[[Statistic | None], str]) -> list[list[str]]:
+    """Header and rows of one metric of one table."""
+    name = f"{METRIC_TITLES[metric]}@{table.val_n}"
+    header = ["method", *(COLUMNS.get(column, column) for column in table.columns)]
+    lines = [[*header, f"{name} of {len(table.averaged)}"]]
+    for row in table.rows:
+        cells = [row.cells[c].statistic(metric) if c in row.cells else None for c in table.columns]
+        lines.append([row_title(row), *map(text, cells), text(row.average(metric, table.averaged))])
+    return lines
+
+
+def paper_lines(table: Table, numbers: dict) -> list[list[str]]:
+    """The paper's rows in the columns of `table`."""
+    lines = []
+    for title, cells, mean in paper_row(numbers, table.model):
+        by_name = dict(zip(numbers["benchmarks"], cells, strict=True))
+        texts = [
+            f"{by_name[c][0]:.2f} ± {by_name[c][1]:.2f}" if c in by_name else DASH for c in table.columns
+        ]
+        lines.append([f"{title} (paper)", *texts, f"{mean:.2f}"])
+    return lines
+
+
+def sections(table: Table, numbers: dict) -> list[tuple[str, list[list[str]]]]:
+    """(title, lines) of everything that is said about one model."""
+    name = f"@{table.val_n}"
+    main = grid(table, "average", with_deviation) + paper_lines(table, numbers)
+    return [
+        (f"{table.model}: Avg{name}, mean ± sample standard deviation over seeds (percent)", main),
+        (
+            f"{table.model}: Avg{name} with 95 % bootstrap interval over problems",
+            grid(table, "average", with_interval),
+        ),
+        (f"{table.model}: Pass{name}", grid(table, "pass", with_deviation)),
+        (f"{table.model}: Maj{name}", grid(table, "majority", with_deviation)),
+    ]
+
+
+# -- formats -------------------------------------------------------------------------------------------------
+
+
+def markdown(title: str, lines: list[list[str]]) -> str:
+    escaped = [[printable(cell).replace("|", "\\|") for cell in line] for line in lines]
+    rows = [f"| {' | '.join(line)} |" for line in escaped]
+    return "\n".join([f"### {printable(title)}\n", rows[0], f"|{' --- |' * len(lines[0])}", *rows[1:]]) + "\n"
+
+
+def latex(title: str, lines: list[list[str]]) -> str:
+    def escape(cell: str) -> str:
+        for char in "&%_#$":
+            cell = cell.replace(char, f"\\{char}")
+        return cell.replace("±", "$\\pm$").replace(DASH, "--")
+
+    body = [" & ".join(escape(printable(cell)) for cell in line) + " \\\\" for line in lines]
+    columns = "l" + "c" * (len(lines[0]) - 1)
+    return "\n".join(
+        [
+            f"% {printable(title)}",
+            f"\\begin{{tabular}}{{{columns}}}",
+            "\\toprule",
+            body[0],
+            "\\midrule",
+            *body[1:],
+            "\\bottomrule",
+            "\\end{tabular}\n",
+        ]
+    )
+
+
+def csv_text(tables: Sequence[Table], numbers: dict) -> str:
+    """One line for each statistic, in percent."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        ["source", "model", "method", "benchmark", "metric", "mean", "deviation", "runs", "low95", "high95"]
+    )
+
+    def write(row: Row, column: str, metric: str, s: Statistic | None) -> None:
+        if s is not None:
+            deviation = "" if s.deviation is None else f"{s.deviation:.4f}"
+            low, high = (f"{bound:.4f}" for bound in s.interval)
+            writer.writerow(
+                [
+                    "ours",
+                    row.model,
+                    row.method,
+                    column,
+                    metric,
+                    f"{s.mean:.4f}",
+                    deviation,
+                    s.count,
+                    low,
+                    high,
+                ]
+            )
+
+    for table in tables:
+        for row in table.rows:
+            for metric in METRICS:
+                for column, cell in row.cells.items():
+                    write(row, column, metric, cell.statistic(metric))
+                write(row, f"mean of {len(table.averaged)}", metric, row.average(metric, table.averaged))
+        for title, cells, mean in paper_row(numbers, table.model):
+            for column, (value, deviation) in zip(numbers["benchmarks"], cells, strict=True):
+                writer.writerow(["paper", table.model, title, column, "average", value, deviation, 3, "", ""])
+            writer.writerow(["paper", table.model, title, "mean of 4", "average", mean, "", "", "", ""])
+    return buffer.getvalue()
+
+
+def render(tables: Sequence[Table], numbers: dict, form: str, seeds: Sequence[int]) -> str:
+    """All tables and, but for csv, the commands that would fill what is missing."""
+    if form == "csv":
+        return csv_text(tables, numbers)
+    one = markdown if form == "md" else latex
+    parts = [one(*section) for table in tables for section in sections(table, numbers)]
+    commands = [command for table in tables for command in missing_commands(table, seeds)]
+    if commands:
+        listing = "\n".join(map(printable, commands))
+        parts.append(
+            f"### Commands that fill the missing cells\n\n```\n{listing}\n```\n"
+            if form == "md"
+            else "% missing:\n" + "\n".join(f"% {command}" for command in listing.splitlines()) + "\n"
+        )
+    return "\n".join(parts)
+
+
+# -- the plot ------------------------------------------------------------------------------------------------
+
+
+def plot(tables: Sequence[Table], numbers: dict, path: Path) -> None:
+    """Avg@n by benchmark and method with the bootstrap interval; the paper's values as open diamonds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(tables), 1, figsize=(9, 3.6 * len(tables)), squeeze=False)
+    for axis, table in zip(axes[:, 0], tables, strict=True):
+        _plot_table(axis, table, numbers)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    pyplot.close(figure)
+    atomic_write_bytes(path, buffer.getvalue())
+
+
+def _plot_table(axis, table: Table, numbers: dict) -> None:
+    rows = [row for row in table.rows if row.cells]
+    width = 0.8 / max(len(rows), 1)
+    paper = {title.split()[0].lower(): cells for title, cells, _ in reversed(paper_row(numbers, table.model))}
+    for index, row in enumerate(rows):
+        offset = (index - (len(rows) - 1) / 2) * width
+        colour = f"C{index}"
+        label = row_title(row)
+        for position, column in enumerate(table.columns):
+            if column in row.cells:
+                s = row.cells[column].statistic("average")
+                error = [[s.mean - s.interval[0]], [s.interval[1] - s.mean]]
+                axis.bar(position + offset, s.mean, width, color=colour, alpha=0.75, label=label)
+                axis.errorbar(position + offset, s.mean, error, color="black", capsize=3, linewidth=1)
+                label = None
+            reference = paper.get(TITLES.get(row.method, "").lower())
+            if reference and column in numbers["benchmarks"]:
+                value = reference[numbers["benchmarks"].index(column)][0]
+                axis.plot(position + offset, value, "D", color=colour, markerfacecolor="white", markersize=5)
+    if paper:
+        axis.plot([], [], "D", color="gray", markerfacecolor="white", label="paper")
+    axis.set_xticks(range(len(table.columns)), [COLUMNS.get(column, column) for column in table.columns])
+    axis.set_ylabel(f"Avg@{table.val_n} (%)")
+    axis.set_ylim(0, 100)
+    axis.set_title(f"{table.model} (whiskers: 95 % bootstrap interval over problems)")
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("patterns", nargs="*", default=[DEFAULT_PATTERN], metavar="PATTERN")
+    parser.add_argument("--format", choices=("md", "csv", "latex"), default="md")
+    parser.add_argument("--output", type=Path, help="write the tables here instead of on the terminal")
+    parser.add_argument("--plot", type=Path, help="write a PNG with every model's bars")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="evaluation seeds expected")
+    args = parser.parse_args(argv)
+    if args.plot and args.plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot writes a PNG; name it .png, not {args.plot}")
+    paths = sorted({Path(name) for pattern in args.patterns for name in glob.glob(pattern, recursive=True)})
+    if not paths:
+        raise UsageError(f"no file matches {' '.join(args.patterns)!r}")
+    skipped: list[str] = []
+    runs = collect(paths, skipped.append)
+    for message in skipped:
+        print(f"skipped: {printable(message)}", file=sys.stderr)
+    numbers = json.loads(PAPER_NUMBERS.read_text("utf-8"))
+    tables = build_tables(runs)
+    text = render(tables, numbers, args.format, args.seeds)
+    if args.output:
+        atomic_write_text(args.output, text)
+    else:
+        print(text, end="")
+    if args.plot and tables:
+        plot(tables, numbers, args.plot)
+    return 1 if skipped else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))
