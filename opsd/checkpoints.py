@@ -93,8 +93,8 @@ def resolve_resume(run_folder: Path, asked: str | None) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
-        asked: None starts afresh, "auto" or "True" takes the newest whole one (None without one), anything else
-            is a folder.
+        asked: None starts afresh, "auto" or "True" takes the newest whole one (None without one), anything
+            else is a folder.
 
     Raises:
         ArtefactError: the folder is not a whole checkpoint; or checkpoints exist and nothing was asked.

@@ -73,7 +73,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, message: str, *, enable_thinking
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: list[str]) -> list[list[int]]:
     """Token ids of rendered prompts, many at once.
 
-    The template has written the special tokens already; a second beginning-of-sequence would shift everything.
+    The template has written the special tokens already; a second beginning-of-sequence would shift the rest.
     """
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from transformers import ProgressCallback, TrainerCallback
 
@@ -61,7 +61,7 @@ class MetricsFile(TrainerCallback):
 class ConciseProgress(ProgressCallback):
     """The Trainer's progress bar with one short line a log; metrics.jsonl has the rest."""
 
-    SHOWN = {
+    SHOWN: ClassVar[dict[str, str]] = {
         "loss": "loss {:.4g}",
         "loss/divergence": "divergence {:.4g}",
         "grad_norm": "gradient {:.3g}",
