@@ -16,7 +16,13 @@ import torch.distributed as dist
 from opsd import vllm_setup
 from opsd.errors import ArtefactError, UsageError
 from opsd.rollout import Completion, Request, Sampling
-from opsd.vllm_process import EngineState, private_model_classes, process_group_kept, quiet_loggers
+from opsd.vllm_process import (
+    EngineState,
+    groups_taken_down_with_care,
+    private_model_classes,
+    quiet_loggers,
+    take_down_groups,
+)
 from opsd.vllm_push import (
     PushReport,
     WeightPushError,
@@ -24,6 +30,7 @@ from opsd.vllm_push import (
     check_pushable,
     pushed_weights,
     reload_in_worker,
+    unit_of,
 )
 
 if TYPE_CHECKING:
@@ -94,15 +101,18 @@ class VLLMEngine:
         config = vllm_setup.read_config(model_path, trust_remote_code)
         self.model_path, self.max_model_len, self.vocab_size = model_path, max_model_len, config.vocab_size
         self.end_ids = vllm_setup.end_token_ids(model_path, config, trust_remote_code)
-        if "VLLM_LOGGING_LEVEL" not in os.environ:
+        environment: dict[str, str] = {}
+        if not {"VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH"} & set(os.environ):
             quiet_loggers()
-        environment = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
+            environment["VLLM_CONFIGURE_LOGGING"] = "0"
         environment |= {} if self._placement == "mp" else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         if self._placement == "external_launcher":
             environment |= vllm_setup.launcher_environment()
         self._state = EngineState(environment)
         self._asleep: set[str] = set()
+        self._reached: set[str] = set()  # the parts of the model that pushes have written
         self._unusable: str | None = None
+        self._llm: LLM | None = None
         arguments: dict[str, Any] = {
             "model": model_path,
             "skip_tokenizer_init": True,
@@ -156,6 +166,8 @@ class VLLMEngine:
                 if self._lora is not None:
                     self._llm.llm_engine.add_lora(self._lora)
             except (VLLMError, RuntimeError, ValueError, OSError, MemoryError) as error:
+                if self._llm is None:
+                    take_down_groups(group_is_callers=group_was_there, others_alive=bool(_ALIVE))
                 what = "with its adapter " if lora is not None else ""
                 raise ArtefactError(
                     f"vLLM could not load {self.model_path} {what}({_first_line(error)}). If memory is "
@@ -221,12 +233,14 @@ class VLLMEngine:
         expected = check_pushable(model)
         self._check_alive()
         report = PushReport()
+        stream = pushed_weights(model, report, self._reached)
         self._unusable = "its last weight push did not succeed"
         with self._state:
             self._wake(["weights"])
-            self._llm.collective_rpc(reload_in_worker, args=(pushed_weights(model, report), report))
+            self._llm.collective_rpc(reload_in_worker, args=(stream, report))
             if not self._llm.reset_prefix_cache():
                 raise WeightPushError("the engine kept key-value blocks of the former weights")
+        self._reached |= {unit_of(name) for name in report.sent}
         check_complete(report, expected)
         self._unusable = None
 
@@ -340,7 +354,7 @@ def _load(arguments: dict[str, Any]) -> LLM:
 
 def _shut_down(llm: LLM, state: EngineState, key: int, group_was_there: bool) -> None:
     _ALIVE.discard(key)
-    with state, process_group_kept(group_was_there or bool(_ALIVE)):
+    with state, groups_taken_down_with_care(group_is_callers=group_was_there, others_alive=bool(_ALIVE)):
         llm.llm_engine.engine_core.shutdown()
 
 

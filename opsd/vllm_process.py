@@ -15,7 +15,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -86,20 +86,24 @@ class EngineState:
     were, with the random state of torch (CPU and CUDA), numpy and Python, the default dtype, gradient mode,
     CUDA device, CPU affinity and the root logger.
 
+    The engines of a process share these values: vLLM's CPU attention gives wrong results, silently, to an
+    engine that runs with another thread count than an earlier one did.
+
     Args:
         environment: variables that hold while the engine runs.
     """
 
+    _engines: ClassVar[list[Any] | None] = None  # a value for each of _SWAPPED
+
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self._changes: dict[str, str | None] = dict(environment or {})
-        self._own: list[Any] | None = None
         self._stack: list[contextlib.AbstractContextManager[None]] = []
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
         kept, callers, before = _kept_settings(), [read() for read, _ in _SWAPPED], dict(os.environ)
         _set_environment(before | self._changes)
-        for (_, write), value in zip(_SWAPPED, self._own or callers, strict=True):
+        for (_, write), value in zip(_SWAPPED, EngineState._engines or callers, strict=True):
             write(value)
         entered = dict(os.environ)
         try:
@@ -109,7 +113,7 @@ class EngineState:
             for name in entered.keys() | after.keys():
                 if entered.get(name) != after.get(name):
                     self._changes[name] = after.get(name)
-            self._own = [read() for read, _ in _SWAPPED]
+            EngineState._engines = [read() for read, _ in _SWAPPED]
             _set_environment(before)
             for (_, write), value in zip(_SWAPPED, callers, strict=True):
                 write(value)
@@ -136,7 +140,8 @@ def _set_environment(wanted: Mapping[str, str | None]) -> None:
 
 
 def quiet_loggers() -> None:
-    """Hold back vLLM's warnings about what this project does on purpose. Errors still pass."""
+    """Warnings and errors only, through the caller's own logging, less what this project does on purpose."""
+    logging.getLogger("vllm").setLevel(logging.WARNING)
     for name in _CHATTY:
         chatty = logging.getLogger(name)
         if _is_error not in chatty.filters:
@@ -176,27 +181,35 @@ def private_model_classes() -> Iterator[None]:
             AutoModel._model_mapping._extra_content.pop(config_class, None)
 
 
-@contextlib.contextmanager
-def process_group_kept(owned_elsewhere: bool) -> Iterator[None]:
-    """Keeps an engine's shutdown from destroying a default process group that it did not make.
+def take_down_groups(*, group_is_callers: bool, others_alive: bool) -> None:
+    """Undo vLLM's process groups, but neither the caller's default group nor those of another engine here."""
+    from vllm import envs
+    from vllm.distributed import parallel_state
 
-    Args:
-        owned_elsewhere: the group existed before the engine, or another engine in this process still uses it.
-    """
-    if not owned_elsewhere:
-        yield
-        return
+    envs.disable_envs_cache()
+    if not others_alive:
+        parallel_state.destroy_model_parallel()
+        if group_is_callers:
+            if parallel_state._WORLD is not None:
+                parallel_state._WORLD.destroy()
+            parallel_state._WORLD = parallel_state._NODE_COUNT = None
+        else:
+            parallel_state.destroy_distributed_environment()
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def groups_taken_down_with_care(*, group_is_callers: bool, others_alive: bool) -> Iterator[None]:
+    """Within it an engine's shutdown does `take_down_groups` instead of destroying the default group."""
     from vllm.v1.engine import core
 
     tear_down = core.cleanup_dist_env_and_memory
-    core.cleanup_dist_env_and_memory = _release_memory
+    core.cleanup_dist_env_and_memory = lambda *_: take_down_groups(
+        group_is_callers=group_is_callers, others_alive=others_alive
+    )
     try:
         yield
     finally:
         core.cleanup_dist_env_and_memory = tear_down
-
-
-def _release_memory(shutdown_ray: bool = False) -> None:
-    gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

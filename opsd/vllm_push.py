@@ -68,8 +68,12 @@ def check_pushable(model: PeftModel) -> list[str]:
     return names
 
 
-def pushed_weights(model: PeftModel, report: PushReport) -> Iterator[tuple[str, Tensor]]:
+def pushed_weights(
+    model: PeftModel, report: PushReport, earlier: Iterable[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight of every unit that holds an adapted matrix, one at a time, a unit's weights side by side.
+
+    The units in `earlier`, which former pushes reached, follow: one without an adapter now is the base again.
 
     An error while a matrix is formed ends the stream and is kept in `report.error`: raised here, it would
     leave vLLM in the middle of a reload.
@@ -87,6 +91,10 @@ def pushed_weights(model: PeftModel, report: PushReport) -> Iterator[tuple[str, 
             report.sent.append(name)
             yield name, matrix
             del matrix
+        for unit in sorted(set(earlier) & units.keys()):
+            for name, parameter in units.pop(unit):
+                report.sent.append(name)
+                yield name, parameter
     except (RuntimeError, MemoryError, UsageError) as error:
         report.error = error
 
