@@ -108,22 +108,35 @@ def build_engine(config: EvalConfig, facts: ModelFacts, tokenizer: PreTrainedTok
 
 
 def _vllm_engine(config: EvalConfig, facts: ModelFacts) -> Engine:
-    import importlib.util
-
-    if importlib.util.find_spec("vllm") is None:
-        raise UsageError("vLLM is not installed here; install requirements.txt, or use --engine hf")
     from opsd.rollout_vllm import VLLMEngine
 
     rank = {}
     if config.adapter is not None:
         rank = {"adapter": config.adapter, "max_lora_rank": _adapter_settings(Path(config.adapter))["r"]}
     return VLLMEngine(
-        config.base_model,
+        _local_snapshot(config),
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_model_len=facts.max_model_len,
+        trust_remote_code=config.trust_remote_code,
         **rank,
     )
+
+
+def _local_snapshot(config: EvalConfig) -> str:
+    """The model as vLLM takes it: what was given, or for a hub revision the folder that holds it."""
+    if config.revision is None or Path(config.base_model).is_dir():
+        return config.base_model
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = [*_DECIDING_FILES, *(["*.py"] if config.trust_remote_code else [])]
+    try:
+        return snapshot_download(config.base_model, revision=config.revision, allow_patterns=wanted)
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ArtefactError(
+            f"revision {config.revision!r} of {config.base_model!r} cannot be had: {_first_line(error)}"
+        ) from error
 
 
 def _hf_engine(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
