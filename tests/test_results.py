@@ -1,0 +1,239 @@
+"""The result file: aggregates by hand, damage refused, names, regimes, and files set aside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opsd import results
+from opsd.errors import ArtefactError, UsageError
+from opsd.grading import NO_ANSWER, ProblemGrade
+from opsd.results import (
+    aggregate,
+    build_result,
+    ground_truth,
+    load_result,
+    method_name_of,
+    predicted_answer,
+    problem_record,
+    regime_differences,
+    regime_of,
+    result_path,
+    set_aside,
+    write_result,
+)
+
+REGIME = {
+    "base_model": "outputs/small_pwopsd_merged",
+    "model_identity": "abc",
+    "dataset": "small",
+    "dataset_fingerprint": "0123",
+    "prompt_style": "thinking",
+    "enable_thinking": True,
+    "temperature": 1.0,
+    "top_p": 0.95,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "max_new_tokens": 128,
+    "val_n": 3,
+    "seed": 1,
+}
+
+
+def record(problem_id: int, correct: list[bool], answers: list[str | None], vote: bool) -> dict:
+    return problem_record(
+        problem_id=problem_id,
+        problem="Compute 2+3.",
+        ground_truth="5",
+        texts=[f"text {answer}" for answer in answers],
+        predicted=answers,
+        truncated=[answer is None for answer in answers],
+        grade=ProblemGrade(correct, [[0]], 0, vote),
+    )
+
+
+@pytest.fixture
+def result() -> dict:
+    records = [
+        record(0, [True, True, False], ["5", "5", None], True),
+        record(1, [False, False, False], ["6", "7", "6"], False),
+        record(2, [False, True, False], ["6", "5", None], False),
+        record(3, [True, True, True], ["5", "5.0", "5"], True),
+    ]
+    return build_result(regime=REGIME, results=records, engine="hf")
+
+
+def test_aggregates_by_hand(result):
+    # 6 of 12 samples, 3 of 4 problems, 2 of 4 votes, 10 of 12 formatted.
+    assert result["average_at_n"] == 0.5
+    assert result["average_at_n_pct"] == 50.0
+    assert result["pass_at_n_pct"] == 75.0
+    assert result["majority_vote_at_n_pct"] == 50.0
+    assert (result["formatted_count"], result["total_solutions"], result["num_problems"]) == (10, 12, 4)
+    assert result["format_rate"] == pytest.approx(10 / 12)
+    assert result["truncation_share"] == pytest.approx(2 / 12)
+
+
+def test_the_schema_of_the_protocol(result):
+    top = (
+        "base_model dataset enable_thinking temperature top_p top_k min_p presence_penalty max_new_tokens "
+        "val_n seed num_problems total_solutions pass_at_n pass_at_n_pct average_at_n average_at_n_pct "
+        "majority_vote_at_n majority_vote_at_n_pct formatted_count format_rate results"
+    )
+    assert set(top.split()) <= set(result)
+    entry = "problem_id problem ground_truth val_n generations num_correct pass_at_n majority_vote_correct"
+    assert set(entry.split()) <= set(result["results"][0])
+    last = result["results"][0]["generations"][2]
+    assert {"predicted_answer", "full_generation", "correct", "formatted"} <= set(last)
+    assert last["predicted_answer"] == "[No boxed answer found]"
+    assert last["formatted"] is False
+
+
+def test_written_and_read_back(tmp_path, result):
+    path = tmp_path / "a" / "x_small_38k.json"
+    write_result(path, result)
+    assert load_result(path) == result
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_lone_surrogate_survives(tmp_path, result):
+    result["results"][0]["generations"][0]["full_generation"] = "\ud800 torn"
+    write_result(tmp_path / "x.json", result)
+    assert load_result(tmp_path / "x.json") == result
+
+
+def test_regime_must_be_whole_and_extras_hide_nothing(result):
+    with pytest.raises(ValueError, match="regime"):
+        build_result(regime={**REGIME, "oops": 1}, results=[])
+    with pytest.raises(ValueError, match="seed"):
+        build_result(regime=REGIME, results=[], seed=7)
+    assert aggregate([])["average_at_n"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged"),
+        (lambda text: text.replace('"average_at_n": 0.5', '"average_at_n": NaN'), "NaN"),
+        (lambda text: text.replace('"average_at_n": 0.5', '"average_at_n": -Infinity'), "Infinity"),
+        (lambda text: "", "damaged"),
+        (lambda text: "[1, 2]", "top level"),
+        (lambda text: "[" * 200_000, "damaged"),
+        (lambda text: '{"model": "x", "scores": []}', "lacks base_model"),
+        (lambda text: text.replace('"num_problems": 4', '"num_problems": 5'), "num_problems is 5"),
+        (lambda text: text.replace('"ground_truth": "5"', '"gold": "5"'), "entry 0"),
+        (lambda text: text.replace('"correct": true', '"correct": "yes"', 1), "entry 0"),
+        (lambda text: text.replace('"generations": [', '"gens": [', 1), "entry 0"),
+        (lambda text: text.replace("1.0", "1" * 6000, 1), "damaged"),
+    ],
+)
+def test_damage_is_refused_with_the_file_named(tmp_path, result, damage, message):
+    path = tmp_path / "x.json"
+    path.write_text(damage(json.dumps(result)))
+    with pytest.raises(ArtefactError, match=message) as caught:
+        load_result(path)
+    assert str(path) in str(caught.value)
+
+
+def test_not_utf8_missing_and_huge(tmp_path, result, monkeypatch):
+    path = tmp_path / "x.json"
+    path.write_bytes(b"\xff\xfe{}\x00")
+    with pytest.raises(ArtefactError, match="damaged"):
+        load_result(path)
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        load_result(tmp_path / "none.json")
+    write_result(path, result)
+    monkeypatch.setattr(results, "MAX_RESULT_BYTES", 100)
+    with pytest.raises(ArtefactError, match="read up to 100"):
+        load_result(path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("answer", "5"), ("gt_answer", "5"), ("answer", 5)])
+def test_files_of_the_authors_release(tmp_path, result, key, value):
+    for entry in result["results"]:
+        del entry["ground_truth"]
+        entry[key] = value
+        for generation in entry["generations"]:
+            del generation["formatted"]
+    for name in ("model_identity", "dataset_fingerprint", "prompt_style"):
+        del result[name]
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    loaded = load_result(tmp_path / "x.json")
+    assert ground_truth(loaded["results"][0]) == "5"
+    assert [predicted_answer(g) for g in loaded["results"][0]["generations"]] == ["5", "5", None]
+    assert regime_differences(REGIME, loaded) == []
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({"predicted_answer": "5", "formatted": True}, "5"),
+        ({"predicted_answer": "5"}, "5"),
+        ({"predicted_answer": NO_ANSWER}, None),
+        ({"predicted_answer": None}, None),
+        ({"predicted_answer": " "}, None),
+        ({"predicted_answer": "5", "formatted": False}, None),
+    ],
+)
+def test_predicted_answer(generation, expected):
+    assert predicted_answer(generation) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("qwen3_4b_base_pwopsd", "math500"), "qwen3_4b_base_pwopsd_38k.json"),
+        (("qwen3_4b_base_pwopsd", "math500", 2), "qwen3_4b_base_pwopsd_38k_seed2.json"),
+        (("qwen3_4b_base_pwopsd", "aime25"), "qwen3_4b_base_pwopsd_aime25_38k.json"),
+        (("dsr1_l8b_opsd", "hmmt25", 0), "dsr1_l8b_opsd_hmmt25_38k_seed0.json"),
+        (("small_pwopsd_t1", "small_hard", 1), "small_pwopsd_t1_small_hard_38k_seed1.json"),
+    ],
+)
+def test_result_names(arguments, name):
+    path = result_path(*arguments)
+    assert path == Path("eval_results") / name
+    assert method_name_of(path, arguments[1]) == arguments[0]
+
+
+@pytest.mark.parametrize("bad", [("../x", "aime24"), ("x", "a/b"), ("", "aime24"), ("x", "aime24", -1)])
+def test_result_names_are_plain(bad):
+    with pytest.raises(UsageError):
+        result_path(*bad)
+
+
+def test_foreign_names_have_no_method():
+    assert method_name_of("notes.json", "aime24") is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", 0.6), ("seed", 2), ("base_model", "other"), ("enable_thinking", False)],
+)
+def test_every_difference_is_named(field, value):
+    differences = regime_differences(REGIME, {**REGIME, field: value})
+    assert len(differences) == 1
+    assert differences[0].startswith(f"{field}: ")
+    assert regime_differences(REGIME, {**REGIME, field: value}, ignore=[field]) == []
+
+
+def test_spellings_of_one_regime():
+    same = {**REGIME, "top_k": -1, "temperature": 1, "min_p": 0}
+    assert regime_differences(REGIME, same) == []
+    without = {key: value for key, value in REGIME.items() if key != "seed"}
+    assert regime_differences(REGIME, without) == ["seed: 1 != None"]
+    assert regime_of({**REGIME, "results": []}) == REGIME
+
+
+def test_set_aside_never_overwrites(tmp_path):
+    path = tmp_path / "x_38k.json"
+    names = []
+    for content in ("one", "two", "three"):
+        path.write_text(content)
+        names.append(set_aside(path))
+    assert [name.read_text() for name in names] == ["one", "two", "three"]
+    assert not path.exists()
+    # No pattern of result files finds them.
+    assert list(tmp_path.glob("*.json")) == []
