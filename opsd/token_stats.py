@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from opsd.head import Head
 
-# Per logits buffer. A chunk holds two of them (student and teacher).
-CHUNK_BYTES_CPU = 20 * 2**20
+# One role's logits of a chunk; it holds two of them.
+CHUNK_BYTES_CPU = 24 * 2**20
 CHUNK_BYTES_CUDA = 256 * 2**20
 # On a CPU the elementwise work runs on blocks of rows that stay in the cache.
 BLOCK_BYTES_CPU = 5 * 2**19
@@ -151,8 +151,8 @@ class _ChunkedStatistics(torch.autograd.Function):
         block = min(chunk, _rows_per(BLOCK_BYTES_CPU, vocabulary, dtype.itemsize)) if on_cpu else chunk
         for start in range(0, positions, chunk):
             span = slice(start, min(start + chunk, positions))
-            student_logits = _project(head, student[span], dtype)
-            teacher_logits = _project(head, teacher[span], dtype)
+            logits = _project(head, student[span], teacher[span], dtype)
+            student_logits, teacher_logits = logits.chunk(2)
             for low in range(0, student_logits.shape[0], block):
                 rows = slice(low, low + block)
                 stats = _block_statistics(
@@ -184,10 +184,14 @@ class _ChunkedStatistics(torch.autograd.Function):
         return scaled.to(ctx.student_dtype), None, None, None, None, None
 
 
-def _project(head: Head | None, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, H] -> a fresh [C, V] buffer of raw logits in the computing dtype."""
+def _project(head: Head | None, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
+    """Twice [C, H] -> a fresh [2C, V] buffer of raw logits in the computing dtype, the student's rows first.
+
+    Both roles share one product with the head: twice the rows for one reading of its weight.
+    """
+    hidden = torch.cat([student.detach(), teacher.to(student.dtype)])
     if head is None:
-        return hidden.detach().to(dtype, copy=True)
+        return hidden.to(dtype)
     return head.logits(hidden).to(dtype)
 
 
