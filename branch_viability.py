@@ -1,0 +1,43 @@
+"""The paper's branch-viability diagnostic, with the control that it lacks.
+
+    python branch_viability.py --model_name_or_path testbed/base_model --dataset testbed/data/heldout.jsonl \\
+        --num_problems 40 --max_new_tokens 128 --engine hf --suggest_schedule \\
+        --output_dir outputs/small_branches
+
+Take a student rollout (the spine). At forks along it, force each of the privileged teacher's likeliest next
+tokens after the student's prompt and the spine so far, and let the student go on: the branch is viable if its
+continuations recover the answer. The control continues the same prefixes with nothing forced.
+
+Writes branches.csv, branches.parquet, viability_vs_position.png, report.md and journal.jsonl (every
+continuation) into --output_dir. A killed run continues when the same command is given again; a finished one
+is analysed anew without sampling. docs/branch_viability.md says how to read the report. Exit codes: 0 done, 2 a
+wrong argument (or another run's journal in the folder), 3 a missing or damaged model, data set or file.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from opsd.branch_config import parse_config
+from opsd.errors import printable, run_cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the diagnostic that the command line asks for."""
+    config = parse_config(argv)
+    # torch and transformers take seconds to import; a wrong flag is answered before that.
+    from opsd.branch_run import diagnose
+
+    analysis = diagnose(config, command=sys.argv[1:] if argv is None else argv)
+    everything = analysis.subsets[0]
+    position = everything.rows[0]
+    print(
+        f"{everything.branches} branches of {everything.problems} problems: AUROC of relative position "
+        f"{position.absolute.text()} for absolute viability, {position.relative.text()} relative to the "
+        f"control; report in {printable(config.folder / 'report.md')}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

@@ -1,0 +1,200 @@
+"""Student and teacher of the diagnostic: one network, sampled by an engine and scored behind both prompts."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from opsd.branch_config import BranchConfig
+from opsd.branch_spines import BranchProblem, Fork, score_forks
+from opsd.errors import UsageError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from opsd.rollout import Engine
+
+PADDING_RATIO = 1.25
+
+
+class Backend(Protocol):
+    """What the diagnostic needs of a model. `end_ids` are the tokens that end a completion."""
+
+    def engine(self) -> Engine:
+        """The student's sampler, built at the first call."""
+
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a completion."""
+
+    def score(
+        self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
+    ) -> list[list[Fork]]:
+        """The forks of each spine at its offsets."""
+
+    def close(self) -> None:
+        """Release all memory."""
+
+
+class ForkScorer:
+    """Scores spines with transformers: the student with its adapter, the teacher with the adapter off.
+
+    Args:
+        model: a causal LM (student and teacher are the same network then) or a PeftModel over one.
+        pad_id: any valid token id; it fills grids where no one looks.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, *, pad_id: int, temperature: float, top_k: int
+    ) -> None:
+        from opsd.head import attach_hidden_forward, check_head, head_of
+
+        self.model, self.pad_id, self.temperature, self.top_k = model, pad_id, temperature, top_k
+        self.adapted = hasattr(model, "get_base_model")
+        base = model.get_base_model() if self.adapted else model
+        model.eval().requires_grad_(False)
+        self.head = head_of(base)
+        attach_hidden_forward(base)
+        check_head(base, self.head)
+
+    def score(
+        self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
+    ) -> list[list[Fork]]:
+        """The forks of each spine. One backbone pass a role; only the forks' positions meet the LM head."""
+        starts = [0]
+        for spine in spines:
+            starts.append(starts[-1] + len(spine))
+        rows = [start + offset for start, some in zip(starts, offsets, strict=False) for offset in some]
+        student = self._hidden([p.student_ids for p in problems], spines, rows, teacher=False)
+        teacher = self._hidden([p.teacher_ids for p in problems], spines, rows, teacher=True)
+        forks = score_forks(
+            student,
+            teacher,
+            [offset for some in offsets for offset in some],
+            student_head=self.head,
+            teacher_head=self.head,
+            temperature=self.temperature,
+            top_k=self.top_k,
+        )
+        return [[forks.pop(0) for _ in some] for some in offsets]
+
+    def _hidden(self, prompts, spines, rows, *, teacher: bool):
+        import contextlib
+
+        import torch
+
+        from opsd.batch import role_batch
+
+        device = self.head.weight.device
+        batch = role_batch(
+            prompts, spines, pad_id=self.pad_id, max_padding_ratio=PADDING_RATIO, device=device
+        )
+        off = self.model.disable_adapter() if teacher and self.adapted else contextlib.nullcontext()
+        with torch.inference_mode(), off:
+            return batch.hidden_states(self.model)[torch.tensor(rows, device=device)]
+
+
+class ModelBackend:
+    """`Backend` over a real model. Nothing is loaded before it is needed.
+
+    With --engine hf one model samples and scores. With --engine vllm the engine samples; a second copy of the
+    model in transformers scores the spines and is dropped again.
+
+    Args:
+        longest: tokens of the longest request, prompt and continuation together.
+    """
+
+    def __init__(self, config: BranchConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> None:
+        if config.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise UsageError("vLLM is not installed here; install requirements.txt, or use --engine hf")
+        self.config, self.tokenizer, self.longest = config, tokenizer, longest
+        self._engine: Engine | None = None
+        self._model: PreTrainedModel | PeftModel | None = None
+
+    def engine(self) -> Engine:
+        """The student's sampler."""
+        if self._engine is None:
+            self._engine = self._vllm_engine() if self.config.engine == "vllm" else self._hf_engine()
+        return self._engine
+
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a completion: the engine's own list."""
+        return frozenset(self.engine().end_ids)
+
+    def score(
+        self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
+    ) -> list[list[Fork]]:
+        """The forks of each spine at its offsets."""
+        if not hasattr(self, "_scorer"):
+            self._scorer = ForkScorer(
+                self._loaded_model(),
+                pad_id=self.tokenizer.pad_token_id or 0,
+                temperature=self.config.score_temperature,
+                top_k=self.config.top_k,
+            )
+        return self._scorer.score(problems, spines, offsets)
+
+    def scoring_done(self) -> None:
+        """Free the copy that only scores."""
+        if self.config.engine == "vllm" and self._model is not None:
+            del self._scorer
+            self._model = None
+            _free_memory()
+
+    def close(self) -> None:
+        """Release engine and model."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._model = None
+        self.__dict__.pop("_scorer", None)
+        _free_memory()
+
+    def _hf_engine(self) -> Engine:
+        from opsd.rollout_hf import HFEngine
+
+        return HFEngine(self._loaded_model(), self.tokenizer, batch_size=self.config.hf_batch_size)
+
+    def _vllm_engine(self) -> Engine:
+        from opsd.rollout_vllm import VLLMEngine
+
+        # Prefix caching is vLLM's default: the continuations of a fork share prompt and spine prefix.
+        return VLLMEngine(
+            self.config.model_name_or_path,
+            max_model_len=self.longest,
+            tensor_parallel_size=self.config.tensor_parallel_size,
+            gpu_memory_utilization=self.config.gpu_memory_utilization,
+            dtype=self.config.dtype,
+            adapter=self.config.adapter,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def _loaded_model(self) -> PreTrainedModel | PeftModel:
+        if self._model is None:
+            self._model = _load_model(self.config)
+        return self._model
+
+
+def _load_model(config: BranchConfig) -> PreTrainedModel | PeftModel:
+    import torch
+
+    from opsd.models import load_causal_lm, load_config
+
+    load = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    own = load_config(config.model_name_or_path, **load).get_text_config().dtype
+    named = {"auto": own or torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    model = load_causal_lm(config.model_name_or_path, dtype=named[config.dtype], **load)
+    if config.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, config.adapter)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

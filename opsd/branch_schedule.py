@@ -1,0 +1,265 @@
+"""A position schedule out of a measured viability curve, and how far the data determine it.
+
+The schedule of PW-OPSD is w(f) = w_min + (1 − w_min)·σ((f − τ)/s) at relative position f (arXiv:2605.21606).
+Its scale is free (the learning rate absorbs it), so the curve fitted is a·w(f) with a ceiling a:
+
+    success of branches in bin b  ≈  a · w(f_b) · C_b,
+
+C_b = 1 for absolute viability, and the success of the unforced control in the same bin for viability relative
+to the control. Least squares over bins of f: with α = a·w_min and β = a·(1 − w_min), both at least
+0, the model is linear in (α, β), so (τ, s) are searched on a grid and the rest is solved exactly. There is no
+local minimum to be caught in, and every resample of the problems is fitted in full.
+
+So free a curve finds a rise in noise too. Whether there is one is therefore tested: the forks of each problem
+trade their positions at random, which keeps everything but the order along the spine, and the fit is repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opsd.branch_statistics import MIN_CLUSTERS, interval
+
+BINS = 20
+TAUS = np.linspace(0.0, 1.0, 41)
+WIDTHS = np.geomspace(0.02, 1.0, 25)
+SHUFFLES = 500
+SHOWN_AT = (0.1, 0.3, 0.5, 0.7, 0.9)
+# What counts as undetermined: intervals as wide as these say little more than the parameter's range.
+WIDE_WEIGHT = 0.5
+WIDE_TAU = 0.4
+WIDE_WIDTH_RATIO = 10.0
+# Above this share of shuffles that fit a rise as good, there is no evidence for one.
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One fitted number and its 95 % interval over resampled problems."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def text(self) -> str:
+        """`0.25 [0.10, 0.40]`."""
+        ends = "–" if self.low is None else f"{self.low:.2f}, {self.high:.2f}"
+        return f"{self.value:.2f} [{ends}]"
+
+
+@dataclass(frozen=True)
+class ScheduleFit:
+    """A fitted schedule.
+
+    Attributes:
+        w_min, tau, s: the schedule.
+        ceiling: a, the success that w = 1 stands for.
+        weights: w(f) at `SHOWN_AT`, better determined than the parameters.
+        shuffled_share: share of shuffles of the positions within problems that fit a rise as good: its p value.
+        problems: how many problems were resampled.
+        explained: share of the bins' weighted variance that the curve explains, against a constant.
+        grid: where `curve` was evaluated, and its 95 % band: arrays [F].
+    """
+
+    w_min: Parameter
+    tau: Parameter
+    s: Parameter
+    ceiling: Parameter
+    weights: tuple[Parameter, ...]
+    shuffled_share: float
+    problems: int
+    explained: float
+    grid: NDArray[np.float64]
+    curve: NDArray[np.float64]
+    band: tuple[NDArray[np.float64], NDArray[np.float64]]
+
+    def undetermined(self) -> list[str]:
+        """One phrase for everything that these data do not settle; empty when they settle all of it."""
+        if self.w_min.low is None:
+            return [f"{self.problems} problems are too few for any interval"]
+        found = []
+        if self.shuffled_share > SIGNIFICANCE:
+            found.append(
+                f"whether the weight should rise at all: {self.shuffled_share:.0%} of random shuffles of the "
+                "positions fit a rise as good"
+            )
+        if self.w_min.high - self.w_min.low > WIDE_WEIGHT:
+            found.append(f"w_min: anything in [{self.w_min.low:.2f}, {self.w_min.high:.2f}] fits")
+        if self.tau.high - self.tau.low > WIDE_TAU:
+            found.append(f"τ: anything in [{self.tau.low:.2f}, {self.tau.high:.2f}] fits")
+        elif self.tau.value in (TAUS[0], TAUS[-1]):
+            found.append(f"τ: the best fit lies at the end of its range ({self.tau.value:.2f})")
+        if self.s.high / self.s.low > WIDE_WIDTH_RATIO:
+            found.append(f"s: anything in [{self.s.low:.2f}, {self.s.high:.2f}] fits")
+        elif self.s.value in (WIDTHS[0], WIDTHS[-1]):
+            found.append(f"s: the best fit lies at the end of its range ({self.s.value:.2f})")
+        return found
+
+
+def schedule(f: ArrayLike, *, w_min: float, tau: float, s: float) -> NDArray[np.float64]:
+    """w(f), elementwise; written so that a far tail neither overflows nor warns."""
+    return w_min + (1 - w_min) * 0.5 * (1 + np.tanh((np.asarray(f, dtype=np.float64) - tau) / (2 * s)))
+
+
+def fit_schedule(
+    position: ArrayLike,
+    success: ArrayLike,
+    clusters: ArrayLike,
+    weights: NDArray[np.float64],
+    *,
+    control: ArrayLike | None = None,
+    importance: ArrayLike | None = None,
+) -> ScheduleFit | None:
+    """Fit w_min, τ and s to success along the spine.
+
+    Args:
+        position: [n] relative positions in (0, 1).
+        success: [n] share of a branch's continuations that recover the answer.
+        clusters: [n] problem codes 0..G−1.
+        weights: [R, G] of `opsd.branch_statistics.resample_weights`.
+        control: [n] share of the control's; None fits absolute viability.
+        importance: [n] how much each branch counts, e.g. the teacher's probability of its token; None is 1.
+
+    Returns:
+        None where no branch succeeded, or branches lie in fewer than four bins: four numbers are fitted.
+    """
+    columns = _columns(position, success, control, importance)
+    codes = np.asarray(clusters, dtype=np.int64)
+    per_problem = _bin_sums(columns, codes, weights.shape[1])
+    whole = per_problem.sum(axis=1)
+    if (whole[0] > 0).sum() < 4 or whole[2].sum() == 0 or whole[3].sum() == 0:
+        return None
+    best = _solve(whole[:, None])[0][0]
+    enough = (per_problem[0].sum(axis=1) > 0).sum() >= MIN_CLUSTERS
+    samples = _solve(np.einsum("rg,kgb->krb", weights if enough else weights[:0], per_problem))[0]
+    samples = samples[np.isfinite(samples).all(axis=1)]
+    grid = np.linspace(0.0, 1.0, 101)
+    curves = np.stack([_curve(f, samples.T) for f in grid], axis=1)
+    band = np.quantile(curves, [0.025, 0.975], axis=0) if len(curves) >= 20 else np.full((2, 101), np.nan)
+    return ScheduleFit(
+        **{
+            name: Parameter(float(best[at]), *interval(samples[:, at]))
+            for at, name in enumerate(("ceiling", "w_min", "tau", "s"))
+        },
+        weights=tuple(Parameter(float(_curve(f, best)), *interval(_curve(f, samples.T))) for f in SHOWN_AT),
+        shuffled_share=_shuffled_share(columns, codes, whole),
+        problems=int((per_problem[0].sum(axis=1) > 0).sum()),
+        explained=_share(*_against_constant(whole[:, None])),
+        grid=grid,
+        curve=_curve(grid, best),
+        band=(band[0], band[1]),
+    )
+
+
+def _shuffled_share(
+    columns: NDArray[np.float64], codes: NDArray[np.int64], whole: NDArray[np.float64]
+) -> float:
+    """How often a fit to shuffled positions gains as much over a constant as the fit to the true ones."""
+    forks, member = np.unique(np.stack([codes, columns[1]], axis=1), axis=0, return_inverse=True)
+    member = member.reshape(-1)
+    drawn = np.random.default_rng(len(forks))
+    shuffled = np.empty((4, SHUFFLES, BINS))
+    for k in range(SHUFFLES):
+        # Sorting by (problem, random number) permutes the forks inside each problem.
+        order = np.lexsort((drawn.random(len(forks)), forks[:, 0]))
+        moved = columns.copy()
+        moved[1] = forks[order, 1][member]
+        shuffled[:, k] = _bin_sums(moved, np.zeros_like(codes), 1)[:, 0]
+    gain = _against_constant(whole[:, None])[0][0]
+    as_good = (_against_constant(shuffled)[0] >= gain - 1e-12).sum()
+    return float((1 + as_good) / (1 + SHUFFLES))
+
+
+def _curve(f: ArrayLike, fit: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, w_min, tau, s = fit
+    return schedule(f, w_min=w_min, tau=tau, s=s)
+
+
+def _columns(position, success, control, importance) -> NDArray[np.float64]:
+    """[4, n]: each branch's importance, f, success and control."""
+    position = np.asarray(position, dtype=np.float64)
+    ones = np.ones_like(position)
+    rows = (
+        ones if importance is None else importance,
+        position,
+        success,
+        ones if control is None else control,
+    )
+    return np.stack([np.asarray(row, dtype=np.float64) for row in rows])
+
+
+def _bin_sums(columns: NDArray[np.float64], codes: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """[4, G, BINS]: per problem and bin the importance, and f, success and control weighted by it."""
+    weight, position = columns[:2]
+    flat = codes * BINS + np.minimum((position * BINS).astype(int), BINS - 1)
+    parts = [weight, *(weight * column for column in columns[1:])]
+    return np.stack([np.bincount(flat, weights=part, minlength=count * BINS) for part in parts]).reshape(
+        4, count, BINS
+    )
+
+
+def _means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[4, ..., BINS] sums -> [3, ..., BINS] means of f, success and control; 0 in an empty bin."""
+    return np.divide(sums[1:], sums[0], out=np.zeros_like(sums[1:]), where=sums[0] > 0)
+
+
+def _solve(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[4, R, BINS] -> ([R, 4] of (a, w_min, τ, s), [R] residual sums); NaN where nothing succeeds."""
+    size = sums[0]
+    f, y, c = _means(sums)
+    best = np.full(len(size), np.inf)
+    found = np.full((len(size), 4), np.nan)
+    for width in WIDTHS:
+        for tau in TAUS:
+            sigma = schedule(f, w_min=0.0, tau=tau, s=width) * c
+            alpha, beta, error = _two_coefficients(size, y, c, sigma)
+            # Strictly better, by more than rounding: equal fits keep the first, so a flat curve is stable.
+            better = error < best - 1e-12
+            scale = alpha + beta
+            with np.errstate(invalid="ignore", divide="ignore"):
+                row = np.stack(
+                    [scale, alpha / scale, np.full_like(scale, tau), np.full_like(scale, width)], 1
+                )
+            found[better] = row[better]
+            best = np.where(better, error, best)
+    return found, best
+
+
+def _two_coefficients(n, y, u, v):
+    """Least squares of y on α·u + β·v with weights n and α, β ≥ 0, row by row: (α, β, residual sum)."""
+
+    def dot(p, q):
+        return (n * p * q).sum(axis=1)
+
+    uu, vv, uv, uy, vy, yy = dot(u, u), dot(v, v), dot(u, v), dot(u, y), dot(v, y), dot(y, y)
+    determinant = uu * vv - uv * uv
+    with np.errstate(invalid="ignore", divide="ignore"):
+        alpha = (uy * vv - vy * uv) / determinant
+        beta = (vy * uu - uy * uv) / determinant
+        only_u = np.maximum(np.where(uu > 0, uy / uu, 0.0), 0.0)
+        only_v = np.maximum(np.where(vv > 0, vy / vv, 0.0), 0.0)
+    inside = (determinant > 1e-12 * np.maximum(uu * vv, 1e-300)) & (alpha >= 0) & (beta >= 0)
+
+    def error(a, b):
+        return yy - 2 * a * uy - 2 * b * vy + a * a * uu + 2 * a * b * uv + b * b * vv
+
+    take_u = error(only_u, 0.0) <= error(0.0, only_v)
+    alpha = np.where(inside, alpha, np.where(take_u, only_u, 0.0))
+    beta = np.where(inside, beta, np.where(take_u, 0.0, only_v))
+    return alpha, beta, error(alpha, beta)
+
+
+def _against_constant(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[4, R, BINS] -> ([R] squared error that the fit saves against a constant weight, [R] that one's error)."""
+    n = sums[0]
+    _, y, c = _means(sums)
+    constant = (n * c * y).sum(1) / np.maximum((n * c * c).sum(1), 1e-300)
+    spread = (n * (y - constant[:, None] * c) ** 2).sum(1)
+    return spread - _solve(sums)[1], spread
+
+
+def _share(gain: NDArray[np.float64], spread: NDArray[np.float64]) -> float:
+    return float(gain[0] / spread[0]) if spread[0] > 1e-12 else 0.0
