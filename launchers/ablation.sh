@@ -8,7 +8,7 @@
 #   schedule_global    MODEL_pwopsd_global  schedule on,  mean over all tokens
 #   flat_sequence      MODEL_pwopsd_flat    schedule off (every weight 1), mean per sequence, then over sequences
 #   flat_global        MODEL_opsd           schedule off, mean over all tokens
-# Settings: launchers/train.sh.
+# Settings: launchers/train.sh, and RUN_SUFFIX, which ends every run's name (a training seed, say).
 
 # shellcheck source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -35,6 +35,6 @@ for cell in "${chosen[@]}"; do
     flat_sequence) method=pwopsd suffix=_flat flags=(--position_w_min 1) ;;
     flat_global) method=opsd suffix="" flags=() ;;
   esac
-  RUN_NAME="${MODEL}_${method}${suffix}" \
+  RUN_NAME="${MODEL}_${method}${suffix}${RUN_SUFFIX:-}" \
     bash "$REPO_ROOT/launchers/train.sh" "$MODEL" "$method" ${flags[@]+"${flags[@]}"} "$@"
 done

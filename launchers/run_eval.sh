@@ -4,7 +4,7 @@
 #   bash launchers/run_eval.sh METHOD_NAME DATASET [TP] [SEED] [-- flags of evaluate_math.py ...]
 #
 #   METHOD_NAME  a run, MODEL_METHOD or MODEL_METHOD_anything, whose merged model is outputs/METHOD_NAME_merged; or
-#                MODEL or MODEL_base, the untrained model.  MODEL: a file of launchers/models/ without .sh
+#                MODEL, MODEL_base or MODEL_base_anything, the untrained model.  MODEL: a file of launchers/models/ without .sh
 #   DATASET      math500, aime24, aime25, hmmt25, small, small_hard
 #   TP           GPUs that share one copy of the model (default 4 with vllm, 1 with hf)
 #   SEED         a whole number from 0; without one the samples are seed 0's and the name holds no seed
@@ -51,7 +51,7 @@ parse_method_name() {
     [[ "$METHOD_NAME" == "$tag" || "$METHOD_NAME" == "${tag}_"* ]] || continue
     rest="${METHOD_NAME#"$tag"}"
     rest="${rest#_}"
-    if [[ -z "$rest" || "$rest" == base ]]; then
+    if [[ -z "$rest" || "$rest" == base || "$rest" == base_* ]]; then
       found="$tag" TRAINED=0
     fi
     for method in "${METHODS[@]}"; do
