@@ -35,7 +35,7 @@ class RoleBatch:
     Attributes:
         grids: the forward passes.
         restore: [N] permutation that puts the grids' rows back into the order of the sequences.
-        valid_tokens: prompt and completion tokens of all sequences.
+        valid_tokens: prompt and completion tokens of all sequences, without each one's last.
         padded_tokens: what the backbone processes, padding included.
     """
 
@@ -93,22 +93,22 @@ def role_batch(
     Raises:
         ValueError: a prompt without tokens, or the two lists differ in length.
     """
+    # The last token predicts nothing that is scored, so it never meets the backbone.
     lengths = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not len(prompt):
             raise ValueError(f"the prompt of sequence {row} has no token")
-        lengths.append(len(prompt) + len(completion))
+        lengths.append(max(len(prompt) + len(completion) - 1, 1))
     starts = [0]
     for completion in completions:
         starts.append(starts[-1] + len(completion))
     grids, order = [], []
     for group in length_groups(lengths, max_padding_ratio):
-        # The last token predicts nothing that is scored, so it never meets the backbone.
-        width = max(max(lengths[i] - 1, 1) for i in group)
+        width = max(lengths[i] for i in group)
         grid = torch.full((len(group), width), pad_id, dtype=torch.long)
         positions = []
         for row, i in enumerate(group):
-            ids = [*prompts[i], *completions[i]][: max(lengths[i] - 1, 1)]
+            ids = [*prompts[i], *completions[i]][: lengths[i]]
             grid[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
             first = row * width + len(prompts[i]) - 1
             positions.extend(range(first, first + len(completions[i])))
@@ -117,5 +117,4 @@ def role_batch(
     restore = torch.empty(len(order), dtype=torch.long)
     restore[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
     padded = sum(grid.input_ids.numel() for grid in grids)
-    valid = sum(max(length - 1, 1) for length in lengths)
-    return RoleBatch(grids, restore.to(device), valid, padded)
+    return RoleBatch(grids, restore.to(device), sum(lengths), padded)

@@ -77,19 +77,26 @@ class Reduction:
         return self.total / divisor.to(self.total.device).clamp(min=1)
 
 
-def position_fractions(lengths: Tensor) -> Tensor:
+def position_fractions(lengths: Tensor, tokens: int | None = None) -> Tensor:
     """f_t = (i − ½) / L for i = 1..L within each sequence: [B] lengths -> [N] in float64.
 
-    i counts the sequence's own valid tokens; neither padding nor the maximum length enters.
+    i counts the sequence's own valid tokens; neither padding nor the maximum length enters. `tokens` is N; a
+    caller that knows it spares a wait for the device.
     """
+    tokens = int(lengths.sum()) if tokens is None else tokens
     starts = torch.cumsum(lengths, 0) - lengths
-    index = torch.arange(int(lengths.sum()), device=lengths.device) - torch.repeat_interleave(starts, lengths)
-    return (index.double() + 0.5) / torch.repeat_interleave(lengths, lengths)
+    index = torch.arange(tokens, device=lengths.device) - _per_token(starts, lengths, tokens)
+    return (index.double() + 0.5) / _per_token(lengths, lengths, tokens)
 
 
-def position_weights(lengths: Tensor, hyper: Hyperparameters) -> Tensor:
+def _per_token(values: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    """[B] one value a sequence -> [N] one a token."""
+    return torch.repeat_interleave(values, lengths, output_size=tokens)
+
+
+def position_weights(lengths: Tensor, hyper: Hyperparameters, tokens: int | None = None) -> Tensor:
     """w_t = w_min + (1 − w_min) · σ((f_t − τ) / s), [B] -> [N] in float64. Not normalised to mean 1."""
-    gate = torch.sigmoid((position_fractions(lengths) - hyper.position_tau) / hyper.position_s)
+    gate = torch.sigmoid((position_fractions(lengths, tokens) - hyper.position_tau) / hyper.position_s)
     return hyper.position_w_min + (1.0 - hyper.position_w_min) * gate
 
 
@@ -185,11 +192,12 @@ def _reopold_mean(
 
 
 def _position_weighted(stats: TokenStats, lengths: Tensor, hyper: Hyperparameters, **_) -> Reduction:
-    weights = position_weights(lengths, hyper).to(stats.term.dtype)
+    tokens = stats.term.numel()
+    weights = position_weights(lengths, hyper, tokens).to(stats.term.dtype)
     metrics = {"method/mean_weight": _mean(weights)}
     weighted = weights * stats.term
     if not hyper.position_global_reduction:
-        weighted = weighted / torch.repeat_interleave(lengths, lengths)
+        weighted = weighted / _per_token(lengths, lengths, tokens)
     return Reduction(weighted.sum(), _count_weighted(lengths, hyper), metrics)
 
 
@@ -205,9 +213,8 @@ class Method:
         term: (stats, hyper) -> [N] per-token term.
         reduce: (stats, lengths [B], hyper, step=, threshold=) -> Reduction.
         statistics: hyper -> which statistics the term reads.
-        normalises_by_tokens_kept: the count depends on the statistics, not on lengths alone, so a count over
-        several
-            micro-batches needs a look at all of them first.
+        count: (lengths [B], hyper) -> what the sum is divided by; None where that depends on the statistics
+            (REOPOLD's kept tokens), so that a count over several micro-batches needs a look at all of them.
     """
 
     term: Callable[[TokenStats, Hyperparameters], Tensor]
