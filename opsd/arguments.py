@@ -61,7 +61,11 @@ BOUNDS: dict[str, tuple[float, float, bool, bool]] = {
     "warmup_steps": (0, math.inf, True, False),
     "save_steps": (0.0, math.inf, False, False),
     "logging_steps": (0.0, math.inf, False, False),
+    "save_total_limit": (1, math.inf, True, False),
+    "dataloader_num_workers": (0, math.inf, True, False),
+    "ddp_timeout": (0, math.inf, False, False),
     "seed": (0, 2**32 - 1, True, True),
+    "data_seed": (0, 2**32 - 1, True, True),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHOD_NAMES,
@@ -260,9 +264,22 @@ def _check_together(trainer: dict, rollout: RolloutArguments, model: ModelArgume
         ("full_determinism", "use --seed; rollouts have hashed seeds of their own"),
         ("auto_find_batch_size", "the effective batch is part of the experiment"),
         ("load_best_model_at_end", "there is no evaluation loop here; see launchers/run_eval.sh"),
+        ("fp16", "its loss scaling works by infinite gradients, which stop a run here; use --bf16"),
+        ("use_liger_kernel", "the objectives have a chunked head of their own (opsd/token_stats.py)"),
+        ("label_smoothing_factor", "no label enters the objectives"),
+        ("neftune_noise_alpha", "the student would not be the network that sampled"),
+        ("eval_on_start", "there is no evaluation loop here; see launchers/run_eval.sh"),
     ):
         if trainer.get(name):
             raise UsageError(f"--{name} is not supported: {reason}")
+    for name, only, reason in (
+        ("eval_strategy", "no", "there is no evaluation loop here; see launchers/run_eval.sh"),
+        ("include_num_input_tokens_seen", "no", "rollout/completion_tokens counts what is sampled"),
+        ("train_sampling_strategy", "random", "--max_padding_ratio keeps padding down within a micro-batch"),
+    ):
+        value = str(getattr(trainer.get(name, only), "value", trainer.get(name, only)))
+        if value not in (only, "False"):
+            raise UsageError(f"--{name} {value} is not supported: {reason}")
 
 
 def _training_arguments(values: dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,9 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         with open(self.run_folder / METRICS_NAME, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            # JSON has no NaN: a step that was left out has null where a number is missing.
+            row = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in logs.items()}
+            file.write(json.dumps({"step": state.global_step, **row}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -209,8 +209,10 @@ def _block_statistics(student_logits, teacher_logits, token_ids, config, term, w
     """
     slope = head.softcap_slope(student_logits) if head is not None and wants_gradient else None
     inverse_temperature = 1.0 / config.temperature
-    student_log = torch.log_softmax(student_logits.mul_(inverse_temperature), dim=-1)
-    teacher_log = torch.log_softmax(teacher_logits.mul_(inverse_temperature), dim=-1)
+    # A logit of −inf is probability 0; a finite logarithm makes its 0 · log 0 the 0 of entropy and divergence.
+    lowest = torch.finfo(student_logits.dtype).min
+    student_log = torch.log_softmax(student_logits.mul_(inverse_temperature), dim=-1).clamp_(min=lowest)
+    teacher_log = torch.log_softmax(teacher_logits.mul_(inverse_temperature), dim=-1).clamp_(min=lowest)
     student_probs = torch.exp(student_log, out=student_logits)
     teacher_probs = torch.exp(teacher_log, out=teacher_logits)
     picked = token_ids.unsqueeze(1)
@@ -245,9 +247,7 @@ def _divergences(values, student_log, teacher_log, teacher_probs, clip) -> Tenso
 
     Where an entry is cut its own gradient stops; at equality it passes, as torch.clamp has it.
     """
-    entries = torch.sub(teacher_log, student_log, out=teacher_log)
-    # 0 · (log 0 − log p) is 0 in a divergence, not NaN.
-    entries = torch.where(teacher_probs > 0, entries, 0.0).mul_(teacher_probs)
+    entries = torch.sub(teacher_log, student_log, out=teacher_log).mul_(teacher_probs)
     values["divergence"] = entries.sum(-1)
     if clip > 0:
         cut = entries > clip

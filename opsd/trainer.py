@@ -92,6 +92,7 @@ class OPSDTrainer(Trainer):
         self._normalisation: Normalisation | None = None
         self._metrics: dict[str, list[Tensor | float]] = defaultdict(list)
         self._step_started: float | None = None
+        self._loss_before_step: Tensor | None = None
 
     # --- one optimizer step's data
     # -----------------------------------------------------------------------------
@@ -103,7 +104,8 @@ class OPSDTrainer(Trainer):
         if not positions:
             return [], None
         self._step_started = time.perf_counter()
-        groups = [[self.train_dataset.examples[int(p)] for p in batch["positions"]] for batch in positions]
+        self._loss_before_step = self._tr_loss.clone()
+        groups = [[self.train_dataset.examples[p] for p in batch["positions"].tolist()] for batch in positions]
         completions = self._roll_out([example for group in groups for example in group])
         batches, taken = [], 0
         for group in groups:
@@ -251,6 +253,8 @@ class OPSDTrainer(Trainer):
             self.guard.handle(self.state.global_step, norm, is_main=self.is_world_process_zero())
             # AdamW passes over parameters without a gradient: neither weights nor moments move.
             model.zero_grad(set_to_none=True)
+            # The Trainer sums losses up to the next log; a NaN in that sum would stay in every later one.
+            self._tr_loss.copy_(self._loss_before_step)
         self.guard.reset()
 
     # --- records
@@ -316,12 +320,17 @@ class OPSDTrainer(Trainer):
             difference = logprob - torch.tensor(theirs, device=logprob.device)
             self._metrics["rollout/logprob_difference"].append(difference.abs().mean())
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """The end of an optimizer step: note its seconds, then log and save as asked."""
+        if self._step_started is not None:
+            self._metrics["time/step_s"].append(time.perf_counter() - self._step_started)
+            self._step_started = None
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs, start_time=None):
         """Add the means of what was recorded since the last log, over micro-batches and ranks, in one
         gather."""
         if self._metrics:
-            if self._step_started is not None:
-                self._metrics["time/step_s"].append(time.perf_counter() - self._step_started)
             names = sorted(self._metrics)
             means = [
                 torch.stack(

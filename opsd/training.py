@@ -60,6 +60,7 @@ def train(
     from opsd.trainer import OPSDTrainer
 
     output_dir = Path(training.output_dir)
+    _check_devices(training)
     _check_engine(rollout, training.world_size)
     _check_writable(output_dir)
     resume = resolve_resume(output_dir, training.resume_from_checkpoint)
@@ -109,6 +110,15 @@ def train(
     finally:
         engine.close()
     return 0
+
+
+def _check_devices(training: TrainingArguments) -> None:
+    """The Trainer would spread one process over all visible GPUs (DataParallel) and multiply the batch."""
+    if training.n_gpu > 1:
+        raise UsageError(
+            f"one process sees {training.n_gpu} GPUs; start it with accelerate launch --num_processes "
+            f"{training.n_gpu}, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
 
 
 def _check_engine(rollout: RolloutArguments, world_size: int) -> None:
