@@ -12,6 +12,7 @@ import pandas as pd
 
 from opsd.branch_config import BranchConfig
 from opsd.branch_schedule import ScheduleFit, fit_schedule
+from opsd.branch_spines import relative_position
 from opsd.branch_statistics import (
     Estimate,
     cluster_codes,
@@ -134,7 +135,7 @@ def branch_table(
                     {
                         "problem": problem.index,
                         "position": fork.offset + 1,
-                        "relative_position": (fork.offset + 0.5) / len(spine.token_ids),
+                        "relative_position": relative_position(fork.offset, len(spine.token_ids)),
                         "spine_tokens": len(spine.token_ids),
                         "spine_correct": right,
                         "spine_truncated": spine.truncated,
