@@ -33,9 +33,19 @@ class Head:
     softcap: float | None = None
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[C, H] -> [C, V] in the head's own dtype, the logits that the model itself would give."""
-        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+    def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[C, H] -> [C, V] in the head's own dtype, the logits that the model itself would give.
+
+        Args:
+            out: where to write them, [C, V] in the head's dtype; None allocates.
+        """
+        hidden = hidden.to(self.weight.dtype)
+        if out is None:
+            logits = nn.functional.linear(hidden, self.weight, self.bias)
+        elif self.bias is None:
+            logits = torch.mm(hidden, self.weight.T, out=out)
+        else:
+            logits = torch.addmm(self.bias, hidden, self.weight.T, out=out)
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -87,7 +97,9 @@ def attach_hidden_forward(model: PreTrainedModel) -> None:
     adapters, gradient checkpointing, autocast and DistributedDataParallel see an ordinary call.
     """
     original = model.forward
-    if "positions" in inspect.signature(original).parameters:
+    # Our own wrapper shows the wrapped signature, so the outermost function is looked at too.
+    signatures = (inspect.signature(original, follow_wrapped=follow) for follow in (True, False))
+    if any("positions" in signature.parameters for signature in signatures):
         raise ValueError("the model's forward already takes `positions`")
 
     @functools.wraps(original)

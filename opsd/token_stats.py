@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from opsd.head import Head
 
-# One role's logits of a chunk; it holds two of them.
+# One role's logits of a chunk; it holds two of them, in one buffer for all chunks.
 CHUNK_BYTES_CPU = 24 * 2**20
 CHUNK_BYTES_CUDA = 256 * 2**20
 # On a CPU the elementwise work runs on blocks of rows that stay in the cache.
@@ -149,10 +149,10 @@ class _ChunkedStatistics(torch.autograd.Function):
             CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_CUDA, vocabulary, dtype.itemsize
         )
         block = min(chunk, _rows_per(BLOCK_BYTES_CPU, vocabulary, dtype.itemsize)) if on_cpu else chunk
+        buffer = torch.empty(2 * min(chunk, positions), vocabulary, dtype=dtype, device=student.device)
         for start in range(0, positions, chunk):
             span = slice(start, min(start + chunk, positions))
-            logits = _project(head, student[span], teacher[span], dtype)
-            student_logits, teacher_logits = logits.chunk(2)
+            student_logits, teacher_logits = _project(head, student[span], teacher[span], buffer)
             for low in range(0, student_logits.shape[0], block):
                 rows = slice(low, low + block)
                 stats = _block_statistics(
@@ -184,15 +184,20 @@ class _ChunkedStatistics(torch.autograd.Function):
         return scaled.to(ctx.student_dtype), None, None, None, None, None
 
 
-def _project(head: Head | None, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
-    """Twice [C, H] -> a fresh [2C, V] buffer of raw logits in the computing dtype, the student's rows first.
+def _project(head: Head | None, student: Tensor, teacher: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Twice [C, H] -> student's and teacher's raw logits, [C, V] each, in the first 2C rows of `buffer`.
 
     Both roles share one product with the head: twice the rows for one reading of its weight.
     """
     hidden = torch.cat([student.detach(), teacher.to(student.dtype)])
+    logits = buffer[: hidden.shape[0]]
     if head is None:
-        return hidden.to(dtype)
-    return head.logits(hidden).to(dtype)
+        logits.copy_(hidden)
+    elif head.weight.dtype == buffer.dtype:
+        head.logits(hidden, out=logits)
+    else:
+        logits.copy_(head.logits(hidden))
+    return logits[: student.shape[0]], logits[student.shape[0] :]
 
 
 def _back_project(head: Head | None, grad_logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,7 +214,7 @@ def _block_statistics(student_logits, teacher_logits, token_ids, config, term, w
     """
     slope = head.softcap_slope(student_logits) if head is not None and wants_gradient else None
     inverse_temperature = 1.0 / config.temperature
-    # A logit of −inf is probability 0; a finite logarithm makes its 0 · log 0 the 0 of entropy and divergence.
+    # A logit of −inf is probability 0; a finite logarithm makes its 0 · log 0 the 0 that the sums need.
     lowest = torch.finfo(student_logits.dtype).min
     student_log = torch.log_softmax(student_logits.mul_(inverse_temperature), dim=-1).clamp_(min=lowest)
     teacher_log = torch.log_softmax(teacher_logits.mul_(inverse_temperature), dim=-1).clamp_(min=lowest)
