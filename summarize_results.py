@@ -21,14 +21,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opsd.errors import UsageError, printable, run_cli
-from opsd.files import atomic_write_bytes, atomic_write_text
-from opsd.summary import METRICS, Row, Statistic, Table, build_tables, collect, missing_commands, paper_row
+from opsd.files import atomic_write_text
+from opsd.plots import check_picture
+from opsd.summary import (
+    METRICS,
+    Row,
+    Statistic,
+    Table,
+    benchmark_title,
+    build_tables,
+    collect,
+    paper_row,
+    row_title,
+)
+from opsd.summary_commands import missing_commands
 
 DEFAULT_PATTERN = "eval_results/*_38k*.json"
 PAPER_NUMBERS = Path(__file__).resolve().parent / "opsd" / "paper_numbers.json"
 DASH = "—"
-TITLES = {"opsd": "OPSD", "eopd": "EOPD", "reopold": "REOPOLD", "pwopsd": "PW-OPSD", "base": "Base model"}
-COLUMNS = {"math500": "MATH-500", "aime24": "AIME 2024", "aime25": "AIME 2025", "hmmt25": "HMMT 2025"}
 METRIC_TITLES = {"average": "Avg", "pass": "Pass", "majority": "Maj"}
 
 
@@ -49,27 +59,23 @@ def with_interval(statistic: Statistic | None) -> str:
     return f"{statistic.mean:.2f} [{statistic.interval[0]:.2f}, {statistic.interval[1]:.2f}]"
 
 
-def row_title(row: Row) -> str:
-    """The method's name, with the number of training seeds where there are several."""
-    seeds = {run.training_seed for cell in row.cells.values() for run in cell.runs}
-    title = TITLES.get(row.method, row.method)
-    return f"{title} ({len(seeds)} training seeds)" if len(seeds) > 1 else title
-
-
 def grid(table: Table, metric: str, text: Callable[[Statistic | None], str]) -> list[list[str]]:
     """Header and rows of one metric of one table."""
     name = f"{METRIC_TITLES[metric]}@{table.val_n}"
-    header = ["method", *(COLUMNS.get(column, column) for column in table.columns)]
-    lines = [[*header, f"{name} of {len(table.averaged)}"]]
+    mean = [f"{name}, mean of {len(table.averaged)}"] if table.averaged else []
+    lines = [["method", *map(benchmark_title, table.columns), *mean]]
     for row in table.rows:
         cells = [row.cells[c].statistic(metric) if c in row.cells else None for c in table.columns]
-        lines.append([row_title(row), *map(text, cells), text(row.average(metric, table.averaged))])
+        means = [row.average(metric, table.averaged)] if table.averaged else []
+        lines.append([row_title(row), *map(text, [*cells, *means])])
     return lines
 
 
 def paper_lines(table: Table, numbers: dict) -> list[list[str]]:
     """The paper's rows in the columns of `table`."""
     lines = []
+    if not set(table.columns) & set(numbers["benchmarks"]):
+        return lines
     for title, cells, mean in paper_row(numbers, table.model):
         by_name = dict(zip(numbers["benchmarks"], cells, strict=True))
         texts = [
@@ -130,34 +136,23 @@ def csv_text(tables: Sequence[Table], numbers: dict) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
-        ["source", "model", "method", "benchmark", "metric", "mean", "deviation", "runs", "low95", "high95"]
+        ["source", "model", "method", "benchmark", "metric", "mean", "deviation", "values", "low95", "high95"]
     )
 
     def write(row: Row, column: str, metric: str, s: Statistic | None) -> None:
         if s is not None:
             deviation = "" if s.deviation is None else f"{s.deviation:.4f}"
             low, high = (f"{bound:.4f}" for bound in s.interval)
-            writer.writerow(
-                [
-                    "ours",
-                    row.model,
-                    row.method,
-                    column,
-                    metric,
-                    f"{s.mean:.4f}",
-                    deviation,
-                    s.count,
-                    low,
-                    high,
-                ]
-            )
+            known = ["ours", row.model, row_title(row), column, metric]
+            writer.writerow([*known, f"{s.mean:.4f}", deviation, s.count, low, high])
 
     for table in tables:
         for row in table.rows:
             for metric in METRICS:
                 for column, cell in row.cells.items():
                     write(row, column, metric, cell.statistic(metric))
-                write(row, f"mean of {len(table.averaged)}", metric, row.average(metric, table.averaged))
+                if table.averaged:
+                    write(row, f"mean of {len(table.averaged)}", metric, row.average(metric, table.averaged))
         for title, cells, mean in paper_row(numbers, table.model):
             for column, (value, deviation) in zip(numbers["benchmarks"], cells, strict=True):
                 writer.writerow(["paper", table.model, title, column, "average", value, deviation, 3, "", ""])
@@ -165,8 +160,8 @@ def csv_text(tables: Sequence[Table], numbers: dict) -> str:
     return buffer.getvalue()
 
 
-def render(tables: Sequence[Table], numbers: dict, form: str, seeds: Sequence[int]) -> str:
-    """All tables and, but for csv, the commands that would fill what is missing."""
+def render(tables: Sequence[Table], numbers: dict, form: str, seeds: Sequence[int] | None) -> str:
+    """All tables and, but for csv, the commands that would fill what is missing (see `missing_commands`)."""
     if form == "csv":
         return csv_text(tables, numbers)
     one = markdown if form == "md" else latex
@@ -182,55 +177,6 @@ def render(tables: Sequence[Table], numbers: dict, form: str, seeds: Sequence[in
     return "\n".join(parts)
 
 
-# -- the plot ------------------------------------------------------------------------------------------------
-
-
-def plot(tables: Sequence[Table], numbers: dict, path: Path) -> None:
-    """Avg@n by benchmark and method with the bootstrap interval; the paper's values as open diamonds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(tables), 1, figsize=(9, 3.6 * len(tables)), squeeze=False)
-    for axis, table in zip(axes[:, 0], tables, strict=True):
-        _plot_table(axis, table, numbers)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    pyplot.close(figure)
-    atomic_write_bytes(path, buffer.getvalue())
-
-
-def _plot_table(axis, table: Table, numbers: dict) -> None:
-    rows = [row for row in table.rows if row.cells]
-    width = 0.8 / max(len(rows), 1)
-    paper = {title.split()[0].lower(): cells for title, cells, _ in reversed(paper_row(numbers, table.model))}
-    for index, row in enumerate(rows):
-        offset = (index - (len(rows) - 1) / 2) * width
-        colour = f"C{index}"
-        label = row_title(row)
-        for position, column in enumerate(table.columns):
-            if column in row.cells:
-                s = row.cells[column].statistic("average")
-                error = [[s.mean - s.interval[0]], [s.interval[1] - s.mean]]
-                axis.bar(position + offset, s.mean, width, color=colour, alpha=0.75, label=label)
-                axis.errorbar(position + offset, s.mean, error, color="black", capsize=3, linewidth=1)
-                label = None
-            reference = paper.get(TITLES.get(row.method, "").lower())
-            if reference and column in numbers["benchmarks"]:
-                value = reference[numbers["benchmarks"].index(column)][0]
-                axis.plot(position + offset, value, "D", color=colour, markerfacecolor="white", markersize=5)
-    if paper:
-        axis.plot([], [], "D", color="gray", markerfacecolor="white", label="paper")
-    axis.set_xticks(range(len(table.columns)), [COLUMNS.get(column, column) for column in table.columns])
-    axis.set_ylabel(f"Avg@{table.val_n} (%)")
-    axis.set_ylim(0, 100)
-    axis.set_title(f"{table.model} (whiskers: 95 % bootstrap interval over problems)")
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -238,11 +184,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("patterns", nargs="*", default=[DEFAULT_PATTERN], metavar="PATTERN")
     parser.add_argument("--format", choices=("md", "csv", "latex"), default="md")
     parser.add_argument("--output", type=Path, help="write the tables here instead of on the terminal")
-    parser.add_argument("--plot", type=Path, help="write a PNG with every model's bars")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="evaluation seeds expected")
+    parser.add_argument("--plot", type=Path, help="draw every table into this .png, .pdf or .svg file")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="evaluation seeds that each cell should have (default: 1 2 3 for the paper's benchmarks, for "
+        "others the seeds that are there)",
+    )
     args = parser.parse_args(argv)
-    if args.plot and args.plot.suffix.lower() != ".png":
-        raise UsageError(f"--plot writes a PNG; name it .png, not {args.plot}")
+    if args.plot:
+        check_picture(args.plot)
     paths = sorted({Path(name) for pattern in args.patterns for name in glob.glob(pattern, recursive=True)})
     if not paths:
         raise UsageError(f"no file matches {' '.join(args.patterns)!r}")
@@ -258,7 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(text, end="")
     if args.plot and tables:
-        plot(tables, numbers, args.plot)
+        from opsd.summary_plot import draw
+
+        draw(tables, numbers, args.plot)
     return 1 if skipped else 0
 
 

@@ -46,11 +46,16 @@ def small_multiples(panels: int, *, columns: int = 3) -> tuple[Figure, list[Axes
     for spare in axes[panels:]:
         spare.set_axis_off()
     for axis in axes[:panels]:
-        axis.grid(visible=True, color="0.9", linewidth=0.7)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
+        style(axis)
     return figure, axes[:panels]
+
+
+def style(axis: Axes) -> None:
+    """Light grid behind the data, no box around it, small figures on the axes."""
+    axis.grid(visible=True, color="0.9", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
 
 
 def label(axis: Axes, *, title: str, x: str, y: str) -> None:

@@ -1,7 +1,8 @@
 """From result files to the cells of the paper's table: runs, seed statistics, bootstrap intervals.
 
 A cell is one model, method and benchmark; its runs differ in the evaluation seed and, for a study, in the
-training seed (`_t<N>` at the end of the run's name) and in nothing else. What differs otherwise is refused.
+training seed (`_t<N>` at the end of the run's name) and in nothing else. What differs otherwise is refused,
+and so is a table whose rows or columns were sampled in different regimes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ BOOTSTRAP_DRAWS = 2000
 # What distinguishes the benchmarks of one row.
 OF_THE_BENCHMARK = ("dataset", "dataset_fingerprint", "num_problems")
 OF_THE_MODEL = ("base_model", "model_identity")
+METHOD_TITLES = {"base": "Base", "opsd": "OPSD", "eopd": "EOPD", "reopold": "REOPOLD", "pwopsd": "PW-OPSD"}
+BENCHMARK_TITLES = {
+    "math500": "MATH-500",
+    "aime24": "AIME 2024",
+    "aime25": "AIME 2025",
+    "hmmt25": "HMMT 2025",
+    "small": "small",
+    "small_hard": "small, hard",
+}
 _HUB_NAMES = {row.hub_id: row.name for row in BENCHMARKS.values() if row.hub_id}
 
 
@@ -51,10 +61,6 @@ class Run:
     seed: int | None
     regime: dict[str, Any]
     shares: dict[str, np.ndarray]
-
-    @property
-    def method_name(self) -> str:
-        return self.path.name.split(f"_{LENGTH_TAG}")[0].removesuffix(f"_{self.dataset}")
 
     def percent(self, metric: str) -> float:
         return 100 * float(self.shares[metric].mean())
@@ -113,7 +119,9 @@ class Cell:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = sorted(runs, key=lambda run: (run.training_seed or 0, run.seed or 0))
-        _refuse_different(self.runs, ignore=("seed",))
+        for group in self.by_training_seed:
+            _refuse_different(group, ignore=("seed",))
+        _refuse_different(self.runs, ignore=("seed", *OF_THE_MODEL))
         keys = [(run.training_seed, run.seed) for run in self.runs]
         for key in keys:
             if keys.count(key) > 1:
@@ -125,15 +133,19 @@ class Cell:
         seeds = list(dict.fromkeys(run.training_seed for run in self.runs))
         return [[run for run in self.runs if run.training_seed == seed] for seed in seeds]
 
+    def values(self, metric: str) -> list[float]:
+        """Percent of each evaluation seed, or of each training seed (the mean of its runs) where there are
+        several."""
+        groups = self.by_training_seed
+        if len(groups) == 1:
+            groups = [[run] for run in self.runs]
+        return [float(np.mean([run.percent(metric) for run in group])) for group in groups]
+
     def statistic(self, metric: str) -> Statistic | None:
-        """Over the evaluation seeds; with several training seeds, over these, each the mean of its runs."""
+        """Over `values`; None where a file lacks the metric."""
         if any(metric not in run.shares for run in self.runs):
             return None
-        groups = self.by_training_seed
-        if len(groups) > 1:
-            values = [float(np.mean([run.percent(metric) for run in group])) for group in groups]
-        else:
-            values = [run.percent(metric) for run in self.runs]
+        values = self.values(metric)
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
         draws = self.bootstrap(metric)
         low, high = np.percentile(draws, [2.5, 97.5])
@@ -146,37 +158,40 @@ class Cell:
         return 100 * per_problem[draw].mean(axis=1)
 
 
-def _refuse_different(runs: Sequence[Run], *, ignore: Sequence[str]) -> None:
-    """Raises ArtefactError when two runs that would be averaged have different regimes."""
+def _refuse_different(runs: Sequence[Run], *, ignore: Sequence[str], why: str = "averaged") -> None:
+    """Raises ArtefactError when two runs that would be averaged (or compared) have different regimes."""
     for run in runs[1:]:
-        ignored = [*ignore, *(OF_THE_MODEL if run.training_seed != runs[0].training_seed else ())]
         # A seed that is absent is compared like any other, so it is left out by name.
-        differences = regime_differences(runs[0].regime, run.regime, ignore=ignored)
+        differences = regime_differences(runs[0].regime, run.regime, ignore=ignore)
         if differences:
             raise ArtefactError(
-                f"{runs[0].path} and {run.path} are not averaged, their regimes differ: "
+                f"{runs[0].path} and {run.path} are not {why}, their regimes differ: "
                 f"{'; '.join(differences)}; give a PATTERN that leaves one of them out"
             )
 
 
 class Row:
-    """One model and method: a cell for each benchmark that has one."""
+    """One model and method: a cell for each benchmark that has one.
+
+    Runs with a training seed in their name and runs without one are different rows: which seed the latter had
+    is not known here, and it may be one of the former.
+    """
 
     def __init__(self, model: str, method: str, runs: Sequence[Run]) -> None:
         self.model, self.method = model, method
         datasets = dict.fromkeys(run.dataset for run in runs)
         self.cells = {name: Cell([run for run in runs if run.dataset == name]) for name in datasets}
 
-    def average(self, metric: str, columns: Sequence[str]) -> Statistic | None:
-        """The equal-weight mean over `columns`; None unless every one of them is there.
+    @property
+    def training_seeds(self) -> list[int]:
+        """In rising order; empty for a row of runs that name none."""
+        found = {run.training_seed for cell in self.cells.values() for run in cell.runs}
+        return sorted(seed for seed in found if seed is not None)
 
-        Raises:
-            ArtefactError: the benchmarks were sampled in different regimes.
-        """
+    def average(self, metric: str, columns: Sequence[str]) -> Statistic | None:
+        """The equal-weight mean over `columns`; None unless every one of them is there."""
         if not all(name in self.cells for name in columns):
             return None
-        runs = [run for name in columns for run in self.cells[name].runs]
-        _refuse_different(runs, ignore=("seed", *OF_THE_BENCHMARK))
         statistics = [self.cells[name].statistic(metric) for name in columns]
         if any(statistic is None for statistic in statistics):
             return None
@@ -192,7 +207,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one model, and the benchmarks that are its columns."""
+    """The rows of one model, and the benchmarks that are its columns.
+
+    Attributes:
+        averaged: the columns whose equal-weight mean closes each row; empty for a single column.
+    """
 
     model: str
     columns: tuple[str, ...]
@@ -200,51 +219,76 @@ class Table:
     rows: list[Row]
     val_n: int
 
+    @property
+    def runs(self) -> list[Run]:
+        return [run for row in self.rows for cell in row.cells.values() for run in cell.runs]
+
 
 def build_tables(runs: Sequence[Run]) -> list[Table]:
-    """One table for each model, in which the paper's methods have a row each even without a result."""
+    """One table for each model.
+
+    One that holds a benchmark of the paper has a column for each of its four and, for a model that the
+    launchers know, a row for each method, even without a result. Any other holds what there is.
+
+    Raises:
+        ArtefactError: runs that would be averaged, or stand in one table, were sampled in different regimes.
+    """
     tables = []
     for model in dict.fromkeys(run.model for run in runs):
         ours = [run for run in runs if run.model == model]
-        datasets = dict.fromkeys(run.dataset for run in ours)
-        averaged = PAPER_BENCHMARKS if set(datasets) & set(PAPER_BENCHMARKS) else ("small", "small_hard")
-        if not set(datasets) & set(averaged):
-            averaged = tuple(datasets)
+        datasets = sorted({run.dataset for run in ours}, key=_benchmark_order)
+        of_the_paper = bool(set(datasets) & set(PAPER_BENCHMARKS))
+        averaged = PAPER_BENCHMARKS if of_the_paper else tuple(datasets)
         columns = (*averaged, *(name for name in datasets if name not in averaged))
-        found = dict.fromkeys(run.method for run in ours)
-        known = METHODS if model in model_tags() else ()
-        base = ("base",) if "base" in found else ()
-        methods = tuple(dict.fromkeys((*base, *known, *found)))
-        rows = [Row(model, method, [run for run in ours if run.method == method]) for method in methods]
+        expected = METHODS if of_the_paper and model in model_tags() else ()
+        names = [(method, False) for method in expected]
+        names += sorted({(run.method, run.training_seed is not None) for run in ours} - set(names))
+        names.sort(key=lambda name: _method_order(name[0]))
+        rows = [Row(model, method, _select(ours, method, seeded)) for method, seeded in names]
+        # A method whose runs all name their training seed needs no empty row beside it.
+        rows = [row for row in rows if row.cells or not any(row.method == run.method for run in ours)]
+        _refuse_different(ours, ignore=("seed", *OF_THE_BENCHMARK, *OF_THE_MODEL), why="put into one table")
+        averaged = averaged if len(averaged) > 1 else ()
         tables.append(Table(model, columns, averaged, rows, int(ours[0].regime["val_n"])))
     return tables
 
 
-def missing_commands(table: Table, seeds: Sequence[int]) -> list[str]:
-    """The commands that would fill what is missing in `table` for the evaluation seeds `seeds`."""
-    parallel = 1 if table.model == "small" else 4
-    commands = []
-    for row in table.rows:
-        training_seeds = dict.fromkeys(run.training_seed for cell in row.cells.values() for run in cell.runs)
-        for training_seed in training_seeds or (None,):
-            for dataset in table.columns:
-                runs = row.cells[dataset].runs if dataset in row.cells else []
-                present = {run.seed for run in runs if run.training_seed == training_seed}
-                suffix = "" if training_seed is None else f"_t{training_seed}"
-                name = _run_name(table.model, row.method) + suffix
-                commands += [
-                    f"bash launchers/run_eval.sh {name} {dataset} {parallel} {seed}"
-                    for seed in seeds
-                    if seed not in present
-                ]
-    return commands
+def _select(runs: Sequence[Run], method: str, seeded: bool) -> list[Run]:
+    return [run for run in runs if run.method == method and (run.training_seed is not None) == seeded]
 
 
-def _run_name(model: str, method: str) -> str:
-    # The bare tag of a paper model is its base model; the small world's is `small_base`.
-    if method == "base":
-        return model if model != "small" else "small_base"
-    return f"{model}_{method}"
+def _benchmark_order(name: str) -> tuple[int, str]:
+    order = list(BENCHMARKS)
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _method_order(method: str) -> tuple[int, str]:
+    """The base first, then the paper's methods, each followed by its variants (`pwopsd_flat`)."""
+    order = ("base", *METHODS)
+    stem = method_stem(method)
+    return (order.index(stem) if stem in order else len(order), method)
+
+
+def method_stem(method: str) -> str:
+    """`pwopsd` of `pwopsd_flat`: the method that a variant's name begins with, the whole name without one."""
+    stem = method.split("_")[0]
+    return stem if stem in ("base", *METHODS) else method
+
+
+def row_title(row: Row) -> str:
+    """`PW-OPSD`, its variant and training seeds behind it: `PW-OPSD (flat, 3 training seeds)`."""
+    stem = method_stem(row.method)
+    notes = [row.method.removeprefix(stem).strip("_").replace("_", " ")] if row.method != stem else []
+    seeds = row.training_seeds
+    if seeds:
+        notes.append(f"{len(seeds)} training seeds" if len(seeds) > 1 else f"training seed {seeds[0]}")
+    title = METHOD_TITLES.get(stem, stem)
+    return f"{title} ({', '.join(notes)})" if notes else title
+
+
+def benchmark_title(name: str) -> str:
+    """A benchmark's name as a heading."""
+    return BENCHMARK_TITLES.get(name, name)
 
 
 def collect(paths: Sequence[Path], on_skip: Callable[[str], None]) -> list[Run]:
