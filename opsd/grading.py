@@ -1,6 +1,6 @@
 """From the text of a sample to verdicts: boxed extraction, equivalence, clustering, vote.
 
-The rules are those of the evaluation protocol (docs/grading.md): math_verify decides whether two answers are
+The rules are those of the evaluation protocol (docs/evaluation.md): math_verify decides whether two answers are
 equivalent, in separate processes that are killed when a comparison does not end. Imports neither torch nor
 vLLM, so that stored results can be graded again anywhere.
 

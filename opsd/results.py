@@ -1,6 +1,6 @@
 """The result file of one evaluation: per-sample records first, aggregates as functions of them.
 
-The keys are those of the authors' files (docs/grading.md lists them), so that files of earlier runs can be
+The keys are those of the authors' files (docs/evaluation.md lists them), so that files of earlier runs can be
 read, graded again and put into one table with new ones. A file is written whole or not at all.
 """
 
