@@ -12,12 +12,10 @@ missing or incomplete one and 3 for another run's.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,7 @@ from opsd.base_files import (
     first_line,
 )
 from opsd.errors import ArtefactError, UsageError, run_cli
-from opsd.files import atomic_directory
+from opsd.files import PARTIAL_MARK, atomic_directory, disk_errors
 from opsd.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -96,7 +94,7 @@ def merge(
     config = base_config(folder, base, trust_remote_code=trust_remote_code)
     shapes = base_shapes(config, trust_remote_code=trust_remote_code)
     check_fits(checkpoint, shapes, base)
-    with _disk_errors(out):
+    with disk_errors(out):
         _check_room(out, config, shapes)
         with atomic_directory(out) as temporary:
             model = _merged_model(folder, checkpoint, trust_remote_code=trust_remote_code)
@@ -122,7 +120,9 @@ def _refuse_foreign_folder(out: Path, *, keep: Sequence[Path]) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--output {out} is a file; choose a folder that does not exist")
     for entry in sorted(out.iterdir()) if out.is_dir() else ():
-        if entry.name not in OWN_FILES and entry.suffix != ".safetensors":
+        # A merge that was killed while it wrote its sentinel leaves the sentinel's temporary file.
+        partial = entry.name.startswith(f".{SENTINEL_NAME}{PARTIAL_MARK}")
+        if entry.name not in OWN_FILES and entry.suffix != ".safetensors" and not partial:
             raise UsageError(f"--output {out} holds {entry.name}, which is no merged model's; choose another")
 
 
@@ -202,23 +202,6 @@ def _foreign_manifest(checkpoint: Adapter, base: str, out: Path) -> dict[str, An
         "seeds": {},
         "note": f"no manifest came with {checkpoint.path.name}; versions are the merge's",
     }
-
-
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Turn "no room" and "no permission", which reach us in two libraries' words, into one clear line."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        words = str(error).lower()
-        if number in (errno.ENOSPC, errno.EDQUOT) or "no space left" in words or "quota" in words:
-            raise ArtefactError(f"the disk of {out.parent} is full; nothing was left at {out}") from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS) or "permission denied" in words:
-            raise ArtefactError(f"no permission to write {out}; nothing was left there") from error
-        raise
 
 
 def _parser() -> argparse.ArgumentParser:

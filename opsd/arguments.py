@@ -263,6 +263,8 @@ def _check_together(trainer: dict, rollout: RolloutArguments, model: ModelArgume
         ("torch_compile", "generation and the two passes compile into different graphs each step"),
         ("full_determinism", "use --seed; rollouts have hashed seeds of their own"),
         ("auto_find_batch_size", "the effective batch is part of the experiment"),
+        ("save_only_model", "a run without the optimizer's state cannot be resumed exactly"),
+        ("ignore_data_skip", "a resumed run must see the problems that the interrupted one had left"),
         ("load_best_model_at_end", "there is no evaluation loop here; see launchers/run_eval.sh"),
         ("fp16", "its loss scaling works by infinite gradients, which stop a run here; use --bf16"),
         ("use_liger_kernel", "the objectives have a chunked head of their own (opsd/token_stats.py)"),

@@ -89,6 +89,21 @@ def remove_incomplete(run_folder: Path) -> list[Path]:
     return removed
 
 
+def rotate(run_folder: Path, limit: int | None) -> list[Path]:
+    """Delete the oldest checkpoints until `limit` whole ones are left, and return what was deleted.
+
+    Only whole checkpoints count, so that a half-written one never displaces the one to resume from. None or a
+    number below 1 keeps all.
+    """
+    whole = [path for _, path in checkpoints(run_folder) if incompleteness(path) is None]
+    surplus = whole[: max(len(whole) - limit, 0)] if limit is not None and limit > 0 else []
+    for path in surplus:
+        # Without its marker a folder that a kill leaves half deleted does not pass for a checkpoint.
+        (path / MARKER).unlink()
+        shutil.rmtree(path)
+    return surplus
+
+
 def resolve_resume(run_folder: Path, asked: str | None) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means.
 

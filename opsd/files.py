@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from opsd.errors import ArtefactError
+
 # A name that no reader of results, checkpoints or merged folders takes for a finished one.
 PARTIAL_MARK = ".partial-"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _fsync(path: Path) -> None:
@@ -46,11 +51,48 @@ def remove_partials(path: Path) -> list[Path]:
     return removed
 
 
+def remove_all_partials(folder: Path) -> list[Path]:
+    """`remove_partials` for every target in `folder` and below; returns what was deleted."""
+    marked = sorted(folder.rglob(f".*{PARTIAL_MARK}*"))
+    targets = dict.fromkeys(path.with_name(path.name[1:].split(PARTIAL_MARK)[0]) for path in marked)
+    return [leftover for target in targets for leftover in remove_partials(target)]
+
+
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder`, and `folder` itself, to the disk."""
     for path in sorted(folder.rglob("*")):
         _fsync(path)
     _fsync(folder)
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn "no room" and "no permission" while `target` is written, which reach us in three libraries' words,
+    into one clear line.
+
+    Raises:
+        ArtefactError: the disk is full, or the place cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number, words = getattr(error, "errno", None), str(error).lower()
+        # torch says no more than that its archive could not be written.
+        unsaid = "pytorchstreamwriter failed" in words and _nearly_full(target.parent)
+        if number in NO_ROOM or "no space left" in words or "quota" in words or unsaid:
+            raise ArtefactError(
+                f"the disk of {target.parent} is full: {target.name} was not written; free some space and "
+                "run the same command again"
+            ) from error
+        if number in NO_PERMISSION or "permission denied" in words:
+            raise ArtefactError(f"no permission to write {target}") from error
+        raise
+
+
+def _nearly_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < 2**20
 
 
 def glob_escape(name: str) -> str:

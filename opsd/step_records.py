@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from opsd.files import atomic_write_text
 
@@ -46,12 +47,12 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [row for row in read_metrics(self.run_folder) if row["step"] <= state.global_step]
-        kept = [row for row in kept if "train_runtime" not in row]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         atomic_write_text(self.run_folder / METRICS_NAME, text)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
+        # The Trainer's closing summary is no step, and after a resume its mean loss covers a part of the run.
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         with open(self.run_folder / METRICS_NAME, "a", encoding="utf-8") as file:
             # JSON has no NaN: a step that was left out has null where a number is missing.
@@ -59,6 +60,27 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **row}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+class TensorBoardFolder(TensorBoardCallback):
+    """TensorBoard's events in one folder, `runs/`, however often the run is resumed.
+
+    transformers makes one folder a start, and the steps that were logged after the last checkpoint would then
+    show twice. Here a start writes at which step it begins; TensorBoard hides what earlier ones have beyond.
+    """
+
+    def __init__(self, run_folder: Path):
+        super().__init__()
+        self.logging_dir = self.logging_dir or str(run_folder / "runs")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
+            self.tb_writer.add_text("args", args.to_json_string(), state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "train_runtime" not in logs:
+            super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 class ConciseProgress(ProgressCallback):

@@ -19,7 +19,9 @@ from transformers import Trainer
 
 from opsd.arguments import ModelArguments, RolloutArguments
 from opsd.batch import RoleBatch, role_batch
+from opsd.checkpoints import mark_complete, rotate
 from opsd.data import Example, Problems
+from opsd.files import disk_errors
 from opsd.head import Head
 from opsd.nonfinite import NonFiniteGuard
 from opsd.objectives import Hyperparameters, Method, Reduction, entropy_threshold, reopold_mask
@@ -104,8 +106,9 @@ class OPSDTrainer(Trainer):
         if not positions:
             return [], None
         self._step_started = time.perf_counter()
-        self._loss_before_step = self._tr_loss.clone()
-        groups = [[self.train_dataset.examples[p] for p in batch["positions"].tolist()] for batch in positions]
+        groups = [
+            [self.train_dataset.examples[p] for p in batch["positions"].tolist()] for batch in positions
+        ]
         completions = self._roll_out([example for group in groups for example in group])
         batches, taken = [], 0
         for group in groups:
@@ -210,7 +213,8 @@ class OPSDTrainer(Trainer):
     def _step_normalisation(self, batches: Sequence[MicroBatch]) -> Normalisation:
         """Counts over all micro-batches and ranks of this optimizer step.
 
-        REOPOLD's mask depends on the statistics, so it costs one more student pass without gradients.
+        REOPOLD's mask depends on the statistics, so it costs one more student pass without gradients; with
+        dropout off, since a resumed run restores the random state only after this.
         """
         if self.method.count is not None:
             sequences = torch.cat([batch.lengths for batch in batches])
@@ -218,10 +222,13 @@ class OPSDTrainer(Trainer):
             return Normalisation(self.accelerator.reduce(count.double(), "sum"))
         model = self.accelerator.unwrap_model(self.model)
         step, every = self.state.global_step, []
+        was_training = model.training
+        model.eval()
         for batch in batches:
             with torch.no_grad(), self.accelerator.autocast():
                 hidden = batch.student.hidden_states(model)
             every.append(self._statistics(hidden, batch, with_term=False))
+        model.train(was_training)
         threshold = None
         if step >= self.hyper.reopold_t_switch:
             mine = torch.cat([stats.student_entropy for stats in every])
@@ -254,7 +261,7 @@ class OPSDTrainer(Trainer):
             # AdamW passes over parameters without a gradient: neither weights nor moments move.
             model.zero_grad(set_to_none=True)
             # The Trainer sums losses up to the next log; a NaN in that sum would stay in every later one.
-            self._tr_loss.copy_(self._loss_before_step)
+            self._tr_loss.copy_(torch.zeros(()) if self._loss_before_step is None else self._loss_before_step)
         self.guard.reset()
 
     # --- records
@@ -326,6 +333,7 @@ class OPSDTrainer(Trainer):
             self._metrics["time/step_s"].append(time.perf_counter() - self._step_started)
             self._step_started = None
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._loss_before_step = self._tr_loss.clone()
 
     def log(self, logs, start_time=None):
         """Add the means of what was recorded since the last log, over micro-batches and ranks, in one
@@ -355,12 +363,20 @@ class OPSDTrainer(Trainer):
     # -------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
-        from opsd.checkpoints import mark_complete
-
-        super()._save_checkpoint(model, trial)
+        """Save, mark as whole, and only then delete the oldest: a kill in between leaves one to resume
+        from."""
+        run_folder, limit = Path(self.args.output_dir), self.args.save_total_limit
+        checkpoint = run_folder / f"checkpoint-{self.state.global_step}"
+        self.args.save_total_limit = None
+        try:
+            with disk_errors(checkpoint):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            mark_complete(checkpoint)
+            rotate(run_folder, limit)
         self.accelerator.wait_for_everyone()
 
 

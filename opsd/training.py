@@ -3,7 +3,6 @@ records."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import uuid
@@ -16,14 +15,15 @@ from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
 from opsd.checkpoints import NAME, remove_incomplete, resolve_resume
 from opsd.data import Problems, check_positions, check_rows, encode_problems
 from opsd.errors import ArtefactError, UsageError
-from opsd.files import atomic_write_text
+from opsd.files import atomic_write_text, partial_name, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.manifest import read_manifest, run_manifest, write_manifest
 from opsd.models import load_causal_lm, load_config, load_tokenizer
 from opsd.objectives import METHODS, Hyperparameters
 from opsd.provenance import dataset_fingerprint
-from opsd.step_records import ConciseProgress, MetricsFile
+from opsd.step_records import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.tables import load_table
+from opsd.vllm_setup import local_model, require_vllm
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,6 +56,7 @@ def train(
         UsageError, ArtefactError: before any model is loaded where that is possible.
     """
     from transformers import ProgressCallback
+    from transformers.integrations import TensorBoardCallback
 
     from opsd.trainer import OPSDTrainer
 
@@ -79,8 +80,8 @@ def train(
     if training.process_index == 0:
         for path in remove_incomplete(output_dir):
             logger.warning("%s was half-written when a run was killed; removed", path)
-        if resume is None:
-            write_manifest(output_dir, manifest)
+        remove_all_partials(output_dir)
+        write_manifest(output_dir, manifest if resume is None else _resumed(output_dir, manifest, resume))
         _identify_wandb_run(training, output_dir)
     logger.info("resuming from %s", resume) if resume is not None else logger.info("starting afresh")
     model = _load_model(training, options)
@@ -105,8 +106,17 @@ def train(
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ConciseProgress)
+    if trainer.pop_callback(TensorBoardCallback) is not None:
+        trainer.add_callback(TensorBoardFolder(output_dir))
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    except torch.OutOfMemoryError as error:
+        raise ArtefactError(
+            f"out of memory ({str(error).splitlines()[0]}); set --per_device_train_batch_size "
+            f"{max(training.per_device_train_batch_size // 2, 1)} and double "
+            "--gradient_accumulation_steps, or lower --max_completion_length or "
+            "--vllm_gpu_memory_utilization"
+        ) from error
     finally:
         engine.close()
     return 0
@@ -124,25 +134,19 @@ def _check_devices(training: TrainingArguments) -> None:
 def _check_engine(rollout: RolloutArguments, world_size: int) -> None:
     if rollout.rollout != "vllm":
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise UsageError(
-            "--rollout vllm: vLLM is not installed. Install requirements.txt (GPU) or run "
-            "launchers/test.sh once "
-            "(CPU), or use --rollout hf"
-        )
+    require_vllm()
     size = rollout.vllm_tensor_parallel_size
     if world_size % size:
         raise UsageError(
             f"--vllm_tensor_parallel_size {size} does not divide the {world_size} processes: each engine "
-            "takes that "
-            "many ranks"
+            f"takes that many ranks. Start a multiple of {size} processes or choose a divisor of {world_size}"
         )
 
 
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        probe = partial_name(folder / "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -225,6 +229,18 @@ def _check_same_run(output_dir: Path, manifest: dict, resume: Path | None) -> No
         )
 
 
+def _resumed(output_dir: Path, manifest: dict, resume: Path) -> dict:
+    """The run's first manifest with the arguments of now, and one more entry under `resumed`: what may have
+    changed in between."""
+    if not (output_dir / "manifest.json").exists():
+        return manifest
+    before = read_manifest(output_dir)
+    start = {"checkpoint": resume.name} | {
+        name: manifest[name] for name in ("created", "command", "git", "versions")
+    }
+    return before | {"arguments": manifest["arguments"], "resumed": [*before.get("resumed", ()), start]}
+
+
 def _identify_wandb_run(training: TrainingArguments, output_dir: Path) -> None:
     """A resumed run continues its own W&B run instead of opening a second one."""
     if "wandb" not in training.report_to or "WANDB_RUN_ID" in os.environ:
@@ -280,7 +296,7 @@ def _build_engine(
     from opsd.rollout_vllm import VLLMEngine
 
     return VLLMEngine(
-        options.model_name_or_path,
+        local_model(options.model_name_or_path, options.model_revision),
         tensor_parallel_size=rollout.vllm_tensor_parallel_size,
         gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
         max_model_len=problems.longest_student_prompt + rollout.max_completion_length,
@@ -289,4 +305,5 @@ def _build_engine(
         enforce_eager=rollout.vllm_enforce_eager,
         enable_sleep_mode=rollout.vllm_enable_sleep_mode,
         dtype=str(model.get_base_model().dtype).removeprefix("torch."),
+        trust_remote_code=options.trust_remote_code,
     )

@@ -1,0 +1,345 @@
+"""A run that is killed and resumed is the run that was never killed; its papers follow it to the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from opsd import checkpoints
+from opsd.errors import ArtefactError
+from opsd.manifest import check_merged, read_manifest
+from opsd.results import load_result
+from opsd.step_records import read_metrics
+from tests.forked_runs import Job, run_elsewhere, train_argv
+from tests.test_launchers import LAUNCHERS, SETTINGS, load_install
+from tests.vllm_models import needs_vllm
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / "testbed" / "base_model"
+STEPS = 4
+
+
+def write_rows(path: Path, count: int) -> Path:
+    """The small world's first `count` training problems."""
+    with open(ROOT / "testbed" / "data" / "train.jsonl", encoding="utf-8") as file:
+        path.write_text("".join(next(file) for _ in range(count)), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Story:
+    """One method's run and what befalls it. Twelve problems, four a step: an epoch ends with step 3.
+
+    Attributes:
+        moments: where the first process, the second, … is killed (tests/forked_runs.py). One more finishes.
+        resumed_from: the checkpoint that each process but the first went on from; None = from the start.
+    """
+
+    moments: tuple[str, ...]
+    resumed_from: tuple[int | None, ...]
+    flags: dict = field(default_factory=dict)
+
+
+STORIES = {
+    # Dropout draws from the process's random state, which must go on where it was.
+    "opsd": Story(("rollout 3",), (3,), {"lora_dropout": 0.2}),
+    # Of one checkpoint to keep, the old one must not go before the new one is whole.
+    "eopd": Story(("save 2", "mark 3"), (1, 2), {"save_total_limit": 1}),
+    # The killed process had refined already; the resumed one has one step of exploration before it.
+    "reopold": Story(
+        ("log 4",),
+        (2,),
+        {"reopold_t_switch": 3, "loss_scope": "global", "save_steps": 2, "lora_dropout": 0.2},
+    ),
+    # Killed in every step.
+    "pwopsd": Story(
+        ("rollout 0", "mark 1", "rollout 1", "log 3", "mark 4"),
+        (None, None, 1, 2, 3),
+        {"report_to": "tensorboard"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `METHOD` (killed and resumed), `METHOD_whole` (never killed) and a log beside each; then
+    pwopsd's merged folder and its evaluation."""
+    folder = tmp_path_factory.mktemp("resume")
+    rows = write_rows(folder / "rows.jsonl", 12)
+    jobs, expected = [], []
+
+    def plan(program: str, argv: list[str], log: str, moment: str | None = None) -> None:
+        jobs.append(Job(program, argv, str(folder / log), moment))
+        expected.append(0 if moment is None else -signal.SIGKILL)
+
+    for method, story in STORIES.items():
+        flags = {"method": method, "max_steps": STEPS} | story.flags
+        plan(
+            "ea_opsd_train",
+            train_argv(BASE, rows, folder / f"{method}_whole", **flags),
+            f"{method}_whole.log",
+        )
+        for number, moment in enumerate((*story.moments, None)):
+            argv = train_argv(BASE, rows, folder / method, **flags)
+            plan("ea_opsd_train", argv, f"{method}-{number}.log", moment)
+    merged = str(folder / "pwopsd_merged")
+    checkpoint = str(folder / "pwopsd" / f"checkpoint-{STEPS}")
+    plan("merge_lora", ["--base_model", str(BASE), "--adapter", checkpoint, "--output", merged], "merge.log")
+    evaluation = {
+        "base_model": merged, "dataset": "sums", "dataset_path": rows, "output": folder / "result.json",
+        "engine": "hf", "val_n": 2, "num_samples": 2, "max_new_tokens": 24, "grading_workers": 1,
+    }  # fmt: skip
+    plan("evaluate_math", [w for n, v in evaluation.items() for w in (f"--{n}", str(v))], "evaluation.log")
+    found = run_elsewhere(jobs, folder)
+    for job, code, wanted in zip(jobs, found, expected, strict=True):
+        assert code == wanted, Path(job.log).read_text()[-3000:]
+    return folder
+
+
+def final_adapter(run: Path) -> bytes:
+    return (run / f"checkpoint-{STEPS}" / "adapter_model.safetensors").read_bytes()
+
+
+def without_times(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", STORIES)
+def test_the_resumed_run_is_the_uninterrupted_one(world: Path, method: str) -> None:
+    whole, resumed = world / f"{method}_whole", world / method
+    assert final_adapter(resumed) == final_adapter(whole), "bit for bit"
+    first = (whole / "checkpoint-4" / "adapter_model.safetensors").stat().st_size
+    assert first > 10_000
+    rows = without_times(resumed)
+    assert rows == without_times(whole)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step once"
+    assert all(row["grad_norm"] > 0 for row in rows), "steps that change nothing would show nothing"
+    names = [path.relative_to(resumed) for path in sorted(resumed.rglob("*")) if "runs" not in path.parts]
+    assert names == [p.relative_to(whole) for p in sorted(whole.rglob("*")) if "runs" not in p.parts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", STORIES)
+def test_each_process_went_on_from_the_newest_whole_checkpoint(world: Path, method: str) -> None:
+    story = STORIES[method]
+    for number, step in enumerate((None, *story.resumed_from)):
+        log = (world / f"{method}-{number}.log").read_text()
+        wanted = "starting afresh" if step is None else f"resuming from {world / method}/checkpoint-{step}\n"
+        assert wanted in log
+        killed_at = story.moments[number - 1] if number else ""
+        if killed_at.startswith(("save", "mark")):
+            half = world / method / f"checkpoint-{killed_at.split()[1]}"
+            assert f"{half} is left out: it has no .complete marker: saving it was interrupted" in log
+            assert f"{half} was half-written when a run was killed; removed" in log
+
+
+@pytest.mark.slow
+def test_reopold_refines_from_the_same_step_on(world: Path) -> None:
+    refined = [row["method/refinement"] for row in read_metrics(world / "reopold")]
+    assert refined == [0, 0, 0, 1], "optimizer steps are counted over the whole run"
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_each_step_once(world: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = read_metrics(world / "pwopsd")
+    assert len(list((world / "pwopsd" / "runs").iterdir())) == 6, "an event file for each process"
+    events = EventAccumulator(str(world / "pwopsd" / "runs")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("train/loss/objective")}
+    assert [event.step for event in events.Scalars("train/loss/objective")] == [1, 2, 3, 4]
+    assert shown == pytest.approx({row["step"]: row["loss/objective"] for row in metrics})
+
+
+# -- provenance ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_runs_manifest_says_what_it_was(world: Path) -> None:
+    from opsd.provenance import dataset_fingerprint, git_state, versions
+
+    manifest = read_manifest(world / "pwopsd")
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    assert manifest["command"][1:] == [
+        str(ROOT / "ea_opsd_train.py"),
+        *train_argv(BASE, world / "rows.jsonl", world / "pwopsd", **STORIES["pwopsd"].flags),
+    ]
+    assert manifest["git"] == git_state()
+    assert manifest["versions"] == versions()
+    assert {"torch", "transformers", "peft", "accelerate", "datasets"} <= manifest["versions"].keys()
+    assert manifest["dataset"] == {
+        "name": str(world / "rows.jsonl"),
+        "rows": 12,
+        "sha256": dataset_fingerprint(rows),
+    }
+    assert (manifest["base_model"], manifest["base_revision"]) == (str(BASE), None)
+    layout = ("world_size", "per_device_batch", "accumulation", "effective_batch")
+    assert [manifest[name] for name in layout] == [1, 2, 2, 4]
+    assert manifest["seeds"] == {"seed": 42, "data_seed": 42}
+    assert manifest["arguments"]["position_w_min"] == 0.25
+    assert manifest["arguments"]["lora_r"] == 8
+    assert [start["checkpoint"] for start in manifest["resumed"]] == [f"checkpoint-{n}" for n in (1, 2, 3)]
+    for start in manifest["resumed"]:
+        assert start["git"] == manifest["git"]
+        assert start["versions"] == manifest["versions"]
+    assert "resumed" not in read_manifest(world / "pwopsd_whole")
+
+
+@pytest.mark.slow
+def test_the_manifest_goes_with_the_merged_folder_and_its_identity_with_the_result(world: Path) -> None:
+    merged = check_merged(
+        world / "pwopsd_merged", expected_run_name="pwopsd", expected_step=STEPS, hashes=True
+    )
+    manifest = read_manifest(world / "pwopsd")
+    assert merged["manifest"] == manifest
+    card = (world / "pwopsd_merged" / "README.md").read_text()
+    for said in ("| Method | pwopsd |", f"| Optimizer steps | {STEPS} |", manifest["dataset"]["sha256"]):
+        assert said in card
+    result = load_result(world / "result.json")
+    assert result["model_identity"] == merged["identity"]
+    assert result["training_run"] == {
+        **{name: manifest[name] for name in ("run_name", "method", "base_model", "base_revision", "git")},
+        **{name: manifest[name] for name in ("dataset", "seeds")},
+        "adapter_step": STEPS,
+        "merged": merged["merged"],
+    }
+
+
+# -- which checkpoint counts ---------------------------------------------------------------------------------
+
+
+def a_run(folder: Path, *steps: int) -> Path:
+    """A run folder with a whole checkpoint at each of `steps`, their contents made up."""
+    for step in steps:
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        for name in checkpoints.REQUIRED:
+            (checkpoint / name).write_bytes(b"x" * 100)
+        checkpoints.mark_complete(checkpoint)
+    return folder
+
+
+DAMAGE = {
+    "no marker": (lambda c: (c / ".complete").unlink(), "saving it was interrupted"),
+    "torn marker": (lambda c: os.truncate(c / ".complete", 9), "marker is damaged"),
+    "marker of another kind": (lambda c: (c / ".complete").write_text("[]"), "marker is damaged"),
+    "no optimizer": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "cut adapter": (
+        lambda c: os.truncate(c / "adapter_model.safetensors", 99),
+        "adapter_model.safetensors has 99 bytes instead of 100",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    run = a_run(tmp_path / "run", 1, 2, 10)
+    damage, said = DAMAGE[kind]
+    damage(run / "checkpoint-10")
+    assert checkpoints.resolve_resume(run, "auto") == run / "checkpoint-2", (
+        "the newest, by number, not by name"
+    )
+    assert said in caplog.text
+    assert f"{run / 'checkpoint-10'} is left out" in caplog.text
+    with pytest.raises(ArtefactError, match=said):
+        checkpoints.resolve_resume(run, str(run / "checkpoint-10"))
+    assert checkpoints.remove_incomplete(run) == [run / "checkpoint-10"]
+    assert checkpoints.remove_incomplete(run) == []
+
+
+def test_nothing_to_resume_from_and_nothing_asked(tmp_path: Path) -> None:
+    assert checkpoints.resolve_resume(tmp_path, "auto") is None
+    assert checkpoints.resolve_resume(tmp_path, None) is None
+    run = a_run(tmp_path / "run", 1)
+    with pytest.raises(ArtefactError, match="add --resume_from_checkpoint auto"):
+        checkpoints.resolve_resume(run, None)
+
+
+def test_rotation_counts_whole_checkpoints_alone(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 1, 2, 3, 10)
+    (run / "checkpoint-10" / ".complete").unlink()
+    assert checkpoints.rotate(run, None) == checkpoints.rotate(run, 0) == checkpoints.rotate(run, 3) == []
+    assert checkpoints.rotate(run, 1) == [run / "checkpoint-1", run / "checkpoint-2"]
+    assert checkpoints.newest_complete(run) == run / "checkpoint-3"
+    assert (run / "checkpoint-10").exists()
+
+
+# -- the other engine, and the launcher ----------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs_vllm
+def test_with_vllm_the_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 12)
+    flags = {"rollout": "vllm", "max_steps": STEPS, "vllm_enforce_eager": True}
+    whole, killed = (train_argv(BASE, rows, tmp_path / name, **flags) for name in ("whole", "killed"))
+    jobs = [
+        Job("ea_opsd_train", whole, str(tmp_path / "whole.log")),
+        Job("ea_opsd_train", killed, str(tmp_path / "killed.log"), "rollout 2"),
+        Job("ea_opsd_train", killed, str(tmp_path / "resumed.log")),
+    ]
+    assert run_elsewhere(jobs, tmp_path) == [0, -signal.SIGKILL, 0], (tmp_path / "resumed.log").read_text()
+    assert f"resuming from {tmp_path / 'killed'}/checkpoint-2\n" in (tmp_path / "resumed.log").read_text()
+    assert final_adapter(tmp_path / "killed") == final_adapter(tmp_path / "whole")
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (venv / "bin" / "python").chmod(0o755)
+    install = load_install()
+    stamp = {"stack": "cpu", "requirements": install.requirements_hash(ROOT), "vllm": True}
+    (venv / install.STAMP).write_text(json.dumps(stamp))
+    rows = write_rows(tmp_path / "rows.jsonl", 40)
+    flags = [
+        "--train_dataset",
+        rows,
+        "--max_steps",
+        3,
+        "--save_steps",
+        1,
+        "--max_completion_length",
+        6,
+        "--lora_r",
+        8,
+    ]
+    command = ["bash", str(LAUNCHERS / "train.sh"), "small", "pwopsd", *map(str, flags)]
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | {
+        "VENV": str(venv),
+        "STACK": "cpu",
+        "OUTPUT_ROOT": str(tmp_path / "outputs"),
+        "MERGE_STEP": "3",
+        "OMP_NUM_THREADS": "1",
+    }
+    run = tmp_path / "outputs" / "small_pwopsd"
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    while checkpoints.newest_complete(run) is None:
+        assert first.poll() is None, "the launcher ended before its first checkpoint"
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    left = checkpoints.newest_complete(run).name
+    assert not (tmp_path / "outputs" / "small_pwopsd_merged").exists()
+    again = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from {run}/{left}" in again.stderr or left == "checkpoint-3"
+    check_merged(tmp_path / "outputs" / "small_pwopsd_merged", expected_step=3, hashes=True)
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
+    shutil.rmtree(tmp_path / "outputs")
