@@ -1,7 +1,8 @@
 """Create `.venv` and install the pinned requirements, once: `python3 launchers/install.py [--with-vllm]`
 
 With an NVIDIA GPU: requirements.txt. Without one: requirements-cpu.txt and, with `--with-vllm`, the CPU build
-of vLLM. `STACK=gpu|cpu` overrides the look at the machine. A stamp in `.venv` holds the SHA-256 of the
+of vLLM. `STACK=gpu|cpu` overrides the look at the machine; TORCH_CPU_INDEX names a package index with the CPU
+builds of torch, where the configured one has none. A stamp in `.venv` holds the SHA-256 of the
 requirement files, so that a second call returns at once and a changed pin is installed; a lock makes
 launchers that start together wait for the one that installs. Needs only Python's standard library.
 """
@@ -32,8 +33,8 @@ STAMP = "pwopsd-installed.json"
 # import (and whose wheels do not load beside every torch build).
 LEFT_TO_US = frozenset({"torch", "torchvision", "torchaudio", "torchcodec"})
 
-# Where PyTorch publishes its CPU builds. The default package index has CUDA builds alone (about 3 GB).
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Names a package index that has CPU builds of torch, as PyTorch's own installation page gives it.
+TORCH_CPU_INDEX = "TORCH_CPU_INDEX"
 
 
 class InstallError(Exception):
@@ -104,14 +105,19 @@ def require_pip(python: Path, what: str, *arguments: str) -> None:
 
 
 def install_torch_cpu(python: Path, root: Path) -> None:
-    """The CPU build of torch: from the configured index, else PyTorch's own, else what satisfies the pin."""
+    """torch's CPU build, from the configured index or `TORCH_CPU_INDEX`'s; else what satisfies the pin."""
     pin = next(
         line for line in (root / CPU_REQUIREMENTS).read_text().splitlines() if line.startswith("torch==")
     )
     if pip(python, f"{pin}+cpu", quiet_failure=True):
         return
-    if pip(python, "--index-url", TORCH_CPU_INDEX, f"{pin}+cpu", quiet_failure=True):
+    index = os.environ.get(TORCH_CPU_INDEX)
+    if index:
+        require_pip(python, f"{pin}+cpu from {index}", "--index-url", index, f"{pin}+cpu")
         return
+    say(
+        f"{pin}: the default build (for Linux with CUDA, some GB more; {TORCH_CPU_INDEX} names an index without)"
+    )
     require_pip(python, pin, pin)
 
 
