@@ -116,7 +116,7 @@ def install_torch_cpu(python: Path, root: Path) -> None:
         require_pip(python, f"{pin}+cpu from {index}", "--index-url", index, f"{pin}+cpu")
         return
     say(
-        f"{pin}: the default build (for Linux with CUDA, some GB more; {TORCH_CPU_INDEX} names an index without)"
+        f"{pin}: the default build (on Linux some GB more; {TORCH_CPU_INDEX} may name an index of CPU builds)"
     )
     require_pip(python, pin, pin)
 
