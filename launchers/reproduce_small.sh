@@ -8,7 +8,8 @@
 # pictures of docs/small_world/ and the tables in README.md and docs/small_world.md (testbed/study.py).
 #
 #   1. search      each method at each learning rate, SEARCH_STEPS steps with seed 42. Chosen is, per method, the
-#                  rate whose rollouts are right most often in the last 10 of these steps.
+#                  rate whose rollouts are right most often in the last 10 of these steps, among those that leave
+#                  something to compare: see HIGHEST_RATE in testbed/study.py.
 #   2. training    each method, and the ablation's two other cells at PW-OPSD's rate, STEPS steps, TRAINING_SEEDS
 #   3. evaluation  the base and every trained model, both held-out sets, SEEDS
 #
@@ -22,10 +23,10 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 read -r -a TRAINING_SEED_LIST <<<"${TRAINING_SEEDS:-42 43 44}"
 read -r -a SEED_LIST <<<"${SEEDS:-1 2 3}"
-read -r -a RATE_LIST <<<"${LEARNING_RATES:-3e-4 1e-3 3e-3}"
+read -r -a RATE_LIST <<<"${LEARNING_RATES:-3e-5 1e-4 3e-4 1e-3 3e-3}"
 STEPS="${STEPS:-100}"
 SEARCH_STEPS="${SEARCH_STEPS:-25}"
-export VAL_N="${VAL_N:-4}"
+export VAL_N="${VAL_N:-2}"
 JOBS="${JOBS:-$(nproc 2>/dev/null || echo 1)}"
 export OUTPUT_ROOT="${OUTPUT_ROOT:-$REPO_ROOT/outputs}"
 export EVAL_ROOT="${EVAL_ROOT:-$REPO_ROOT/eval_results}"

@@ -47,17 +47,17 @@ class Recipe:
     """
 
     seed: int = 42
-    steps: int = 2000
-    examples: int = 8
+    steps: int = 700
+    examples: int = 16
     fewest: int = 4
     most: int = 9
-    first_slip: float = 0.06
-    last_slip: float = 0.18
+    first_slip: float = 0.08
+    last_slip: float = 0.20
     forced_share: float = 0.25
     muon_lr: float = 0.02
     adamw_lr: float = 3e-3
     warmup: float = 0.02
-    cooldown: float = 0.4
+    cooldown: float = 0.5
 
     def rate(self, step: int) -> float:
         """The learning rate's factor at `step` (from 0)."""

@@ -1,0 +1,276 @@
+"""The study's tables and pictures, from the committed records alone: `python testbed/study.py report`"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opsd import plots
+from opsd.errors import ArtefactError
+from opsd.files import atomic_write_text
+from opsd.objectives import Hyperparameters, position_weights
+from testbed.study import (
+    BENCHMARKS,
+    CELLS,
+    METHODS,
+    RECORDS,
+    ROOT,
+    SEARCH_TAIL,
+    chosen_rate,
+    read_records,
+    search_scores,
+)
+
+TITLES = {"small": "training difficulty (`small`)", "small_hard": "one notch harder (`small_hard`)"}
+ABLATION = {
+    "pwopsd": ("schedule on", "mean per sequence"),
+    "pwopsd_global": ("schedule on", "mean over all tokens"),
+    "pwopsd_flat": ("schedule off", "mean per sequence"),
+    "opsd": ("schedule off", "mean over all tokens"),
+}
+SMOOTHING = 10
+RESAMPLES = 2000
+Results = Sequence[Mapping[str, Any]]
+
+
+def seed_means(results: Results, cell: str, benchmark: str, metric: str) -> dict[int | None, float]:
+    """{training seed: mean over the evaluation seeds, percent}."""
+    values = defaultdict(list)
+    for record in results:
+        if record["cell"] == cell and record["benchmark"] == benchmark:
+            values[record["training_seed"]].append(record[metric])
+    return {
+        seed: float(np.mean(found)) for seed, found in sorted(values.items(), key=lambda item: item[0] or 0)
+    }
+
+
+def spread(values: Sequence[float]) -> str:
+    """`81.2 ± 1.3`: mean and sample standard deviation (n − 1); no ± for a single value."""
+    if not values:
+        return "—"
+    text = f"{np.mean(values):.1f}"
+    return f"{text} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
+
+
+def per_problem(results: Results, cell: str, benchmark: str) -> np.ndarray:
+    """[training seeds, P] share of right samples of each problem, over the evaluation seeds."""
+    found = defaultdict(list)
+    for record in results:
+        if record["cell"] == cell and record["benchmark"] == benchmark:
+            found[record["training_seed"]].append(np.array(record["num_correct"]) / record["val_n"])
+    return np.array(
+        [np.mean(rows, axis=0) for _, rows in sorted(found.items(), key=lambda item: item[0] or 0)]
+    )
+
+
+def difference(results: Results, cell: str, other: str, benchmark: str) -> tuple[float, float, float]:
+    """Mean difference in points between two cells and its 95 % bootstrap interval.
+
+    Training seeds (as pairs: equal seeds share their data order) and problems are resampled together.
+    """
+    ours, theirs = per_problem(results, cell, benchmark), per_problem(results, other, benchmark)
+    gap = 100 * (ours - theirs)
+    draw = np.random.default_rng(0)
+    seeds = draw.integers(0, gap.shape[0], (RESAMPLES, gap.shape[0]))
+    problems = draw.integers(0, gap.shape[1], (RESAMPLES, gap.shape[1]))
+    means = [gap[np.ix_(s, p)].mean() for s, p in zip(seeds, problems, strict=True)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(gap.mean()), float(low), float(high)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first row the header."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
+
+
+def main_table(results: Results, training: Results) -> str:
+    """Base and four methods: Avg@n on both held-out sets, gain, learning rate, minutes."""
+    n = results[0]["val_n"]
+    rows = [["", *(f"Avg@{n}, {TITLES[b]}" for b in BENCHMARKS), "learning rate", "minutes per run"]]
+    for cell in ("base", *METHODS):
+        runs = [r for r in training if r["cell"] == cell and not r["search"]]
+        values = [list(seed_means(results, cell, b, "average_at_n").values()) for b in BENCHMARKS]
+        rate = f"{runs[0]['learning_rate']:g}" if runs else "—"
+        minutes = f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}" if runs else "—"
+        rows.append([CELLS[cell], *map(spread, values), rate, minutes])
+    return markdown(rows)
+
+
+def ablation_table(results: Results) -> str:
+    """The 2 × 2: position schedule × reduction."""
+    rows = [["position schedule", "reduction", "run", *(TITLES[b] for b in BENCHMARKS)]]
+    for cell, (schedule, reduction) in ABLATION.items():
+        values = [list(seed_means(results, cell, b, "average_at_n").values()) for b in BENCHMARKS]
+        rows.append([schedule, reduction, f"`small_{cell}_t*`", *map(spread, values)])
+    return markdown(rows)
+
+
+def search_table(training: Results) -> str:
+    """Percent of right rollouts in the search's last steps, the chosen rate in bold."""
+    scores = search_scores(training)
+    rates = sorted({rate for by_rate in scores.values() for rate in by_rate})
+    rows = [["", *(f"{rate:g}" for rate in rates)]]
+    for method in METHODS:
+        chosen = chosen_rate(scores[method])
+        cells = [f"{scores[method][r]:.1f}" if r in scores[method] else "—" for r in rates]
+        cells = [f"**{c}**" if r == chosen else c for r, c in zip(rates, cells, strict=True)]
+        rows.append([CELLS[method], *cells])
+    return markdown(rows)
+
+
+def other_metrics_table(results: Results) -> str:
+    """Pass@n, Maj@n, truncation and length on the set of the training difficulty."""
+    n = results[0]["val_n"]
+    rows = [["", f"Pass@{n}", f"Maj@{n}", "cut off", "tokens"]]
+    for cell in CELLS:
+        columns = [
+            list(seed_means(results, cell, "small", metric).values())
+            for metric in ("pass_at_n", "majority_vote_at_n", "truncated", "tokens")
+        ]
+        rows.append([CELLS[cell], *map(spread, columns)])
+    return markdown(rows)
+
+
+def differences_table(results: Results) -> str:
+    """Paired differences to OPSD, and of the ablation's neighbours."""
+    pairs = [
+        ("pwopsd", "opsd"),
+        ("eopd", "opsd"),
+        ("reopold", "opsd"),
+        ("pwopsd", "pwopsd_flat"),
+        ("pwopsd", "pwopsd_global"),
+    ]
+    rows = [["difference, points", *(TITLES[b] for b in BENCHMARKS)]]
+    for cell, other in pairs:
+        found = [difference(results, cell, other, b) for b in BENCHMARKS]
+        texts = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" for mean, low, high in found]
+        rows.append([f"{CELLS[cell]} − {CELLS[other]}", *texts])
+    return markdown(rows)
+
+
+def facts(results: Results, training: Results) -> str:
+    """What was run, in a sentence of counts."""
+    main = [r for r in training if not r["search"]]
+    searched = [r for r in training if r["search"]]
+    count = {name: len({r[key] for r in rows}) for name, key, rows in (
+        ("training", "seed", main), ("evaluation", "seed", results))}  # fmt: skip
+    problems = {r["benchmark"]: r["problems"] for r in results}
+    seconds = sum(r["seconds"] for r in training)
+    return (
+        f"{len(main)} runs of {main[0]['steps']} optimizer steps with {count['training']} training seeds "
+        f"a cell, after a search of {len(searched)} runs of {searched[0]['steps']} steps; "
+        f"{count['evaluation']} evaluation seeds × {results[0]['val_n']} samples of "
+        + " and ".join(f"{problems[b]} problems (`{b}`)" for b in BENCHMARKS)
+        + f". Training took {seconds / 60:.0f} minutes of one thread in all. Means ± sample "
+        "standard deviations are over the training seeds, each the mean of its evaluation seeds; the base "
+        "is one model."
+    )
+
+
+def smoothed(values: np.ndarray, width: int = SMOOTHING) -> np.ndarray:
+    """Trailing mean over `width` steps, over fewer at the start."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def draw_curves(training: Results, path: Path) -> None:
+    """Learning curves: right rollouts of fresh problems by step, and the student's entropy."""
+    figure, axes = plots.small_multiples(3)
+    for colour, method in zip(plots.COLOURS, METHODS, strict=False):
+        runs = [r for r in training if r["cell"] == method and not r["search"]]
+        for axis, values in (
+            (axes[0], [100 * smoothed(np.array(r["rollout_accuracy"])) for r in runs]),
+            (axes[1], [smoothed(np.array(r["metrics"]["student/entropy"])) for r in runs]),
+            (axes[2], [smoothed(np.array(r["metrics"]["rollout/completion_tokens"])) for r in runs]),
+        ):
+            rows = np.array(values)
+            steps = np.arange(1, rows.shape[1] + 1)
+            axis.plot(steps, rows.mean(0), color=colour, label=CELLS[method])
+            axis.fill_between(steps, rows.min(0), rows.max(0), color=colour, alpha=0.15, linewidth=0)
+    plots.label(axes[0], title=f"Right rollouts of fresh problems (last {SMOOTHING} steps)", x="step", y="%")
+    plots.label(axes[1], title="Student entropy", x="step", y="nats per token")
+    plots.label(axes[2], title="Rollout length", x="step", y="tokens")
+    axes[0].legend(fontsize=8, frameon=False)
+    plots.save(figure, path)
+
+
+def draw_weights(path: Path) -> None:
+    """The position weights of the 2 × 2's two schedules."""
+    figure, axes = plots.small_multiples(1)
+    lengths = torch.tensor([1000])
+    fractions = (torch.arange(1000) + 0.5) / 1000
+    for colour, (name, w_min) in zip(
+        plots.COLOURS, (("Moderate: 0.25, 0.30, 0.10", 0.25), ("off: w_min = 1", 1.0)), strict=False
+    ):
+        weights = position_weights(lengths, Hyperparameters(position_w_min=w_min))
+        axes[0].plot(fractions, weights, color=colour, label=name)
+    axes[0].set_ylim(0, 1.05)
+    plots.label(axes[0], title="Position weight w(f)", x="relative position f", y="weight")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right")
+    plots.save(figure, path)
+
+
+def draw_accuracy(results: Results, path: Path) -> None:
+    """Accuracy of every cell, a dot for each training seed; the base as a line."""
+    figure, axes = plots.small_multiples(len(BENCHMARKS), columns=2)
+    cells = [cell for cell in CELLS if cell != "base"]
+    for axis, benchmark in zip(axes, BENCHMARKS, strict=True):
+        base = np.mean(list(seed_means(results, "base", benchmark, "average_at_n").values()))
+        axis.axhline(base, color="0.3", linestyle="--", linewidth=1, label="base model")
+        for place, cell in enumerate(cells):
+            values = list(seed_means(results, cell, benchmark, "average_at_n").values())
+            colour = plots.COLOURS[place % len(plots.COLOURS)]
+            axis.plot([place] * len(values), values, "o", color=colour, markersize=5, alpha=0.8)
+            axis.plot([place - 0.25, place + 0.25], [np.mean(values)] * 2, color=colour, linewidth=2)
+        axis.set_xticks(range(len(cells)), [c.replace("_", "\n") for c in cells], fontsize=8)
+        plots.label(axis, title=TITLES[benchmark].replace("`", ""), x="", y="Avg@n, %")
+        axis.legend(fontsize=8, frameon=False, loc="lower right")
+    plots.save(figure, path)
+
+
+def replace_parts(path: Path, parts: Mapping[str, str]) -> None:
+    """Put each text between `<!-- study:NAME -->` and `<!-- study:end -->` of a document.
+
+    Raises:
+        ArtefactError: the document has no such place.
+    """
+    text = path.read_text(encoding="utf-8")
+    for name, content in parts.items():
+        pattern = re.compile(rf"(<!-- study:{name} -->\n).*?(<!-- study:end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ArtefactError(f"{path} has no place for the study's {name} (<!-- study:{name} -->)")
+        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text, count=1)
+    atomic_write_text(path, text)
+
+
+def report() -> int:
+    """Write every table and picture."""
+    training, results = read_records("training.jsonl"), read_records("results.jsonl")
+    main = main_table(results, training)
+    draw_curves(training, RECORDS / "learning_curves.png")
+    draw_weights(RECORDS / "position_weights.png")
+    draw_accuracy(results, RECORDS / "accuracy.png")
+    replace_parts(ROOT / "README.md", {"main": main})
+    replace_parts(
+        ROOT / "docs" / "small_world.md",
+        {
+            "facts": facts(results, training),
+            "main": main,
+            "differences": differences_table(results),
+            "ablation": ablation_table(results),
+            "search": search_table(training),
+            "other": other_metrics_table(results),
+        },
+    )
+    print(main)
+    print(f"search: right rollouts of the last {SEARCH_TAIL} steps\n{search_table(training)}")
+    return 0
