@@ -29,7 +29,7 @@ from opsd.base_files import (
     copy_base_files,
     first_line,
 )
-from opsd.errors import ArtefactError, UsageError, run_cli
+from opsd.errors import ArtefactError, OneLineParser, UsageError, run_cli
 from opsd.files import PARTIAL_MARK, atomic_directory, disk_errors
 from opsd.manifest import (
     FORMAT,
@@ -205,7 +205,7 @@ def _foreign_manifest(checkpoint: Adapter, base: str, out: Path) -> dict[str, An
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

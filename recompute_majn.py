@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from opsd.errors import ArtefactError, UsageError, printable, run_cli
+from opsd.errors import ArtefactError, OneLineParser, UsageError, printable, run_cli
 from opsd.grading import DEFAULT_TIME_LIMIT_S, Grader, ProblemGrade
 from opsd.results import ground_truth, load_result, predicted_answer, write_result
 
@@ -117,9 +117,7 @@ def table(rows: list[tuple[Path, Recount]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default=DEFAULT_PATTERN, metavar="PATTERN", help="%(default)s")
     parser.add_argument("--apply", action="store_true", help="rewrite the files (default: only print)")
     parser.add_argument("--workers", type=int, default=None, help="grading processes (default: all cores)")

@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from opsd.benchmarks import BENCHMARKS, HMMT25_DEFAULT, HMMT25_VARIABLE, answer_text, hub_rows, read_rows
-from opsd.errors import ArtefactError, run_cli
+from opsd.errors import ArtefactError, OneLineParser, run_cli
 from opsd.files import atomic_write_bytes
 
 HUB_ID = "MathArena/hmmt_feb_2025"
@@ -64,9 +64,7 @@ def write_parquet(rows: list[dict[str, str]], output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=HUB_ID, help="a hub id or a local file (default %(default)s)")
     parser.add_argument("--split", default="train", help="split on the hub (default %(default)s)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / HMMT25_DEFAULT)

@@ -7,9 +7,15 @@ traceback.
 
 from __future__ import annotations
 
+import argparse
+import errno
 import sys
 import unicodedata
 from collections.abc import Callable
+
+# Refusals of the operating system that the user can mend, whatever was being written or read.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class UsageError(Exception):
@@ -22,6 +28,13 @@ class ArtefactError(Exception):
     """A file, folder, model or dataset is missing or invalid. The message names it and the remedy."""
 
     exit_code = 3
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaint is a `UsageError`, one line, instead of the usage of every flag."""
+
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}; {self.prog} --help lists the flags")
 
 
 def printable(text: object, limit: int = 2000) -> str:
@@ -44,13 +57,26 @@ def run_cli(main: Callable[[], int | None]) -> int:
     """Run an entry point and turn the user's mistakes into one line on stderr and an exit code.
 
     Returns the exit code: what `main` returns (None counts as 0), 2 for a `UsageError`, 3 for an
-    `ArtefactError`, 130 for an interrupt from the keyboard.
+    `ArtefactError` or where the disk is full or permission is missing, 130 for an interrupt from the
+    keyboard.
     """
     try:
         return main() or 0
     except (UsageError, ArtefactError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        where = printable(error.filename) if error.filename else "of a file that the system does not name"
+        if error.errno in NO_ROOM:
+            print(
+                f"error: the disk is full ({where}); free some and run the same command again",
+                file=sys.stderr,
+            )
+        elif error.errno in NO_PERMISSION:
+            print(f"error: no permission ({where}): {error.strerror}; choose another place", file=sys.stderr)
+        else:
+            raise
+        return ArtefactError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

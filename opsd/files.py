@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -12,12 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import ArtefactError
+from opsd.errors import NO_PERMISSION, NO_ROOM, ArtefactError
 
 # A name that no reader of results, checkpoints or merged folders takes for a finished one.
 PARTIAL_MARK = ".partial-"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _fsync(path: Path) -> None:
