@@ -232,6 +232,24 @@ def test_killed_before_the_sentinel_is_incomplete_and_merged_again(world, tmp_pa
     assert merge_lora.main(["--check", str(out), "--hashes"]) == 0
 
 
+def test_killed_inside_the_sentinel_is_merged_again(world, tmp_path, monkeypatch):
+    base, checkpoint = world
+    out = tmp_path / "m"
+
+    def killed(path, value):
+        Path(path).with_name(f".{SENTINEL_NAME}{opsd.files.PARTIAL_MARK}1-0").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opsd.manifest.atomic_write_json", killed)
+        patch.setattr(merge_lora, "write_manifest", lambda folder, value: (folder / "manifest.json").touch())
+        with pytest.raises(KeyboardInterrupt):
+            merge_lora.merge(str(base), checkpoint, out)
+    merge_lora.merge(str(base), checkpoint, out)
+    check_merged(out, hashes=True)
+    assert not list(out.glob(".*partial*"))
+
+
 def test_an_earlier_merge_is_replaced_whole(world, tmp_path):
     base, checkpoint = world
     out = tmp_path / "m"
