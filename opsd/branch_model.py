@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from opsd.branch_config import BranchConfig
 from opsd.branch_spines import BranchProblem, Fork, score_forks
-from opsd.errors import UsageError
+from opsd.vllm_setup import local_model, require_vllm
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -107,8 +106,8 @@ class ModelBackend:
     """
 
     def __init__(self, config: BranchConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> None:
-        if config.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-            raise UsageError("vLLM is not installed here; install requirements.txt, or use --engine hf")
+        if config.engine == "vllm":
+            require_vllm()
         self.config, self.tokenizer, self.longest = config, tokenizer, longest
         self._engine: Engine | None = None
         self._model: PreTrainedModel | PeftModel | None = None
@@ -161,7 +160,7 @@ class ModelBackend:
 
         # Prefix caching is vLLM's default: the continuations of a fork share prompt and spine prefix.
         return VLLMEngine(
-            self.config.model_name_or_path,
+            local_model(self.config.model_name_or_path, self.config.model_revision),
             max_model_len=self.longest,
             tensor_parallel_size=self.config.tensor_parallel_size,
             gpu_memory_utilization=self.config.gpu_memory_utilization,

@@ -29,8 +29,20 @@ def require_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise UsageError(
             "vLLM is not installed: `pip install -r requirements.txt` on a machine with a GPU, "
-            "requirements-vllm-cpu.txt without one; or sample with transformers (--rollout hf, --engine hf)"
+            "`python3 launchers/install.py --with-vllm` without one; or sample with transformers "
+            "(--rollout hf, --engine hf)"
         )
+
+
+def local_model(name: str, revision: str | None) -> str:
+    """`name` as vLLM takes it: for a hub revision the folder that holds it, so that no other is loaded.
+
+    Raises:
+        ArtefactError: the revision is not to be had.
+    """
+    from opsd.base_files import base_folder
+
+    return name if revision is None else str(base_folder(name, revision))
 
 
 def on_cpu() -> bool:
@@ -154,7 +166,9 @@ def model_dtype(dtype: str, config: PreTrainedConfig) -> str:
 
 
 def cpu_arguments() -> dict[str, Any]:
-    """What differs without a GPU: no graphs (compiling takes half a minute), 1 GiB of cache unless set.
+    """What differs without a GPU: no graphs (compiling takes half a minute), 1 GiB of cache unless set, and
+    prompts that enter a step whole: to take a part of one, vLLM turns back the random generator of a seeded
+    request, which PyTorch's CPU generator refuses, and the engine dies.
 
     Raises:
         UsageError: VLLM_CPU_KVCACHE_SPACE is not a whole number of GiB.
@@ -162,21 +176,21 @@ def cpu_arguments() -> dict[str, Any]:
     space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
     if space and not space.isdigit():
         raise UsageError(f"VLLM_CPU_KVCACHE_SPACE is {space!r}, but must be a whole number of GiB")
-    return (
-        {"enforce_eager": True} if space else {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_BYTES}
-    )
+    arguments: dict[str, Any] = {"enforce_eager": True, "enable_chunked_prefill": False}
+    return arguments if space else arguments | {"kv_cache_memory_bytes": _CPU_KV_BYTES}
 
 
 def remedy(*, cpu: bool, gpu_memory_utilization: float, max_model_len: int, max_num_seqs: int | None) -> str:
     """Which settings to change when the engine fails, with their present values."""
-    sequences = "vLLM's default" if max_num_seqs is None else str(max_num_seqs)
     space = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or "1"
     memory = (
         f"VLLM_CPU_KVCACHE_SPACE (now {space} GiB"
         if cpu
         else f"gpu_memory_utilization (now {gpu_memory_utilization}"
     )
+    # Only training has a flag for the sequences in flight; without it there is nothing to lower.
+    sequences = "" if max_num_seqs is None else f"max_num_seqs (now {max_num_seqs}), "
     return (
-        f"lower {memory}; raise it if the key-value cache is too small for one sequence), max_num_seqs (now "
-        f"{sequences}) or max_model_len (now {max_model_len})"
+        f"lower {memory}; raise it if the key-value cache is too small for one sequence), {sequences}"
+        f"or max_model_len (now {max_model_len}), which is the longest prompt and its new tokens"
     )

