@@ -1,0 +1,186 @@
+"""The three prompts letter for letter, the think patch, and chat templates of the three families."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from opsd.errors import ArtefactError
+from opsd.prompts import (
+    close_open_think,
+    encode_student,
+    encode_teacher,
+    evaluation_message,
+    render_evaluation,
+    render_student,
+    render_teacher,
+    student_message,
+    teacher_message,
+)
+
+PROBLEM, SOLUTION = "What is {x} if 2x = 6?\n(a) <b>", "Half of 6 is 3.\n\\boxed{3}"
+
+STUDENT = (
+    "Problem: What is {x} if 2x = 6?\n(a) <b>\n\n"
+    "Please reason step by step, and put your final answer within \\boxed{}."
+)
+TEACHER = (
+    "Problem: What is {x} if 2x = 6?\n(a) <b>\n\n"
+    "Here is a reference solution to this problem:\n"
+    "=== Reference Solution Begin ===\n"
+    "Half of 6 is 3.\n\\boxed{3}\n"
+    "=== Reference Solution End ===\n"
+    "\n\nAfter reading the reference solution above, make sure you truly understand the reasoning behind "
+    "each step \u2014 do not copy or paraphrase it. Now, using your own words and independent reasoning, "
+    "derive the same final answer to the problem above. Think step by step, explore different approaches, "
+    "and don't be afraid to backtrack or reconsider if something doesn't work out:\n\n"
+    "Please reason step by step, and put your final answer within \\boxed{}."
+)
+EVALUATION = (
+    "What is {x} if 2x = 6?\n(a) <b>\n\n"
+    "Please reason step by step, and put your final answer within \\boxed{}."
+)
+
+# What the three families' templates do with one user message and a generation prompt, in their own words.
+QWEN3 = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+DEEPSEEK = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}{{- '<\uff5cUser\uff5c>' + message['content'] }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<\uff5cAssistant\uff5c><think>\n' }}{%- endif %}"
+)
+OLMO3 = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>' }}{%- endif %}"
+)
+
+
+def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
+    """One token a byte, plus the families' special tokens; like Llama's it prepends a BOS of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<BOS>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    backend.add_special_tokens(special)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<BOS> $A", special_tokens=[("<BOS>", backend.token_to_id("<BOS>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<BOS>", eos_token="<|im_end|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_the_messages_letter_for_letter():
+    assert student_message(PROBLEM) == STUDENT
+    assert teacher_message(PROBLEM, SOLUTION) == TEACHER
+    assert evaluation_message(PROBLEM) == EVALUATION
+
+
+# (template, end of the student's prompt, end of the teacher's and the evaluation's)
+FAMILIES = {
+    "qwen3": (
+        QWEN3,
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "deepseek": (
+        DEEPSEEK,
+        "<\uff5cAssistant\uff5c><think>\n</think>\n\n",
+        "<\uff5cAssistant\uff5c><think>\n",
+    ),
+    "olmo3": (
+        OLMO3,
+        "<|im_end|>\n<|im_start|>assistant\n<think></think>\n\n",
+        "<|im_end|>\n<|im_start|>assistant\n<think>",
+    ),
+}
+BEGINNINGS = {
+    "qwen3": "<|im_start|>user\n",
+    "deepseek": "<BOS><\uff5cUser\uff5c>",
+    "olmo3": "<|im_start|>user\n",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rendered_prompts_of_the_three_families(family):
+    template, student_end, thinking_end = FAMILIES[family]
+    tokenizer = tokenizer_with(template)
+    begin = BEGINNINGS[family]
+    assert render_student(tokenizer, PROBLEM) == begin + STUDENT + student_end
+    assert render_teacher(tokenizer, PROBLEM, SOLUTION) == begin + TEACHER + thinking_end
+    assert render_evaluation(tokenizer, PROBLEM) == begin + EVALUATION + thinking_end
+    off = render_evaluation(tokenizer, PROBLEM, enable_thinking=False)
+    # The patch is the training student's alone: an evaluation without thinking is as the template has it.
+    assert off == begin + EVALUATION + (student_end if family == "qwen3" else thinking_end)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_second_beginning_of_sequence_and_nothing_lost(family):
+    tokenizer = tokenizer_with(FAMILIES[family][0])
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id, "the tokenizer would add one"
+    for ids, text in (
+        (encode_student(tokenizer, PROBLEM), render_student(tokenizer, PROBLEM)),
+        (encode_teacher(tokenizer, PROBLEM, SOLUTION), render_teacher(tokenizer, PROBLEM, SOLUTION)),
+    ):
+        assert ids.count(tokenizer.bos_token_id) == (family == "deepseek")
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "end", ["<think>", "<think>\n", "<think>\n\n", "<think> ", "<think >", "<think\n>\n", "<think>\t\n "]
+)
+def test_an_open_think_at_the_end_is_closed(end):
+    assert close_open_think(f"prompt{end}") == f"prompt{end}</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    "rendered",
+    [
+        "prompt",
+        "",
+        "What does <think> mean?<|Assistant|>",
+        "<think>\n<|Assistant|>",
+        "<think>\n\n</think>\n\n",
+        "prompt<think></think>",
+        "prompt<thinking>",
+        "prompt</think>",
+        "prompt<think>.",
+        "prompt<think>\nFirst,",
+    ],
+)
+def test_everything_else_is_left_as_it_is(rendered):
+    assert close_open_think(rendered) == rendered
+
+
+def test_a_think_in_the_problem_does_not_trigger_the_patch():
+    problem = "Explain <think>"
+    for template, student_end, _ in FAMILIES.values():
+        rendered = render_student(tokenizer_with(template), problem)
+        assert rendered.endswith(student_end)
+        assert rendered.count("</think>") == 1
+    bare = "{%- for message in messages %}{{- message.content }}{%- endfor %}"
+    # The message ends with the instruction, so even a template without a generation prompt is safe.
+    assert "</think>" not in render_student(tokenizer_with(bare), problem)
+
+
+def test_braces_and_template_syntax_in_the_data_are_text():
+    tokenizer = tokenizer_with(QWEN3)
+    problem, solution = "{{ 7*7 }} {% if x %} {problem} \\boxed{}", "{transition} {0} %s"
+    assert f"Problem: {problem}\n" in render_teacher(tokenizer, problem, solution)
+    assert f"Begin ===\n{solution}\n===" in render_teacher(tokenizer, problem, solution)
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    with pytest.raises(ArtefactError, match="has no chat template; use an instruction-tuned model"):
+        render_student(tokenizer_with(None), PROBLEM)

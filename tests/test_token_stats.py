@@ -1,0 +1,388 @@
+"""Chunked statistics and gradients against the dense form, and what is kept for the backward pass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opsd.head import Head, attach_hidden_forward, head_of
+from opsd.objectives import METHODS, Hyperparameters
+from opsd.token_stats import StatsConfig, sampling_audit, token_statistics
+
+
+def chunked_loss(method, student, teacher, ids, lengths, *, head, hyper, step=0, chunk=None):
+    """The project's own path: [N, H] hidden states (or [N, V] logits without a head) -> scalar."""
+    row = METHODS[method]
+    config = StatsConfig(**{**vars(row.statistics(hyper)), "chunk_positions": chunk})
+    stats = token_statistics(
+        student, teacher, ids, config=config, term=lambda s: row.term(s, hyper), head=head
+    )
+    return row.reduce(stats, torch.tensor(lengths), hyper, step=step).loss()
+
+
+def plain_logits(head, hidden):
+    """What the model itself computes, as autograd sees it."""
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits
+
+
+def dense_loss(method, student, teacher, ids, lengths, *, hyper, step=0):
+    """Full [N, V] log-softmax of both roles, elementwise divergence, autograd; nothing shared with opsd/."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    log_s = (student.to(dtype) / hyper.temperature).log_softmax(-1)
+    log_t = (teacher.to(dtype) / hyper.temperature).log_softmax(-1).detach()
+    y = ids[:, None]
+    mine, theirs = log_s.gather(1, y)[:, 0], log_t.gather(1, y)[:, 0]
+    reward = theirs - mine.detach()
+    if method == "eopd":
+        top, where = log_t.topk(hyper.eopd_top_k, -1)
+        q = top.exp() / top.exp().sum(-1, keepdim=True)
+        forward = (q * (q.log() - log_s.gather(1, where))).sum(-1)
+        gate = -(log_t.exp() * log_t).sum(-1) > hyper.eopd_entropy_threshold
+        return (-reward * (mine - mine.detach() + 1) + gate * forward).mean()
+    if method == "reopold":
+        entropy = -(log_s.exp() * log_s).sum(-1).detach()
+        floor = math.log(hyper.reopold_lambda) / (1 - hyper.reopold_lambda)
+        refine = step >= hyper.reopold_t_switch
+        keep = entropy >= entropy.quantile(1 - hyper.reopold_beta) if refine else reward >= floor
+        return -(reward.clamp(min=floor) * mine)[keep].sum() / max(int(keep.sum()), 1)
+    entries = log_t.exp() * (log_t - log_s)
+    terms = entries.clamp(max=hyper.jsd_token_clip or math.inf).sum(-1)
+    if method == "opsd":
+        return terms.mean()
+    means = []
+    for row in terms.split(lengths):
+        if len(row):
+            f = (torch.arange(len(row), dtype=dtype) + 0.5) / len(row)
+            gate = torch.sigmoid((f - hyper.position_tau) / hyper.position_s)
+            means.append(((hyper.position_w_min + (1 - hyper.position_w_min) * gate) * row).mean())
+    return torch.stack(means).mean()
+
+
+def random_inputs(seed, lengths, hidden, vocabulary, dtype, *, bias=False, scale=1.0, softcap=None):
+    """Hidden states of both roles (the teacher is a perturbed student), ids and a head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    total = sum(lengths)
+    student = draw(total, hidden)
+    teacher = student + 0.7 * draw(total, hidden)
+    head = Head(
+        (draw(vocabulary, hidden) * 1.5 / hidden**0.5).to(dtype),
+        draw(vocabulary).to(dtype) if bias else None,
+        scale,
+        softcap,
+    )
+    ids = torch.randint(vocabulary, (total,), generator=generator)
+    return student.to(dtype).requires_grad_(), teacher.to(dtype), ids, head
+
+
+def relative_error(ours, reference):
+    """Euclidean distance over the reference's norm, in float64."""
+    ours, reference = ours.double(), reference.double()
+    return float((ours - reference).norm() / reference.norm().clamp(min=1e-12))
+
+
+# bfloat16 hidden states and head: each logit carries a rounding error of about 2^-9 of its size in both.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4).filter(any),
+    hidden=st.integers(1, 12),
+    vocabulary=st.integers(16, 90),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    method=st.sampled_from(sorted(METHODS)),
+    step=st.sampled_from([0, 50]),
+    chunk=st.sampled_from([None, 1, 2, 3, 7, 100]),
+    bias=st.booleans(),
+    scale=st.sampled_from([1.0, 0.25, 3.0]),
+    softcap=st.sampled_from([None, 2.0, 30.0]),
+    clip=st.sampled_from([0.0, 0.05]),
+    temperature=st.sampled_from([0.8, 1.0, 1.1]),
+)
+def test_loss_and_gradient_equal_the_dense_form(
+    seed,
+    lengths,
+    hidden,
+    vocabulary,
+    dtype,
+    method,
+    step,
+    chunk,
+    bias,
+    scale,
+    softcap,
+    clip,
+    temperature,
+):
+    student, teacher, ids, head = random_inputs(
+        seed, lengths, hidden, vocabulary, dtype, bias=bias, scale=scale, softcap=softcap
+    )
+    hyper = Hyperparameters(jsd_token_clip=clip, temperature=temperature)
+    ours = chunked_loss(
+        method, student, teacher, ids, lengths, head=head, hyper=hyper, step=step, chunk=chunk
+    )
+    (gradient,) = torch.autograd.grad(ours, student)
+    student_logits, teacher_logits = plain_logits(head, student), plain_logits(head, teacher)
+    dense = dense_loss(method, student_logits, teacher_logits, ids, lengths, hyper=hyper, step=step)
+    (expected,) = torch.autograd.grad(dense, student)
+    tolerance = TOLERANCES[dtype]
+    assert gradient.dtype == dtype
+    ours, dense = float(ours.detach()), float(dense.detach())
+    assert abs(ours - dense) <= tolerance * max(abs(dense), 1.0)
+    assert relative_error(gradient, expected) <= tolerance
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_at_a_vocabulary_of_several_blocks(method):
+    """The automatic chunk and block sizes, with more positions than one block holds."""
+    lengths = [31, 0, 20]
+    student, teacher, ids, head = random_inputs(5, lengths, 16, 40_000, torch.float32)
+    hyper = Hyperparameters()
+    ours = chunked_loss(method, student, teacher, ids, lengths, head=head, hyper=hyper)
+    (gradient,) = torch.autograd.grad(ours, student)
+    logits = plain_logits(head, student), plain_logits(head, teacher)
+    dense = dense_loss(method, *logits, ids, lengths, hyper=hyper)
+    (expected,) = torch.autograd.grad(dense, student)
+    torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
+    assert relative_error(gradient, expected) < 1e-5
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation under it returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_positions_times_vocabulary_is_formed_or_kept(method):
+    lengths, vocabulary, hidden, chunk = [40, 24], 500, 8, 4
+    positions = sum(lengths)
+    student, teacher, ids, head = random_inputs(1, lengths, hidden, vocabulary, torch.float32)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        hyper = Hyperparameters()
+        loss = chunked_loss(method, student, teacher, ids, lengths, head=head, hyper=hyper, chunk=chunk)
+        loss.backward()
+    assert kept, "the hooks see what is saved"
+    assert max(kept) <= positions * hidden
+    # Two roles' logits of one chunk, or the head itself.
+    assert largest.numel <= max(2 * chunk * vocabulary, vocabulary * hidden) < positions * vocabulary
+
+
+def statistics(student, teacher, ids, method="opsd", hyper=None):
+    hyper = hyper or Hyperparameters()
+    config = StatsConfig(temperature=hyper.temperature, divergence_clip=hyper.jsd_token_clip, top_k=16)
+    return token_statistics(
+        student, teacher, ids, config=config, term=lambda s: METHODS[method].term(s, hyper)
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_impossible_tokens_are_as_if_they_were_not_there(method):
+    """−inf in both roles' logits at the same entries: every statistic is that of the smaller vocabulary."""
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (torch.randn(6, 20, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    ids = torch.randint(17, (6,), generator=generator)
+    small = student[:, :17].clone().requires_grad_()
+    expected = statistics(small, teacher[:, :17], ids, method)
+    student[:, 17:] = teacher[:, 17:] = -math.inf
+    student.requires_grad_()
+    ours = statistics(student, teacher, ids, method)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(ours, name), value, msg=name)
+    expected.term.sum().backward()
+    ours.term.sum().backward()
+    torch.testing.assert_close(student.grad[:, :17], small.grad)
+    assert torch.equal(student.grad[:, 17:], torch.zeros(6, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_token_impossible_to_the_teacher_alone(method):
+    """−inf gives what a logit gives whose probability underflows to 0."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(6, 20, generator=generator) for _ in range(2))
+    ids = torch.randint(18, (6,), generator=generator)
+    results = []
+    for logit in (-math.inf, -1e4):
+        teacher[:, 18:] = logit
+        leaf = student.clone().requires_grad_()
+        stats = statistics(leaf, teacher, ids, method)
+        stats.term.sum().backward()
+        assert all(value.isfinite().all() for value in vars(stats).values()), logit
+        results.append([*vars(stats).values(), leaf.grad])
+    for with_inf, with_small in zip(*results, strict=True):
+        torch.testing.assert_close(with_inf, with_small)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_nan_is_not_hidden(method):
+    student = torch.zeros(2, 20)
+    student[1, 3] = math.nan
+    stats = statistics(student.requires_grad_(), torch.zeros(2, 20), torch.tensor([1, 1]), method)
+    assert stats.term.isnan().tolist() == [False, True]
+
+
+def test_a_support_larger_than_the_vocabulary_is_refused():
+    student, teacher, ids, head = random_inputs(0, [3], 4, 15, torch.float32)
+    config = StatsConfig(temperature=1.0, top_k=16)
+    with pytest.raises(ValueError, match="top_k=16 exceeds the vocabulary of 15 entries"):
+        token_statistics(student, teacher, ids, config=config, head=head)
+    with pytest.raises(ValueError, match=r"\(3, 4\), teacher \(2, 4\)"):
+        token_statistics(student, teacher[:2], ids, config=StatsConfig(temperature=1.0), head=head)
+
+
+def test_without_a_term_nothing_is_differentiable():
+    student, teacher, ids, head = random_inputs(0, [3], 4, 20, torch.float32)
+    stats = token_statistics(
+        student, teacher, ids, config=StatsConfig(temperature=1.0, divergence_clip=0.05, top_k=3), head=head
+    )
+    assert stats.term is None
+    assert not any(value.requires_grad for value in vars(stats).values() if value is not None)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.1])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 20])
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
+def test_the_audit_knows_the_samplers_support(temperature, top_k, top_p):
+    vocabulary, positions = 24, 3
+    _, hidden, _, head = random_inputs(7, [positions], 6, vocabulary, torch.float32)
+    every = torch.arange(vocabulary).repeat(positions)
+    outside, logprob = sampling_audit(
+        hidden.repeat_interleave(vocabulary, 0),
+        every,
+        head=head,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        chunk_positions=7,
+    )
+    for position in range(positions):
+        logits = (hidden[position] @ head.weight.T).double()
+        ranked = sorted(range(vocabulary), key=lambda v: -float(logits[v]))[: top_k or vocabulary]
+        weights = [math.exp(float(logits[v]) / temperature) for v in ranked]
+        support, mass = set(), 0.0
+        for v, weight in zip(ranked, weights, strict=True):
+            if mass >= top_p * sum(weights):
+                break
+            support.add(v)
+            mass += weight
+        span = slice(position * vocabulary, (position + 1) * vocabulary)
+        assert {v for v in range(vocabulary) if not outside[span][v]} == support
+        # Temperature 1, whatever the sampling temperature: what both engines report.
+        torch.testing.assert_close(logprob[span], logits.log_softmax(-1).float(), rtol=1e-5, atol=1e-5)
+
+
+# --- through a real network: LoRA gradients of the chunked path and of full logits
+
+
+def tiny_adapted_model(dtype=torch.float32):
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)
+    model = get_peft_model(model.to(dtype), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    attach_hidden_forward(model.get_base_model())
+    return model.train()
+
+
+def network_gradients(model, method, *, dense, autocast=False):
+    """(loss, LoRA gradients as one vector) of two sequences of five tokens; the last three are scored."""
+    base = (model.module if hasattr(model, "module") else model).get_base_model()
+    generator = torch.Generator().manual_seed(1)
+    sequences = torch.randint(40, (2, 5), generator=generator)
+    ids = sequences[:, 2:].flatten()
+    positions = torch.tensor([1, 2, 3, 6, 7, 8])
+    hyper = Hyperparameters(eopd_entropy_threshold=0.1)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if dense:
+            student = model(input_ids=sequences).logits.flatten(0, 1)[positions]
+        else:
+            student = model(input_ids=sequences, positions=positions)
+    teacher = student.detach() + 0.3 * torch.randn(student.shape, generator=generator).to(student.dtype)
+    with torch.no_grad():
+        teacher_hidden = base(input_ids=sequences.flip(0), positions=positions)
+        teacher = plain_logits(head_of(base), teacher_hidden) if dense else teacher_hidden
+    if dense:
+        loss = dense_loss(method, student, teacher, ids, [3, 3], hyper=hyper)
+    else:
+        loss = chunked_loss(method, student, teacher, ids, [3, 3], head=head_of(base), hyper=hyper, chunk=2)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    return loss.detach(), torch.cat([gradient.flatten().float() for gradient in gradients])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_through_a_network_with_checkpointing_autocast_and_ddp(method, tmp_path):
+    import torch.distributed as dist
+
+    model = tiny_adapted_model()
+    loss, expected = network_gradients(model, method, dense=True)
+    assert expected.norm() > 1e-3
+    plain = network_gradients(model, method, dense=False)
+    torch.testing.assert_close(plain[0], loss, rtol=1e-5, atol=1e-6)
+    assert relative_error(plain[1], expected) < 1e-5
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed = network_gradients(model, method, dense=False)
+    assert relative_error(checkpointed[1], expected) < 1e-5
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        distributed = network_gradients(parallel, method, dense=False)
+    finally:
+        dist.destroy_process_group()
+    assert relative_error(distributed[1], expected) < 1e-5
+    # The paper's run: a bfloat16 base, float32 LoRA, bfloat16 autocast. Both forms carry bfloat16's rounding,
+    # which two layers' backward passes turn into some percent of the gradient's norm.
+    low = tiny_adapted_model(torch.bfloat16)
+    low_loss, low_expected = network_gradients(low, method, dense=True, autocast=True)
+    ours = network_gradients(low, method, dense=False, autocast=True)
+    torch.testing.assert_close(ours[0], low_loss, rtol=5e-2, atol=5e-3)
+    assert relative_error(ours[1], low_expected) < 0.1
