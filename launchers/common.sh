@@ -27,7 +27,8 @@ die() { # CODE MESSAGE
 }
 
 say() {
-  printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*" >&2
+  local words="$*"
+  printf '[%s] %s\n' "$(date +%H:%M:%S)" "${words//[[:cntrl:]]/?}" >&2
 }
 
 is_one_of() { # WORD LIST...

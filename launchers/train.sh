@@ -150,8 +150,8 @@ RUN_DIR="$OUTPUT_ROOT/$RUN_NAME"
 MERGED_DIR="$OUTPUT_ROOT/${RUN_NAME}_merged"
 
 is_one_of "$ROLLOUT" hf vllm || die 2 "ROLLOUT=$ROLLOUT: use hf or vllm"
-[[ "$RUN_NAME" != */* && "$RUN_NAME" != .* && "$RUN_NAME" != -* && "$RUN_NAME" != *_merged ]] \
-  || die 2 "RUN_NAME=$RUN_NAME: use a name without '/', not starting with '.' or '-', not ending in _merged"
+[[ "$RUN_NAME" != */* && "$RUN_NAME" != *[[:cntrl:]]* && "$RUN_NAME" != .* && "$RUN_NAME" != -* && "$RUN_NAME" != *_merged ]] \
+  || die 2 "RUN_NAME=$RUN_NAME: use a name without '/' or control characters, not starting with '.' or '-', not ending in _merged"
 refuse_own_flags "$@"
 check_batch
 check_merge_step "$@"

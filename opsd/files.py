@@ -76,8 +76,9 @@ def disk_errors(target: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         number, words = getattr(error, "errno", None), str(error).lower()
-        # torch says no more than that its archive could not be written.
-        unsaid = "pytorchstreamwriter failed" in words and _nearly_full(target.parent)
+        # torch says no more than that its archive could not be written, in several ways.
+        archive = any(part in words for part in ("pytorchstreamwriter", "inline_container", "iostream"))
+        unsaid = archive and _nearly_full(target.parent)
         if number in NO_ROOM or "no space left" in words or "quota" in words or unsaid:
             raise ArtefactError(
                 f"the disk of {target.parent} is full: {target.name} was not written; free some space and "

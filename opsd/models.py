@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd.errors import ArtefactError, UsageError
+from opsd.manifest import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,9 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     _check_folder(name)
+    # Without any of these, transformers makes up an empty tokenizer instead of failing.
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        raise ArtefactError(f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the base model's")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code

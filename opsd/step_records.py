@@ -95,6 +95,12 @@ class ConciseProgress(ProgressCallback):
         "time/step_s": "{:.2f} s",
     }
 
+    def close(self) -> None:
+        """End the bar's line, so that an error begins on a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None or not logs or "loss" not in logs:
             return

@@ -60,6 +60,8 @@ def _load_local(path: Path, split: str) -> Dataset:
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, KeyError) as error:
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):
+            raise ArtefactError(f"{path} has no rows; give a file with problems") from error
         raise ArtefactError(f"{path} cannot be read as {files[0].suffix[1:]}: {cause}") from error
 
 

@@ -104,8 +104,9 @@ def train(
         options=options,
         callbacks=[MetricsFile(output_dir)],
     )
+    progress = ConciseProgress()
     if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ConciseProgress)
+        trainer.add_callback(progress)
     if trainer.pop_callback(TensorBoardCallback) is not None:
         trainer.add_callback(TensorBoardFolder(output_dir))
     try:
@@ -118,6 +119,7 @@ def train(
             "--vllm_gpu_memory_utilization"
         ) from error
     finally:
+        progress.close()
         engine.close()
     return 0
 
