@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from opsd.head import Head
 
 # One role's logits of a chunk; it holds two of them, in one buffer for all chunks.
-CHUNK_BYTES_CPU = 24 * 2**20
+CHUNK_BYTES_CPU = 22 * 2**20
 CHUNK_BYTES_CUDA = 256 * 2**20
 # On a CPU the elementwise work runs on blocks of rows that stay in the cache.
 BLOCK_BYTES_CPU = 5 * 2**19
@@ -131,6 +131,31 @@ def _rows_per(buffer_bytes: int, vocabulary: int, itemsize: int) -> int:
     return max(1, buffer_bytes // (vocabulary * itemsize))
 
 
+class _Workspace:
+    """The buffers of one call, made once: fresh memory costs a CPU more than the arithmetic in it.
+
+    Attributes:
+        logits: [2C, V], the student's rows and then the teacher's.
+        student_log, teacher_log, product: [n, V] for a block of n rows.
+    """
+
+    def __init__(self, chunk: int, block: int, vocabulary: int, dtype: torch.dtype, device: torch.device):
+        self.logits = torch.empty(2 * chunk, vocabulary, dtype=dtype, device=device)
+        self.student_log, self.teacher_log, self.product = (
+            torch.empty(block, vocabulary, dtype=dtype, device=device) for _ in range(3)
+        )
+
+    def log_softmax(self, logits: Tensor, out: Tensor) -> Tensor:
+        """[n, V] -> [n, V] in `out`, without −inf."""
+        # A logit of −inf is probability 0; a finite logarithm makes its 0 · log 0 the 0 that the sums need.
+        lowest = torch.finfo(logits.dtype).min
+        return torch.log_softmax(logits, dim=-1, out=out[: len(logits)]).clamp_(min=lowest)
+
+    def entropy(self, probs: Tensor, logs: Tensor) -> Tensor:
+        """−Σ_v p log p, [n, V] twice -> [n] nats."""
+        return -torch.mul(probs, logs, out=self.product[: len(probs)]).sum(-1)
+
+
 class _ChunkedStatistics(torch.autograd.Function):
     """Forward: statistics and ∂term/∂student, chunk by chunk. Backward: scale the rows by the upstream
     gradient."""
@@ -149,10 +174,11 @@ class _ChunkedStatistics(torch.autograd.Function):
             CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_CUDA, vocabulary, dtype.itemsize
         )
         block = min(chunk, _rows_per(BLOCK_BYTES_CPU, vocabulary, dtype.itemsize)) if on_cpu else chunk
-        buffer = torch.empty(2 * min(chunk, positions), vocabulary, dtype=dtype, device=student.device)
-        for start in range(0, positions, chunk):
+        chunk, block = min(chunk, positions), min(block, positions)
+        space = _Workspace(chunk, block, vocabulary, dtype, student.device)
+        for start in range(0, positions, max(chunk, 1)):
             span = slice(start, min(start + chunk, positions))
-            student_logits, teacher_logits = _project(head, student[span], teacher[span], buffer)
+            student_logits, teacher_logits = _project(head, student[span], teacher[span], space.logits)
             for low in range(0, student_logits.shape[0], block):
                 rows = slice(low, low + block)
                 stats = _block_statistics(
@@ -163,6 +189,7 @@ class _ChunkedStatistics(torch.autograd.Function):
                     term,
                     wants_gradient,
                     head,
+                    space,
                 )
                 for name in names:
                     fields[name][span][rows] = getattr(stats, name)
@@ -207,25 +234,25 @@ def _back_project(head: Head | None, grad_logits: Tensor, dtype: torch.dtype) ->
     return head.back_project(grad_logits).to(dtype)
 
 
-def _block_statistics(student_logits, teacher_logits, token_ids, config, term, wants_gradient, head):
+def _block_statistics(
+    student_logits, teacher_logits, token_ids, config, term, wants_gradient, head, space: _Workspace
+):
     """Statistics of a block; with `wants_gradient`, ∂term/∂(raw logits) overwrites `student_logits` in place.
 
-    Both logits buffers [n, V] are consumed: no pass allocates more than four buffers of the block's size.
+    Both logits buffers [n, V] are consumed; everything else of that size lies in `space`.
     """
     slope = head.softcap_slope(student_logits) if head is not None and wants_gradient else None
     inverse_temperature = 1.0 / config.temperature
-    # A logit of −inf is probability 0; a finite logarithm makes its 0 · log 0 the 0 that the sums need.
-    lowest = torch.finfo(student_logits.dtype).min
-    student_log = torch.log_softmax(student_logits.mul_(inverse_temperature), dim=-1).clamp_(min=lowest)
-    teacher_log = torch.log_softmax(teacher_logits.mul_(inverse_temperature), dim=-1).clamp_(min=lowest)
+    student_log = space.log_softmax(student_logits.mul_(inverse_temperature), space.student_log)
+    teacher_log = space.log_softmax(teacher_logits.mul_(inverse_temperature), space.teacher_log)
     student_probs = torch.exp(student_log, out=student_logits)
     teacher_probs = torch.exp(teacher_log, out=teacher_logits)
     picked = token_ids.unsqueeze(1)
     values = {
         "student_logprob": student_log.gather(1, picked).squeeze(1),
         "teacher_logprob": teacher_log.gather(1, picked).squeeze(1),
-        "student_entropy": -torch.linalg.vecdot(student_probs, student_log),
-        "teacher_entropy": -torch.linalg.vecdot(teacher_probs, teacher_log),
+        "student_entropy": space.entropy(student_probs, student_log),
+        "teacher_entropy": space.entropy(teacher_probs, teacher_log),
     }
     top_ids = top_probs = kept_mass = None
     if config.top_k is not None:
@@ -234,7 +261,9 @@ def _block_statistics(student_logits, teacher_logits, token_ids, config, term, w
         top_probs = top_log.exp()
         values["topk_divergence"] = (top_probs * (top_log - student_log.gather(1, top_ids))).sum(-1)
     if config.divergence_clip is not None:
-        kept_mass = _divergences(values, student_log, teacher_log, teacher_probs, config.divergence_clip)
+        kept_mass = _divergences(
+            values, student_log, teacher_log, teacher_probs, config.divergence_clip, space.product
+        )
     if term is None:
         return TokenStats(term=None, **values)
     values["term"], slopes = _term_and_slopes(term, values, wants_gradient)
@@ -246,7 +275,7 @@ def _block_statistics(student_logits, teacher_logits, token_ids, config, term, w
     return TokenStats(**values)
 
 
-def _divergences(values, student_log, teacher_log, teacher_probs, clip) -> Tensor:
+def _divergences(values, student_log, teacher_log, teacher_probs, clip, scratch) -> Tensor:
     """Forward KL, clipped and not. Leaves `teacher_probs` with the clipped entries at 0; returns its row sums
     [n].
 
@@ -255,10 +284,11 @@ def _divergences(values, student_log, teacher_log, teacher_probs, clip) -> Tenso
     entries = torch.sub(teacher_log, student_log, out=teacher_log).mul_(teacher_probs)
     values["divergence"] = entries.sum(-1)
     if clip > 0:
-        cut = entries > clip
+        # 1 and 0 in the computing dtype: counted, they are exact below 2^24, and no integer copy is made.
+        cut = torch.gt(entries, clip, out=scratch[: len(entries)])
         values["clipped_entries"] = cut.sum(-1)
         values["clipped_divergence"] = entries.clamp_(max=clip).sum(-1)
-        teacher_probs.masked_fill_(cut, 0.0)
+        teacher_probs.addcmul_(teacher_probs, cut, value=-1.0)
         return teacher_probs.sum(-1)
     values["clipped_entries"] = torch.zeros_like(values["divergence"])
     values["clipped_divergence"] = values["divergence"].clone()
