@@ -4,10 +4,12 @@
 #   bash launchers/reproduce_paper.sh            DRY_RUN=1 prints every command instead
 #
 # Whatever is finished is not done again: after a crash, or on another day, give the same command. A cell that
-# fails does not stop the others; the failures are listed at the end.
+# fails does not stop the others; the failures are listed at the end, and the exit code is then 1. The table is
+# printed and drawn from whatever results there are: EVAL_ROOT/paper_table.md and paper_table.png.
 #
 #   MODELS, METHODS_TO_RUN, BENCHMARKS, SEEDS   lists in quotes, to run a part
 #   TENSOR_PARALLEL                             GPUs that share one copy in evaluation (default 4)
+#   OUTPUT_ROOT, EVAL_ROOT                      default outputs/ and eval_results/ of this checkout
 
 # shellcheck source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -17,8 +19,9 @@ read -r -a METHOD_LIST <<<"${METHODS_TO_RUN:-${METHODS[*]}}"
 read -r -a BENCHMARK_LIST <<<"${BENCHMARKS:-math500 aime24 aime25 hmmt25}"
 read -r -a SEED_LIST <<<"${SEEDS:-1 2 3}"
 TENSOR_PARALLEL="${TENSOR_PARALLEL:-4}"
+EVAL_ROOT="${EVAL_ROOT:-$REPO_ROOT/eval_results}"
 
-# What the estimate assumes for 80 GB GPUs. Nothing here was measured on your machine: set each to what you see.
+# What the estimate assumes for 80 GB GPUs: orders of magnitude, measured on no machine. Set each to what you see.
 GPUS="${GPUS:-4}"
 TRAIN_STEPS=150
 SECONDS_PER_STEP_4B="${SECONDS_PER_STEP_4B:-40}"
@@ -73,7 +76,27 @@ check_lists() {
     TOKENS_PER_SECOND_4B TOKENS_PER_SECOND_8B; do
     is_count "${!item}" || die 2 "$item='${!item}' is not a positive whole number"
   done
+  is_count "$TENSOR_PARALLEL" || die 2 "TENSOR_PARALLEL='$TENSOR_PARALLEL' is not a positive whole number"
   [[ -z "${RUN_NAME:-}" ]] || die 2 "RUN_NAME is set, but each cell has a name of its own; unset it"
+  if [[ -n "${BASE_MODEL_PATH:-}" ]] && ((${#MODEL_LIST[@]} > 1)); then
+    die 2 "BASE_MODEL_PATH is one model's copy, but there are ${#MODEL_LIST[@]} models; choose one with MODELS"
+  fi
+}
+
+# The table and its picture from the result files of the listed models, whichever are there.
+summarize() {
+  local model patterns=()
+  for model in "${MODEL_LIST[@]}"; do
+    patterns+=("$EVAL_ROOT/${model}_*38k*.json")
+    [[ "$DRY_RUN" == 1 ]] || compgen -G "${patterns[-1]}" >/dev/null || unset 'patterns[-1]'
+  done
+  if ((${#patterns[@]} == 0)); then
+    say "no result in $EVAL_ROOT yet: no table"
+    return 0
+  fi
+  # --output first: a table with a damaged file beside it is written all the same, and the exit code says so.
+  run "$VENV_PYTHON" "$REPO_ROOT/summarize_results.py" "${patterns[@]}" --seeds "${SEED_LIST[@]}" \
+    --output "$EVAL_ROOT/paper_table.md" --plot "$EVAL_ROOT/paper_table.png"
 }
 
 # Days of work must not end at a file that was missing all along.
@@ -85,34 +108,42 @@ check_hmmt25() {
 
 check_lists
 say "${#MODEL_LIST[@]} models x ${#METHOD_LIST[@]} methods, ${#BENCHMARK_LIST[@]} benchmarks x ${#SEED_LIST[@]} seeds"
-say "estimate (formula and assumptions: launchers/reproduce_paper.sh):"
+say "estimate from ASSUMED speeds and lengths, none of them measured here (formula: launchers/reproduce_paper.sh;"
+say "each can be set): $SECONDS_PER_STEP_4B and $SECONDS_PER_STEP_8B s a step (4B, 8B), $TOKENS_PER_MATH500_SAMPLE\
+ and $TOKENS_PER_CONTEST_SAMPLE tokens a sample (MATH-500, contests), $TOKENS_PER_SECOND_4B and\
+ $TOKENS_PER_SECOND_8B tokens a second of $GPUS GPUs (4B, 8B)"
 estimate >&2
 [[ "$DRY_RUN" == 1 ]] || check_hmmt25
 ensure_venv --with-vllm
 
 FAILED=()
+DONE=0
 for model in "${MODEL_LIST[@]}"; do
   for method in "${METHOD_LIST[@]}"; do
     cell="${model}_${method}"
     say "== $cell"
     code=0
     bash "$REPO_ROOT/launchers/train.sh" "$model" "$method" || code=$?
-    # A wrong setting (2) is wrong for every cell.
-    ((code != 2)) || exit 2
+    # A wrong setting (2) that the first cell meets is wrong for every cell.
+    ((code != 2 || ${#FAILED[@]} + DONE > 0)) || exit 2
     if ((code != 0)); then
-      FAILED+=("$cell: training or merge")
+      FAILED+=("$cell: training or merge (exit code $code)")
       continue
     fi
+    DONE=$((DONE + 1))
     for benchmark in "${BENCHMARK_LIST[@]}"; do
       for seed in "${SEED_LIST[@]}"; do
         bash "$REPO_ROOT/launchers/run_eval.sh" "$cell" "$benchmark" "$TENSOR_PARALLEL" "$seed" \
-          || FAILED+=("$cell: $benchmark, seed $seed")
+          || FAILED+=("$cell: $benchmark, seed $seed (exit code $?)")
       done
     done
   done
 done
 
-run "$VENV_PYTHON" "$REPO_ROOT/summarize_results.py"
+summarize || FAILED+=("the table (exit code $?)")
+if [[ "$DRY_RUN" != 1 && -f "$EVAL_ROOT/paper_table.md" ]]; then
+  cat -- "$EVAL_ROOT/paper_table.md"
+fi
 if ((${#FAILED[@]})); then
   printf '  %s\n' "${FAILED[@]}" >&2
   die 1 "${#FAILED[@]} part(s) failed (listed above); the same command goes on from here"
