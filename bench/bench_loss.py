@@ -1,89 +1,64 @@
 """Memory and time of the objectives with their LM head, chunked against dense, in one run.
 
-    python bench/bench_loss.py [--tokens 512 4096] [--vocabulary 151936] [--hidden 256] [--device cpu|cuda]
+    python bench/bench_loss.py                                    # the four methods, 512 and 4,096 tokens
+    python bench/bench_loss.py --tokens 512 1024 2048 4096 --vocabulary 32768 151936 --methods pwopsd
 
-Each measurement is a process of its own: forward and backward of one micro-batch, from hidden states. "Extra memory"
-is the peak above the inputs (head, hidden states, ids): resident set size on a CPU, allocated bytes on a GPU. The time
-is the best of --repeats. Prints a Markdown table with the ratios.
+One measurement is forward and backward of one micro-batch, from hidden states to their gradient. "MB" is the
+peak above the inputs (head, hidden states, ids): resident set on a CPU, allocated bytes on a GPU. Each form
+runs in a process of its own, so that neither finds memory that the other left; the two take turns at each
+repeat, so that a disturbance meets both, and the best repeat counts. "CPU s" is the processor time of that
+process, which other jobs on the machine change less than the wall clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+METHODS = ("opsd", "eopd", "reopold", "pwopsd")
+COLUMNS = (
+    "method", "V", "tokens", "dense MB", "chunked MB", "memory ratio", "dense s", "chunked s", "time ratio",
+    "dense CPU s", "chunked CPU s", "CPU ratio",
+)  # fmt: skip
+
 
 def inputs(tokens: int, vocabulary: int, hidden: int, device: str, dtype: str):
-    """A head, two roles' hidden states and sampled tokens; the teacher is a perturbed student."""
+    """(head weight [V, H], student [N, H], teacher [N, H], ids [N], lengths [3]).
+
+    The teacher is a perturbed student, so that no divergence is 0 by accident.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
-    weight = torch.empty(vocabulary, hidden)
+    weight = torch.empty(vocabulary, hidden, dtype=kind, device=device)
     for start in range(0, vocabulary, 4096):  # no second buffer of the head's size in the baseline
-        weight[start : start + 4096] = torch.randn(weight[start : start + 4096].shape, generator=generator) * 0.1
-    weight = weight.to(device, kind)
+        rows = weight[start : start + 4096]
+        rows.copy_(torch.randn(rows.shape, generator=generator) * 0.1)
     student = torch.randn(tokens, hidden, generator=generator)
     teacher = student + 0.3 * torch.randn(tokens, hidden, generator=generator)
-    ids = torch.randint(vocabulary, (tokens,), generator=generator)
-    lengths = torch.tensor([tokens // 4, tokens // 2, tokens - tokens // 4 - tokens // 2])
-    return weight, student.to(device, kind).requires_grad_(), teacher.to(device, kind), ids.to(device), lengths.to(device)
+    ids = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+    lengths = torch.tensor([tokens // 4, tokens // 2, tokens - tokens // 4 - tokens // 2], device=device)
+    return weight, student.to(device, kind).requires_grad_(), teacher.to(device, kind), ids, lengths
 
 
-class PeakMemory:
-    """Peak bytes above the entry's level while the block runs."""
+def step(form: str, method: str, data, hyper, chunk_positions: int | None = None):
+    """(loss, gradient [N, H]) of one micro-batch in one of the two forms; REOPOLD refines."""
+    import dataclasses
 
-    def __init__(self, device: str):
-        self.device = device
-
-    def __enter__(self):
-        import torch
-
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.base = torch.cuda.memory_allocated()
-        else:
-            import psutil
-
-            self.process = psutil.Process()
-            self.base = self.peak = self.process.memory_info().rss
-            self.stop = threading.Event()
-            self.thread = threading.Thread(target=self._watch, daemon=True)
-            self.thread.start()
-        return self
-
-    def _watch(self):
-        while not self.stop.is_set():
-            self.peak = max(self.peak, self.process.memory_info().rss)
-            time.sleep(0.001)
-
-    def __exit__(self, *_):
-        import torch
-
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            self.peak = torch.cuda.max_memory_allocated()
-        else:
-            self.stop.set()
-            self.thread.join()
-        self.extra = self.peak - self.base
-
-
-def step(form: str, method: str, data, hyper):
-    """Loss and gradient of one micro-batch in one of the two forms."""
     from bench.dense import dense_loss
     from opsd.head import Head
-    from opsd.objectives import METHODS
+    from opsd.objectives import METHODS as ROWS
     from opsd.token_stats import token_statistics
 
     weight, student, teacher, ids, lengths = data
@@ -91,12 +66,12 @@ def step(form: str, method: str, data, hyper):
     if form == "dense":
         loss = dense_loss(method, student, teacher, weight, ids, lengths, hyper=hyper, step=60)
     else:
-        row = METHODS[method]
+        row = ROWS[method]
         stats = token_statistics(
             student,
             teacher,
             ids,
-            config=row.statistics(hyper),
+            config=dataclasses.replace(row.statistics(hyper), chunk_positions=chunk_positions),
             term=lambda s: row.term(s, hyper),
             head=Head(weight),
         )
@@ -105,79 +80,136 @@ def step(form: str, method: str, data, hyper):
     return loss.detach(), student.grad
 
 
-def measure(args) -> dict:
-    """One form and method in this process: memory of the first call, then the best time of the repeats."""
+def work(args) -> None:
+    """A form's process: memory of its first step, then one timed step for each line on standard input."""
     import torch
 
+    from bench.memory import PeakMemory
     from opsd.objectives import Hyperparameters
 
     torch.set_num_threads(args.threads)
     hyper = Hyperparameters()
     warm = inputs(8, 1024, args.hidden, args.device, args.dtype)
-    step(args.form, args.method, warm, hyper)  # libraries allocate their workspaces before the measurement
-    data = inputs(args.tokens[0], args.vocabulary, args.hidden, args.device, args.dtype)
+    step(args.worker, args.method, warm, hyper)  # libraries allocate their workspaces before the measurement
+    data = inputs(args.tokens[0], args.vocabulary[0], args.hidden, args.device, args.dtype)
     with PeakMemory(args.device) as memory:
-        loss, gradient = step(args.form, args.method, data, hyper)
-    seconds = []
-    for _ in range(args.repeats):
-        start = time.perf_counter()
-        step(args.form, args.method, data, hyper)
+        loss, gradient = step(args.worker, args.method, data, hyper, args.chunk_positions)
+    norm = float(gradient.double().norm())
+    print(json.dumps({"megabytes": memory.extra / 1e6, "loss": float(loss), "gradient": norm}), flush=True)
+    for _ in sys.stdin:
+        started, used = time.perf_counter(), time.process_time()
+        step(args.worker, args.method, data, hyper, args.chunk_positions)
         if args.device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {
-        "megabytes": memory.extra / 1e6,
-        "seconds": min(seconds),
-        "loss": float(loss),
-        "gradient": float(gradient.float().norm()),
-    }
+        times = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
+        print(json.dumps(times), flush=True)
 
 
-def run_one(args, form: str, method: str, tokens: int) -> dict:
-    """`measure` in a fresh process, so that no allocator keeps what another form has taken."""
-    command = [sys.executable, __file__, "--form", form, "--method", method, "--tokens", str(tokens)]
-    for name in ("vocabulary", "hidden", "device", "dtype", "threads", "repeats"):
-        command += [f"--{name}", str(getattr(args, name))]
-    # Freed buffers go back to the system at once, so the resident set shows what is really in use.
-    env = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
-    return json.loads(output.splitlines()[-1])
+class Worker:
+    """One form of one measurement in its own process."""
+
+    def __init__(self, args, form: str, method: str, vocabulary: int, tokens: int):
+        from bench.memory import EXACT_MALLOC
+
+        options = {"worker": form, "method": method, "vocabulary": vocabulary, "tokens": tokens}
+        options |= {
+            name: getattr(args, name) for name in ("hidden", "device", "dtype", "threads", "chunk_positions")
+        }
+        flags = [
+            text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))
+        ]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **EXACT_MALLOC},
+        )
+        self.first = self._read(f"{form} {method}, {tokens} tokens, V = {vocabulary}")
+        self.best = {"seconds": float("inf"), "cpu": float("inf")}
+
+    def _read(self, what: str) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{what}: the process ended with status {self.process.wait()} (out of memory?)")
+        return json.loads(line)
+
+    def repeat(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        times = self._read("a timed repeat")
+        self.best = {name: min(value, times[name]) for name, value in self.best.items()}
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def main() -> int:
+@contextlib.contextmanager
+def workers(*made: Worker) -> Iterator[tuple[Worker, ...]]:
+    try:
+        yield made
+    finally:
+        for worker in made:
+            worker.close()
+
+
+def compare(args, method: str, vocabulary: int, tokens: int) -> dict:
+    """One row of the table, {column: text}; empty cells where the dense form is not measured.
+
+    Raises:
+        SystemExit: the two forms' losses or gradient norms differ.
+    """
+    forms = ["chunked", "dense"] if tokens <= args.dense_up_to else ["chunked"]
+    with workers(*(Worker(args, form, method, vocabulary, tokens) for form in forms)) as made:
+        for _ in range(args.repeats):
+            for worker in made:
+                worker.repeat()
+    row = {"method": method, "V": f"{vocabulary:,}", "tokens": f"{tokens:,}"}
+    for form, worker in zip(forms, made, strict=True):
+        row[f"{form} MB"] = f"{worker.first['megabytes']:,.0f}"
+        row[f"{form} s"] = f"{worker.best['seconds']:.2f}"
+        row[f"{form} CPU s"] = f"{worker.best['cpu']:.2f}"
+    if len(made) == 2:
+        chunked, dense = made
+        tolerance = 1e-3 if args.dtype in ("float32", "float64") else 5e-2
+        for name in ("loss", "gradient"):
+            if abs(dense.first[name] - chunked.first[name]) > tolerance * abs(dense.first[name]):
+                raise SystemExit(f"{method}: dense {name} {dense.first[name]}, chunked {chunked.first[name]}")
+        row["memory ratio"] = f"1/{dense.first['megabytes'] / chunked.first['megabytes']:.0f}"
+        row["time ratio"] = f"{chunked.best['seconds'] / dense.best['seconds']:.2f}"
+        row["CPU ratio"] = f"{chunked.best['cpu'] / dense.best['cpu']:.2f}"
+    return row
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096])
-    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096], help="completion tokens")
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[151936])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help="of head and hidden states")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=["opsd", "eopd", "reopold", "pwopsd"])
-    parser.add_argument("--form", choices=["dense", "chunked"], help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument(
+        "--dense_up_to", type=int, default=512, help="most tokens for which the dense form is measured too"
+    )
+    parser.add_argument("--chunk_positions", type=int, help="positions per chunk; default: by memory")
+    parser.add_argument("--worker", choices=["dense", "chunked"], help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.form:
-        print(json.dumps(measure(args)))
+    args = parser.parse_args(argv)
+    if args.worker:
+        work(args)
         return 0
-    print(f"V = {args.vocabulary}, H = {args.hidden}, {args.dtype}, {args.device}, {args.threads} threads\n")
-    print("| method | tokens | dense MB | chunked MB | memory ratio | dense s | chunked s | time ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    load = os.getloadavg()[0]
+    print(f"H = {args.hidden}, {args.dtype}, {args.device}, {args.threads} threads, load {load:.1f}\n")
+    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     for method in args.methods:
-        for number, tokens in enumerate(args.tokens):
-            chunked = run_one(args, "chunked", method, tokens)
-            if number:  # the dense form at the larger sizes does not fit every machine
-                print(f"| {method} | {tokens} | | {chunked['megabytes']:.0f} | | | {chunked['seconds']:.2f} | |", flush=True)
-                continue
-            dense = run_one(args, "dense", method, tokens)
-            if abs(dense["loss"] - chunked["loss"]) > 1e-3 * max(1, abs(dense["loss"])):
-                raise SystemExit(f"{method}: dense loss {dense['loss']} and chunked loss {chunked['loss']} differ")
-            memory = dense["megabytes"] / chunked["megabytes"]
-            print(
-                f"| {method} | {tokens} | {dense['megabytes']:.0f} | {chunked['megabytes']:.0f} | 1/{memory:.0f} | "
-                f"{dense['seconds']:.2f} | {chunked['seconds']:.2f} | {chunked['seconds'] / dense['seconds']:.2f} |",
-                flush=True,
-            )
+        for vocabulary in args.vocabulary:
+            for tokens in args.tokens:
+                row = compare(args, method, vocabulary, tokens)
+                print(f"| {' | '.join(row.get(column, '') for column in COLUMNS)} |", flush=True)
     return 0
 
 

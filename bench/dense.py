@@ -23,12 +23,37 @@ def dense_loss(
     hyper: Hyperparameters,
     step: int = 0,
 ) -> Tensor:
-    """The loss of one micro-batch from [N, H] hidden states and the head's [V, H] weight, [N, V] tensors throughout."""
-    student = (student_hidden @ weight.T).float() / hyper.temperature
+    """The loss of one micro-batch, [N, V] tensors throughout.
+
+    Args:
+        student_hidden, teacher_hidden: [N, H] hidden states that predict the N completion tokens.
+        weight: [V, H] of the LM head.
+        token_ids: [N] sampled tokens, sequence after sequence.
+        lengths: [B] completion tokens of each sequence.
+        step: the optimizer step, which REOPOLD's mask reads.
+    """
     with torch.no_grad():
-        teacher = (teacher_hidden @ weight.T).float() / hyper.temperature
-        teacher_log = torch.log_softmax(teacher, dim=-1)
-    student_log = torch.log_softmax(student, dim=-1)
+        teacher_log = tempered_log_softmax(teacher_hidden @ weight.T, hyper)
+    student_log = tempered_log_softmax(student_hidden @ weight.T, hyper)
+    return loss_from_logs(method, student_log, teacher_log, token_ids, lengths, hyper=hyper, step=step)
+
+
+def tempered_log_softmax(logits: Tensor, hyper: Hyperparameters) -> Tensor:
+    """[..., V] raw logits -> log-probabilities at temperature T in float32; no name keeps the logits."""
+    return torch.log_softmax(logits.float() / hyper.temperature, dim=-1)
+
+
+def loss_from_logs(
+    method: str,
+    student_log: Tensor,
+    teacher_log: Tensor,
+    token_ids: Tensor,
+    lengths: Tensor,
+    *,
+    hyper: Hyperparameters,
+    step: int = 0,
+) -> Tensor:
+    """`dense_loss` from [N, V] log-probabilities of student and teacher."""
     return _LOSSES[method](student_log, teacher_log, token_ids, lengths, hyper, step)
 
 
@@ -58,8 +83,7 @@ def _eopd(student_log, teacher_log, token_ids, lengths, hyper, step):
     ratio = torch.exp(student_logprob - student_logprob.detach())
     epsilon = hyper.eopd_clip_epsilon
     policy = torch.maximum(-ratio * advantage, -ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
-    teacher_probs = teacher_log.exp()
-    gate = -(teacher_probs * teacher_log).sum(-1) > hyper.eopd_entropy_threshold
+    gate = -(teacher_log.exp() * teacher_log).sum(-1) > hyper.eopd_entropy_threshold
     top_log, top_ids = teacher_log.topk(hyper.eopd_top_k, dim=-1)
     top_log = torch.log_softmax(top_log, dim=-1)
     forward = (top_log.exp() * (top_log - student_log.gather(1, top_ids))).sum(-1)
@@ -73,7 +97,8 @@ def _reopold(student_log, teacher_log, token_ids, lengths, hyper, step):
     if step < hyper.reopold_t_switch:
         keep = reward >= hyper.reward_floor
     else:
-        entropy = -(student_log.detach().exp() * student_log.detach()).sum(-1)
+        with torch.no_grad():
+            entropy = -(student_log.exp() * student_log).sum(-1)
         keep = entropy >= torch.quantile(entropy, 1 - hyper.reopold_beta)
     terms = -reward.clamp(min=hyper.reward_floor) * keep * student_logprob
     return terms.sum() / keep.sum().clamp(min=1)

@@ -23,7 +23,7 @@ from opsd.head import Head
 
 # One role's logits of a chunk; it holds two of them, in one buffer for all chunks.
 CHUNK_BYTES_CPU = 22 * 2**20
-CHUNK_BYTES_CUDA = 256 * 2**20
+CHUNK_BYTES_CUDA = 128 * 2**20
 # On a CPU the elementwise work runs on blocks of rows that stay in the cache.
 BLOCK_BYTES_CPU = 5 * 2**19
 
