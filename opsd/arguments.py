@@ -274,13 +274,14 @@ def _check_together(trainer: dict, rollout: RolloutArguments, model: ModelArgume
     ):
         if trainer.get(name):
             raise UsageError(f"--{name} is not supported: {reason}")
-    for name, only, reason in (
-        ("eval_strategy", "no", "there is no evaluation loop here; see launchers/run_eval.sh"),
-        ("include_num_input_tokens_seen", "no", "rollout/completion_tokens counts what is sampled"),
-        ("train_sampling_strategy", "random", "--max_padding_ratio keeps padding down within a micro-batch"),
+    for name, supported, reason in (
+        ("eval_strategy", ("no",), "there is no evaluation loop here; see launchers/run_eval.sh"),
+        ("include_num_input_tokens_seen", ("no", "False"), "rollout/completion_tokens counts what is sampled"),
+        ("train_sampling_strategy", ("random", "sequential"), "--max_padding_ratio keeps padding down"),
     ):
-        value = str(getattr(trainer.get(name, only), "value", trainer.get(name, only)))
-        if value not in (only, "False"):
+        value = trainer.get(name, supported[0])
+        value = str(getattr(value, "value", value))
+        if value not in supported:
             raise UsageError(f"--{name} {value} is not supported: {reason}")
 
 
