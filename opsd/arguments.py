@@ -276,7 +276,11 @@ def _check_together(trainer: dict, rollout: RolloutArguments, model: ModelArgume
             raise UsageError(f"--{name} is not supported: {reason}")
     for name, supported, reason in (
         ("eval_strategy", ("no",), "there is no evaluation loop here; see launchers/run_eval.sh"),
-        ("include_num_input_tokens_seen", ("no", "False"), "rollout/completion_tokens counts what is sampled"),
+        (
+            "include_num_input_tokens_seen",
+            ("no", "False"),
+            "rollout/completion_tokens counts what is sampled",
+        ),
         ("train_sampling_strategy", ("random", "sequential"), "--max_padding_ratio keeps padding down"),
     ):
         value = trainer.get(name, supported[0])
