@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from opsd.errors import UsageError, printable, run_cli
+from opsd.errors import OneLineParser, UsageError, printable, run_cli
 from opsd.files import atomic_write_text
 from opsd.plots import check_picture
 from opsd.summary import (
@@ -110,10 +110,11 @@ def markdown(title: str, lines: list[list[str]]) -> str:
 
 
 def latex(title: str, lines: list[list[str]]) -> str:
+    special = {char: f"\\{char}" for char in "&%_#${}"}
+    special |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+
     def escape(cell: str) -> str:
-        for char in "&%_#$":
-            cell = cell.replace(char, f"\\{char}")
-        return cell.replace("±", "$\\pm$").replace(DASH, "--")
+        return cell.translate(str.maketrans(special)).replace("±", "$\\pm$").replace(DASH, "--")
 
     body = [" & ".join(escape(printable(cell)) for cell in line) + " \\\\" for line in lines]
     columns = "l" + "c" * (len(lines[0]) - 1)
@@ -139,11 +140,15 @@ def csv_text(tables: Sequence[Table], numbers: dict) -> str:
         ["source", "model", "method", "benchmark", "metric", "mean", "deviation", "values", "low95", "high95"]
     )
 
+    def safe(text: str) -> str:
+        # A spreadsheet takes a text that begins like this for a formula.
+        return printable(f"'{text}" if text.startswith(("=", "+", "-", "@")) else text)
+
     def write(row: Row, column: str, metric: str, s: Statistic | None) -> None:
         if s is not None:
             deviation = "" if s.deviation is None else f"{s.deviation:.4f}"
             low, high = (f"{bound:.4f}" for bound in s.interval)
-            known = ["ours", row.model, row_title(row), column, metric]
+            known = ["ours", safe(row.model), safe(row_title(row)), safe(column), metric]
             writer.writerow([*known, f"{s.mean:.4f}", deviation, s.count, low, high])
 
     for table in tables:
@@ -178,9 +183,7 @@ def render(tables: Sequence[Table], numbers: dict, form: str, seeds: Sequence[in
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", default=[DEFAULT_PATTERN], metavar="PATTERN")
     parser.add_argument("--format", choices=("md", "csv", "latex"), default="md")
     parser.add_argument("--output", type=Path, help="write the tables here instead of on the terminal")
@@ -205,14 +208,17 @@ def main(argv: list[str] | None = None) -> int:
     numbers = json.loads(PAPER_NUMBERS.read_text("utf-8"))
     tables = build_tables(runs)
     text = render(tables, numbers, args.format, args.seeds)
-    if args.output:
-        atomic_write_text(args.output, text)
-    else:
+    if not args.output:
         print(text, end="")
-    if args.plot and tables:
-        from opsd.summary_plot import draw
+    try:
+        if args.output:
+            atomic_write_text(args.output, text)
+        if args.plot and tables:
+            from opsd.summary_plot import draw
 
-        draw(tables, numbers, args.plot)
+            draw(tables, numbers, args.plot)
+    except OSError as error:
+        raise UsageError(f"{error.filename or args.output} cannot be written: {error.strerror}") from error
     return 1 if skipped else 0
 
 
