@@ -53,14 +53,17 @@ def clean_rows(rows: list[dict[str, Any]], source: str) -> list[dict[str, str]]:
 
 
 def write_parquet(rows: list[dict[str, str]], output: Path) -> None:
-    """Write `rows` whole, both columns as strings."""
+    """Write `rows` whole, both columns as strings. Raises ArtefactError where that is not possible."""
     import pyarrow
     import pyarrow.parquet
 
     schema = pyarrow.schema([("problem", pyarrow.string()), ("answer", pyarrow.string())])
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), buffer)
-    atomic_write_bytes(output, buffer.getvalue())
+    try:
+        atomic_write_bytes(output, buffer.getvalue())
+    except OSError as error:
+        raise ArtefactError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -186,9 +186,10 @@ def test_a_changed_vote_with_an_equal_share_keeps_the_problems_values():
 def test_the_first_value_is_the_one_that_is_kept():
     result = stored([True] * 5)
     apply_recount(result, grades([True, True, True, False, False]))
-    apply_recount(result, grades([True, False, False, False, False]))
+    # The fourth vote changes back: what is kept is still what the file held at first.
+    apply_recount(result, grades([True, False, False, True, False]))
     assert result[BEFORE]["majority_vote_at_n"] == 1.0
-    assert result["majority_vote_at_n"] == 0.2
+    assert result["majority_vote_at_n"] == 0.4
     assert [r.get(PROBLEM_BEFORE) for r in result["results"]] == [None, True, True, True, True]
 
 

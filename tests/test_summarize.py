@@ -416,6 +416,13 @@ def test_wrong_arguments(argv, capsys):
     assert len(error.splitlines()) == 1
 
 
+def test_an_output_that_cannot_be_written(hand, capsys):
+    (hand / "file").write_text("")
+    code, _, error = summarize(capsys, f"{hand}/*_38k*.json", "--output", hand / "file" / "table.md")
+    assert code == 2
+    assert "cannot be written" in error
+
+
 # -- formats -------------------------------------------------------------------------------------------------
 
 
