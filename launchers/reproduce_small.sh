@@ -11,33 +11,40 @@
 #                  rate whose rollouts are right most often in the last 10 of these steps, among those that leave
 #                  something to compare: see HIGHEST_RATE in testbed/study.py.
 #   2. training    each method, and the ablation's two other cells at PW-OPSD's rate, STEPS steps, TRAINING_SEEDS
-#   3. evaluation  the base and every trained model, both held-out sets, SEEDS
+#   3. long runs   each method once for LONG_STEPS steps with the paper's seed 42
+#   4. evaluation  the base and every trained model, both held-out sets, SEEDS
 #
 #   TRAINING_SEEDS, SEEDS, LEARNING_RATES   lists in quotes (defaults below)
-#   STEPS, SEARCH_STEPS, VAL_N              optimizer steps; samples a problem
+#   STEPS, LONG_STEPS, SEARCH_STEPS         optimizer steps
+#   VAL_N, NUM_SAMPLES                      samples a problem; problems of each held-out set
 #   JOBS                                    runs at the same time, one thread each (default: the cores)
 #   OUTPUT_ROOT, EVAL_ROOT                  default outputs/ and eval_results/ of this checkout
 
 # shellcheck source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-read -r -a TRAINING_SEED_LIST <<<"${TRAINING_SEEDS:-42 43 44}"
+read -r -a TRAINING_SEED_LIST <<<"${TRAINING_SEEDS:-1 2 3}"
 read -r -a SEED_LIST <<<"${SEEDS:-1 2 3}"
 read -r -a RATE_LIST <<<"${LEARNING_RATES:-3e-5 1e-4 3e-4 1e-3 3e-3}"
-STEPS="${STEPS:-100}"
+STEPS="${STEPS:-50}"
+LONG_STEPS="${LONG_STEPS:-100}"
+LONG_SEED=42
 SEARCH_STEPS="${SEARCH_STEPS:-25}"
-export VAL_N="${VAL_N:-2}"
+export VAL_N="${VAL_N:-2}" NUM_SAMPLES="${NUM_SAMPLES:-128}"
 JOBS="${JOBS:-$(nproc 2>/dev/null || echo 1)}"
 export OUTPUT_ROOT="${OUTPUT_ROOT:-$REPO_ROOT/outputs}"
 export EVAL_ROOT="${EVAL_ROOT:-$REPO_ROOT/eval_results}"
 # Runs side by side share the cores; one thread each also keeps the numbers the same on every machine.
 export OMP_NUM_THREADS=1
 
-for name in STEPS SEARCH_STEPS VAL_N JOBS; do
+for name in STEPS LONG_STEPS SEARCH_STEPS VAL_N NUM_SAMPLES JOBS; do
   is_count "${!name}" || die 2 "$name='${!name}' is not a positive whole number"
 done
 for item in "${TRAINING_SEED_LIST[@]}" "${SEED_LIST[@]}"; do
   [[ "$item" =~ ^(0|[1-9][0-9]{0,8})$ ]] || die 2 "TRAINING_SEEDS and SEEDS: '$item' is not a whole number"
+done
+for item in "${TRAINING_SEED_LIST[@]}"; do
+  [[ "$item" != "$LONG_SEED" ]] || die 2 "TRAINING_SEEDS: $LONG_SEED is the long runs' seed; choose another"
 done
 for item in "${RATE_LIST[@]}"; do
   [[ "$item" =~ ^[0-9]+([.][0-9]+)?(e-[0-9]+)?$ ]] || die 2 "LEARNING_RATES: '$item' is not a rate such as 1e-3"
@@ -82,9 +89,11 @@ search() { # METHOD RATE
     --log_completions_steps 1
 }
 
-study() { # CELL RATE TRAINING_SEED
-  local flags=(--learning_rate "$2" --max_steps "$STEPS" --seed "$3" --log_completions_steps 1)
-  export MERGE_STEP="$STEPS"
+study() { # CELL RATE TRAINING_SEED STEPS
+  local flags=(--learning_rate "$2" --max_steps "$4" --seed "$3" --log_completions_steps 1)
+  export MERGE_STEP="$4"
+  # The paper switches after a third of its 150 steps. The long runs keep its step 50.
+  [[ "$1" != reopold || "$4" == "$LONG_STEPS" ]] || flags+=(--reopold_t_switch "$(($4 / 3))")
   case "$1" in
     pwopsd_global) RUN_SUFFIX="_t$3" bash "$REPO_ROOT/launchers/ablation.sh" small schedule_global -- "${flags[@]}" ;;
     pwopsd_flat) RUN_SUFFIX="_t$3" bash "$REPO_ROOT/launchers/ablation.sh" small flat_sequence -- "${flags[@]}" ;;
@@ -96,12 +105,14 @@ evaluate() { # NAME
   local benchmark seed
   for benchmark in small small_hard; do
     for seed in "${SEED_LIST[@]}"; do
-      WAIT=1 ENGINE=hf bash "$REPO_ROOT/launchers/run_eval.sh" "$1" "$benchmark" 1 "$seed"
+      # One worker grades: the samples take longer than the grades.
+      WAIT=1 ENGINE=hf bash "$REPO_ROOT/launchers/run_eval.sh" "$1" "$benchmark" 1 "$seed" \
+        -- --grading_workers 1
     done
   done
 }
 
-train_and_evaluate() { # CELL RATE TRAINING_SEED
+train_and_evaluate() { # CELL RATE TRAINING_SEED STEPS
   study "$@" && evaluate "small_${1}_t$3"
 }
 
@@ -127,8 +138,12 @@ rate_of() { # METHOD
 for seed in "${TRAINING_SEED_LIST[@]}"; do
   for cell in "${METHODS[@]}" pwopsd_global pwopsd_flat; do
     rate="$(rate_of "${cell%%_*}")"
-    background "train and evaluate $cell at $rate, seed $seed" train_and_evaluate "$cell" "$rate" "$seed"
+    background "train and evaluate $cell at $rate, seed $seed" train_and_evaluate "$cell" "$rate" "$seed" "$STEPS"
   done
+done
+for method in "${METHODS[@]}"; do
+  rate="$(rate_of "$method")"
+  background "long run of $method at $rate" train_and_evaluate "$method" "$rate" "$LONG_SEED" "$LONG_STEPS"
 done
 finish_phase
 

@@ -36,6 +36,8 @@ BENCHMARKS = ("small", "small_hard")
 METRICS = ("average_at_n", "pass_at_n", "majority_vote_at_n")
 # The search is judged by the rollouts of its last steps: fresh problems, that no step has trained on.
 SEARCH_TAIL = 10
+# The seed of the long runs, one a method; every other training seed is the study's.
+LONG_SEED = 42
 # From 3e-4 on every method nears the ceiling within 25 steps, where there is nothing left to compare.
 HIGHEST_RATE = 1e-4
 KEPT_METRICS = ("loss/divergence", "student/entropy", "teacher/entropy", "rollout/completion_tokens")
@@ -69,6 +71,11 @@ def rollout_accuracy(run: Path, answers: Sequence[str]) -> list[float]:
     return shares
 
 
+def kind_of(training_seed: int | None) -> str:
+    """ "long" or "study" (the base model included)."""
+    return "long" if training_seed == LONG_SEED else "study"
+
+
 def training_record(run: Path, answers: Sequence[str]) -> dict[str, Any] | None:
     """What the study keeps of a run; None for a folder that is no finished run of the study."""
     from opsd.manifest import read_manifest
@@ -85,7 +92,7 @@ def training_record(run: Path, answers: Sequence[str]) -> dict[str, Any] | None:
     return {
         "run": run.name,
         "cell": match["cell"],
-        "search": match["rate"] is not None,
+        "kind": "search" if match["rate"] else kind_of(int(match["seed"])),
         "seed": int(manifest["seeds"]["seed"]),
         "learning_rate": float(manifest["arguments"]["learning_rate"]),
         "steps": steps,
@@ -115,10 +122,12 @@ def result_record(path: Path) -> dict[str, Any] | None:
         return None
     result = load_result(path)
     training = result.get("training_run") or {}
+    training_seed = None if run["seed"] is None else int(run["seed"])
     return {
         "run": match["run"],
         "cell": run["cell"],
-        "training_seed": None if run["seed"] is None else int(run["seed"]),
+        "kind": kind_of(training_seed),
+        "training_seed": training_seed,
         "benchmark": match["benchmark"],
         "seed": int(match["seed"]),
         "problems": result["num_problems"],
@@ -155,7 +164,7 @@ def search_scores(training: Iterable[dict[str, Any]]) -> dict[str, dict[float, f
     """{method: {learning rate: percent of right rollouts in the search's last steps}}."""
     scores: dict[str, dict[float, float]] = {}
     for record in training:
-        if record["search"]:
+        if record["kind"] == "search":
             tail = record["rollout_accuracy"][-SEARCH_TAIL:]
             scores.setdefault(record["cell"], {})[record["learning_rate"]] = 100 * sum(tail) / len(tail)
     return scores

@@ -39,6 +39,11 @@ RESAMPLES = 2000
 Results = Sequence[Mapping[str, Any]]
 
 
+def of_kind(records: Results, *kinds: str) -> list[Mapping[str, Any]]:
+    """The records of these kinds: "study", "long", "search"."""
+    return [record for record in records if record["kind"] in kinds]
+
+
 def seed_means(results: Results, cell: str, benchmark: str, metric: str) -> dict[int | None, float]:
     """{training seed: mean over the evaluation seeds, percent}."""
     values = defaultdict(list)
@@ -91,20 +96,46 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main_table(results: Results, training: Results) -> str:
-    """Base and four methods: Avg@n on both held-out sets, gain, learning rate, minutes."""
+    """Base and four methods: Avg@n on both held-out sets, rollouts at the end, learning rate, minutes."""
+    results, training = of_kind(results, "study"), of_kind(training, "study")
     n = results[0]["val_n"]
-    rows = [["", *(f"Avg@{n}, {TITLES[b]}" for b in BENCHMARKS), "learning rate", "minutes per run"]]
+    rows = [
+        [
+            "",
+            *(f"Avg@{n}, {TITLES[b]}" for b in BENCHMARKS),
+            f"right rollouts, last {SMOOTHING} steps",
+            "minutes a run",
+        ]
+    ]
     for cell in ("base", *METHODS):
-        runs = [r for r in training if r["cell"] == cell and not r["search"]]
+        runs = [record for record in training if record["cell"] == cell]
         values = [list(seed_means(results, cell, b, "average_at_n").values()) for b in BENCHMARKS]
-        rate = f"{runs[0]['learning_rate']:g}" if runs else "—"
-        minutes = f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}" if runs else "—"
-        rows.append([CELLS[cell], *map(spread, values), rate, minutes])
+        ends = [100 * float(np.mean(run["rollout_accuracy"][-SMOOTHING:])) for run in runs]
+        minutes = f"{np.mean([run['seconds'] for run in runs]) / 60:.1f}" if runs else "—"
+        rows.append([CELLS[cell], *map(spread, [*values, ends]), minutes])
+    return markdown(rows)
+
+
+def long_table(results: Results, training: Results) -> str:
+    """Before and after 100 steps, one run a method."""
+    runs = {record["cell"]: record for record in of_kind(training, "long")}
+    after = of_kind(results, "long")
+    rows = [["", *(f"{TITLES[b]}, before → after" for b in BENCHMARKS), "steps", "learning rate", "minutes"]]
+    for method in METHODS:
+        cells = []
+        for benchmark in BENCHMARKS:
+            base = list(seed_means(results, "base", benchmark, "average_at_n").values())
+            trained = list(seed_means(after, method, benchmark, "average_at_n").values())
+            cells.append(f"{spread(base)} → {spread(trained)}")
+        run = runs[method]
+        minutes = f"{run['seconds'] / 60:.1f}"
+        rows.append([CELLS[method], *cells, str(run["steps"]), f"{run['learning_rate']:g}", minutes])
     return markdown(rows)
 
 
 def ablation_table(results: Results) -> str:
     """The 2 × 2: position schedule × reduction."""
+    results = of_kind(results, "study")
     rows = [["position schedule", "reduction", "run", *(TITLES[b] for b in BENCHMARKS)]]
     for cell, (schedule, reduction) in ABLATION.items():
         values = [list(seed_means(results, cell, b, "average_at_n").values()) for b in BENCHMARKS]
@@ -126,13 +157,14 @@ def search_table(training: Results) -> str:
 
 
 def other_metrics_table(results: Results) -> str:
-    """Pass@n, Maj@n, truncation and length on the set of the training difficulty."""
+    """Pass@n, truncation and length on the set of the training difficulty."""
+    results = of_kind(results, "study")
     n = results[0]["val_n"]
-    rows = [["", f"Pass@{n}", f"Maj@{n}", "cut off", "tokens"]]
+    rows = [["", f"Pass@{n}", "cut off", "tokens"]]
     for cell in CELLS:
         columns = [
             list(seed_means(results, cell, "small", metric).values())
-            for metric in ("pass_at_n", "majority_vote_at_n", "truncated", "tokens")
+            for metric in ("pass_at_n", "truncated", "tokens")
         ]
         rows.append([CELLS[cell], *map(spread, columns)])
     return markdown(rows)
@@ -140,6 +172,7 @@ def other_metrics_table(results: Results) -> str:
 
 def differences_table(results: Results) -> str:
     """Paired differences to OPSD, and of the ablation's neighbours."""
+    results = of_kind(results, "study")
     pairs = [
         ("pwopsd", "opsd"),
         ("eopd", "opsd"),
@@ -157,20 +190,22 @@ def differences_table(results: Results) -> str:
 
 def facts(results: Results, training: Results) -> str:
     """What was run, in a sentence of counts."""
-    main = [r for r in training if not r["search"]]
-    searched = [r for r in training if r["search"]]
-    count = {name: len({r[key] for r in rows}) for name, key, rows in (
-        ("training", "seed", main), ("evaluation", "seed", results))}  # fmt: skip
-    problems = {r["benchmark"]: r["problems"] for r in results}
-    seconds = sum(r["seconds"] for r in training)
+    main, searched, long = (of_kind(training, kind) for kind in ("study", "search", "long"))
+    results = of_kind(results, "study")
+    training_seeds = len({record["seed"] for record in main})
+    evaluation_seeds = len({record["seed"] for record in results})
+    problems = {record["benchmark"]: record["problems"] for record in results}
+    seconds = sum(record["seconds"] for record in training)
+    rates = ", ".join(sorted({f"{record['learning_rate']:g}" for record in main}))
     return (
-        f"{len(main)} runs of {main[0]['steps']} optimizer steps with {count['training']} training seeds "
-        f"a cell, after a search of {len(searched)} runs of {searched[0]['steps']} steps; "
-        f"{count['evaluation']} evaluation seeds × {results[0]['val_n']} samples of "
+        f"{len(main)} runs of {main[0]['steps']} optimizer steps: {len({r['cell'] for r in main})} cells × "
+        f"{training_seeds} training seeds, at learning rate {rates} after a search of {len(searched)} runs "
+        f"of {searched[0]['steps']} steps; {len(long)} long runs of {long[0]['steps']} steps. Evaluated with "
+        f"{evaluation_seeds} evaluation seeds × {results[0]['val_n']} samples of "
         + " and ".join(f"{problems[b]} problems (`{b}`)" for b in BENCHMARKS)
-        + f". Training took {seconds / 60:.0f} minutes of one thread in all. Means ± sample "
-        "standard deviations are over the training seeds, each the mean of its evaluation seeds; the base "
-        "is one model."
+        + f". Training took {seconds / 60:.0f} minutes of one thread in all. Means ± sample standard "
+        "deviations are over the training seeds, each the mean of its evaluation seeds; the base is one "
+        "model."
     )
 
 
@@ -186,7 +221,7 @@ def draw_curves(training: Results, path: Path) -> None:
     """Learning curves: right rollouts of fresh problems by step, and the student's entropy."""
     figure, axes = plots.small_multiples(3)
     for colour, method in zip(plots.COLOURS, METHODS, strict=False):
-        runs = [r for r in training if r["cell"] == method and not r["search"]]
+        runs = [record for record in of_kind(training, "study") if record["cell"] == method]
         for axis, values in (
             (axes[0], [100 * smoothed(np.array(r["rollout_accuracy"])) for r in runs]),
             (axes[1], [smoothed(np.array(r["metrics"]["student/entropy"])) for r in runs]),
@@ -221,6 +256,7 @@ def draw_weights(path: Path) -> None:
 
 def draw_accuracy(results: Results, path: Path) -> None:
     """Accuracy of every cell, a dot for each training seed; the base as a line."""
+    results = of_kind(results, "study")
     figure, axes = plots.small_multiples(len(BENCHMARKS), columns=2)
     cells = [cell for cell in CELLS if cell != "base"]
     for axis, benchmark in zip(axes, BENCHMARKS, strict=True):
@@ -265,6 +301,7 @@ def report() -> int:
         {
             "facts": facts(results, training),
             "main": main,
+            "long": long_table(results, training),
             "differences": differences_table(results),
             "ablation": ablation_table(results),
             "search": search_table(training),
