@@ -142,6 +142,8 @@ def _set_environment(wanted: Mapping[str, str | None]) -> None:
 def quiet_loggers() -> None:
     """Warnings and errors only, through the caller's own logging, less what this project does on purpose."""
     logging.getLogger("vllm").setLevel(logging.WARNING)
+    # An engine that dies writes all that it was computing, some 30 kB, over the line that says why.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     for name in _CHATTY:
         chatty = logging.getLogger(name)
         if _is_error not in chatty.filters:

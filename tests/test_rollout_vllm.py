@@ -211,6 +211,17 @@ def test_every_completion_is_delivered_once_as_it_finishes(world):
     assert lengths == sorted(lengths), "all start together, so the shorter ones finish earlier"
 
 
+def test_more_prompt_tokens_than_one_step_takes(world):
+    """Seeded requests whose prompts do not all fit into the engine's first step (4,096 tokens)."""
+    prompt = prompts()[3]
+    requests = [Request([2 + i, *prompt[1:]], hashed_seed("many", i)) for i in range(40)]
+    assert sum(len(request.prompt_ids) for request in requests) > 4096
+    together = world.engine.generate(requests, SAMPLED)
+    assert together == world.engine.generate(requests[:20], SAMPLED) + world.engine.generate(
+        requests[20:], SAMPLED
+    )
+
+
 def test_after_an_error_of_the_callers_the_engine_forgets_what_was_running(world):
     def fails(index, completion):
         raise OSError("disk full")
