@@ -40,8 +40,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(folder: Path, *, seed: int = 1) -> Path:
-    """Write model and tokenizer into `folder` and return it."""
+def make_model(folder: Path, *, seed: int = 1, head_dim: int = 8) -> Path:
+    """Write model and tokenizer into `folder` and return it. (vLLM's CPU attention takes multiples of 32.)"""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -51,7 +51,7 @@ def make_model(folder: Path, *, seed: int = 1) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
