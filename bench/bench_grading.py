@@ -5,7 +5,8 @@ Two measurements, printed as one Markdown table each.
 1. Grading and voting over problems x samples answers: `opsd.grading.Grader` against the plain form, one
    process that calls math_verify's parse and verify for each comparison. All verdicts must be equal.
    Neither the plain form's imports nor the start of the grader's processes is part of the ratio; the start is
-   printed beside it.
+   printed beside it. Other work on the machine lengthens both, the form with more processes more: compare the
+   load average that is printed, and the processor seconds, which it changes little.
 2. Hostile answers, each graded three times beside ordinary ones: seconds for each, killed comparisons, and
    the largest memory of a worker.
 
@@ -174,24 +175,38 @@ def hostile_answers(count: int) -> list[str]:
     return [kinds[index % len(kinds)](index // len(kinds)) for index in range(count)]
 
 
+def descendants() -> list[tuple[float, float]]:
+    """Resident memory (MiB) and processor time so far (seconds) of each descendant of this process."""
+    parents, used = {}, {}
+    page_mb, tick_s = os.sysconf("SC_PAGE_SIZE") / 2**20, 1 / os.sysconf("SC_CLK_TCK")
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                resident_mb = int((entry / "statm").read_text().split()[1]) * page_mb
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+            used[int(entry.name)] = (resident_mb, (int(fields[11]) + int(fields[12])) * tick_s)
+    found = []
+    for pid in used:
+        ancestor = parents[pid]
+        while ancestor in parents and ancestor != os.getpid():
+            ancestor = parents[ancestor]
+        if ancestor == os.getpid():
+            found.append(used[pid])
+    return found
+
+
 def worker_memory_mb(stop: threading.Event, largest: list[float]) -> None:
     """Sample the resident memory of this process's descendants into `largest[0]`, in MiB, until stopped."""
     while not stop.wait(0.2):
-        parents, resident = {}, {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-                    resident[int(entry.name)] = int((entry / "statm").read_text().split()[1]) * 4096 / 2**20
-                except OSError:
-                    continue
-                parents[int(entry.name)] = int(fields[1])
-        for pid, size in resident.items():
-            ancestor = parents[pid]
-            while ancestor in parents and ancestor != os.getpid():
-                ancestor = parents[ancestor]
-            if ancestor == os.getpid():
-                largest[0] = max(largest[0], size)
+        largest[0] = max(largest[0], *(resident_mb for resident_mb, _ in descendants()), 0.0)
+
+
+def processor_s() -> float:
+    """Processor time of this process and its descendants so far, in seconds."""
+    return time.process_time() + sum(seconds for _, seconds in descendants())
 
 
 # -- the measurements ----------------------------------------------------------------------------------------
@@ -206,12 +221,12 @@ def measure_speed(problems: Problems, workers: int) -> None:
         # As many problems as keep every worker busy, so that all of them have started.
         grader.grade([("\\frac{1}{2}", [f"{n}.5"]) for n in range(64)])
         start_s = time.perf_counter() - start
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), processor_s()
         grades = grader.grade(problems)
-        fast_s = time.perf_counter() - start
-    start = time.perf_counter()
+        fast_s, fast_cpu_s = time.perf_counter() - start, processor_s() - start_cpu
+    start, start_cpu = time.perf_counter(), time.process_time()
     expected = [plain_grade(*problem) for problem in problems]
-    plain_s = time.perf_counter() - start
+    plain_s, plain_cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
     differing = [p for p, ours, plain in zip(problems, grades, expected, strict=True) if ours != plain]
     if differing:
         raise ArtefactError(
@@ -220,11 +235,11 @@ def measure_speed(problems: Problems, workers: int) -> None:
     answers = sum(len(answers) for _, answers in problems)
     distinct = sum(len({*answers} - {None}) for _, answers in problems)
     print(f"{len(problems)} problems, {answers} answers, {distinct} distinct within their problem")
-    print("| form | seconds | ratio |\n| --- | --- | --- |")
-    print(f"| one process, parse and verify for each comparison | {plain_s:.1f} | 1 |")
-    print(f"| Grader, {workers} workers | {fast_s:.2f} | {plain_s / fast_s:.1f} |")
+    print("| form | seconds | ratio | processor seconds, all processes |\n| --- | --- | --- | --- |")
+    print(f"| one process, parse and verify for each comparison | {plain_s:.1f} | 1 | {plain_cpu_s:.1f} |")
+    print(f"| Grader, {workers} workers | {fast_s:.2f} | {plain_s / fast_s:.1f} | {fast_cpu_s:.2f} |")
     total_s = fast_s + start_s
-    print(f"| the same with the start of the workers | {total_s:.2f} | {plain_s / total_s:.1f} |")
+    print(f"| the same with the start of the workers | {total_s:.2f} | {plain_s / total_s:.1f} | |")
     print(f"verdicts, clusters and votes identical; killed: {len(grader.killed)}\n")
 
 
@@ -272,7 +287,10 @@ def main(argv: list[str] | None = None) -> int:
         golds = [str(json.loads(line)["answer"]) for line in args.benchmark.read_text("utf-8").splitlines()]
     else:
         golds = gold_answers(args.problems, rng)
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}\n")
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    print(
+        f"{platform.machine()}, {cores} cores, load average {load:.1f}, Python {platform.python_version()}\n"
+    )
     if args.problems:
         measure_speed(make_problems(golds[: args.problems], args.samples, rng), args.workers)
     if args.hostile:

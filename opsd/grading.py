@@ -1,8 +1,8 @@
 """From the text of a sample to verdicts: boxed extraction, equivalence, clustering, vote.
 
-The rules are those of the evaluation protocol (docs/evaluation.md): math_verify decides whether two answers are
-equivalent, in separate processes that are killed when a comparison does not end. Imports neither torch nor
-vLLM, so that stored results can be graded again anywhere.
+The rules are those of the evaluation protocol (docs/evaluation.md): math_verify decides whether two answers
+are equivalent, in separate processes that are killed when a comparison does not end. Imports neither torch
+nor vLLM, so that stored results can be graded again anywhere.
 
     with Grader() as grader:
         grade = grader.grade_problem("\\\\frac{1}{2}", ["0.5", None, "\\\\frac12", "3"])
@@ -262,7 +262,7 @@ class Grader:
         if self._pool is None:
             # Workers are forked from a small server process, never from this one with its threads and GPU.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["math_verify", "opsd.grading_worker"])
+            context.set_forkserver_preload(["opsd.grading_warm"])
             self._pool = ProcessPool(
                 max_workers=self.workers,
                 initializer=grading_worker.start_worker,

@@ -20,7 +20,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+from opsd.fast_parsing import use_fast_numbers, use_fast_prediction
 
 PARSE, COMPARE, VERDICT, DONE = "parse", "compare", "verdict", "done"
 _PLAIN_INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -49,44 +50,6 @@ class Job:
     suspects: frozenset[int] = frozenset()
 
 
-def use_fast_prediction() -> None:
-    """Let the LaTeX parser try ANTLR's SLL prediction first and the full LL one where that fails.
-
-    SLL either gives the tree that LL gives or reports a syntax error (so ANTLR's documentation), and takes
-    a fifth of the time. Where the installed latex2sympy2_extended has another inner structure,
-    nothing is changed.
-    """
-    from antlr4.atn.PredictionMode import PredictionMode
-    from latex2sympy2_extended import latex2sympy2
-
-    converter = getattr(latex2sympy2, "_Latex2Sympy", None)
-    if (
-        converter is None
-        or not {"parse", "create_parser"} <= set(vars(converter))
-        or hasattr(converter, "sll")
-    ):
-        return
-    parse, create_parser = converter.parse, converter.create_parser
-
-    def create_sll_parser(self: Any, latex: str) -> Any:
-        parser = create_parser(self, latex)
-        if self.sll:
-            parser._interp.predictionMode = PredictionMode.SLL
-        return parser
-
-    def parse_in_two_stages(self: Any, latex: str) -> Any:
-        self.sll = True
-        try:
-            return parse(self, latex)
-        except Exception:
-            # The listener raises bare Exception for a syntax error. LL then says whether it is one.
-            self.sll = False
-            return parse(self, latex)
-
-    converter.sll = False
-    converter.create_parser, converter.parse = create_sll_parser, parse_in_two_stages
-
-
 def start_worker(memory_limit_mb: int) -> None:
     """Bound this process (memory in MiB of address space, no core dump, dies with its parent) and warm up."""
     if os.uname().sysname == "Linux":
@@ -103,8 +66,32 @@ def start_worker(memory_limit_mb: int) -> None:
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)
+    warm_up()
+
+
+# The kinds of answers that competitions have. Each teaches the parser's automaton the transitions that it
+# takes for its kind, at a few hundredths of a second each.
+_WARM_FORMS = (
+    "\\frac{1}{2}", "-\\frac{3}{4}\\pi", "2\\sqrt{3}", "\\frac{1+\\sqrt{5}}{2}", "1 + 2\\sqrt{3}", "2.5",
+    "90^\\circ", "(1,2)", "\\left(\\frac{1}{2}, -3\\right)", "[1, 2)", "(-\\infty, 1) \\cup (2, \\infty)",
+    "\\{1, 2\\}", "1,2,3", "x^2 + 2x - 1", "y = 2x + 1", "(x+1)(x-2)", "2^{10} \\cdot 3!", "1+2i", "\\sin x",
+    "\\log_2 3", "50\\%", "10,\\!080", "\\begin{pmatrix} 1 \\\\ -2 \\end{pmatrix}", "\\text{(C)}",
+    "\\text{even}", "12_{5}", "\\binom{4}{2}",
+)  # fmt: skip
+
+
+@functools.cache
+def warm_up() -> None:
+    """Make the parser fast, and let it meet the kinds of answers that are usual.
+
+    The server process from which workers are forked does it once (`opsd.grading_warm`), so that each new
+    worker, one after a kill included, begins with what it learnt.
+    """
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     use_fast_prediction()
-    _parse("\\frac{1}{2}")
+    use_fast_numbers()
+    for form in _WARM_FORMS:
+        _parse(form)
 
 
 class Parsed:

@@ -9,7 +9,8 @@ import pytest
 import sympy
 
 from opsd.answer_value import clearly_different, value_of
-from opsd.grading_worker import _parse, use_fast_prediction
+from opsd.fast_parsing import use_fast_numbers, use_fast_prediction
+from opsd.grading_worker import _parse
 from tests.answer_forms import DIFFERENT_PAIRS, HOSTILE, SAME_PAIRS
 
 x, y = sympy.symbols("x y", real=True)
@@ -102,14 +103,28 @@ def test_plain_integers_are_what_math_verify_parses(text):
     assert _parse(text).trees == parse(f"${text}$", fallback_mode="no_fallback")
 
 
-def test_fast_prediction_gives_the_same_trees():
+@pytest.fixture
+def untouched():
+    """The LaTeX parser's class as it is installed; what a test changes in it is undone."""
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+
+    names = ("parse", "create_parser", "parse_number", "sll", "fast_numbers")
+    before = {name: vars(_Latex2Sympy)[name] for name in names if name in vars(_Latex2Sympy)}
+    assert before.keys() == set(names[:3]), "another test left its changes behind"
+    yield _Latex2Sympy
+    for name in names:
+        if name in before:
+            setattr(_Latex2Sympy, name, before[name])
+        elif name in vars(_Latex2Sympy):
+            delattr(_Latex2Sympy, name)
+
+
+def test_the_fast_parser_gives_the_same_trees(untouched):
     """Including texts on which the fast prediction fails (polynomials) and that are no LaTeX at all."""
-    from latex2sympy2_extended import latex2sympy2
     from math_verify import parse, parser
 
     forms = sorted({form for gold, others in SAME_PAIRS for form in (gold, *others)})
     forms += ["x^2+", "\\frac{", *(text for text in HOSTILE if len(text) < 200 and "!" not in text)]
-    plain_class = dict(vars(latex2sympy2._Latex2Sympy))
 
     def trees() -> list[str]:
         parser.parse_latex_cached.cache_clear()
@@ -119,13 +134,24 @@ def test_fast_prediction_gives_the_same_trees():
             if "^{9^" not in form
         ]
 
-    slow = trees()
+    slow, plain_parse = trees(), untouched.parse
     use_fast_prediction()
-    try:
-        assert latex2sympy2._Latex2Sympy.parse is not plain_class["parse"] or "sll" in plain_class
-        assert trees() == slow
-    finally:
-        if "sll" not in plain_class:
-            latex2sympy2._Latex2Sympy.parse = plain_class["parse"]
-            latex2sympy2._Latex2Sympy.create_parser = plain_class["create_parser"]
-            del latex2sympy2._Latex2Sympy.sll
+    use_fast_numbers()
+    assert untouched.parse is not plain_parse
+    assert untouched.fast_numbers
+    assert trees() == slow
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("0", "7", "007", "000", "1,000", "12345678901234567890" * 3, "1" * 400),
+        *("4.5", "4.50", ".35625", "00.10", "0.1", "3.14159265358979323846", "5.", "0." + "3" * 150),
+        *("1e5", "1.5e3"),
+    ],
+)
+def test_fast_numbers_are_the_parsers_own(untouched, text):
+    converter = untouched.__new__(untouched)
+    slow = sympy.srepr(converter.parse_number(text))
+    use_fast_numbers()
+    assert sympy.srepr(converter.parse_number(text)) == slow
