@@ -90,7 +90,7 @@ def merge(
     if revision is None and checkpoint.manifest is not None:
         revision = checkpoint.manifest.get("base_revision")
     folder = base_folder(base, revision)
-    check_tokenizer(folder, base)
+    check_tokenizer(folder, base, trust_remote_code=trust_remote_code)
     config = base_config(folder, base, trust_remote_code=trust_remote_code)
     shapes = base_shapes(config, trust_remote_code=trust_remote_code)
     check_fits(checkpoint, shapes, base)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd.errors import ArtefactError
+from opsd.errors import ArtefactError, refuse_unasked_code
 from opsd.manifest import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def base_config(folder: Path, base: str, *, trust_remote_code: bool) -> PreTrain
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        refuse_unasked_code(base, error)
         raise ArtefactError(
             f"the base model {base!r} has no usable config.json: {first_line(error)}"
         ) from error
@@ -77,7 +78,7 @@ def base_shapes(config: PreTrainedConfig, *, trust_remote_code: bool = False) ->
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def check_tokenizer(folder: Path, base: str) -> None:
+def check_tokenizer(folder: Path, base: str, *, trust_remote_code: bool) -> None:
     """Load the base's tokenizer to see that it works.
 
     Raises:
@@ -89,7 +90,7 @@ def check_tokenizer(folder: Path, base: str) -> None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ArtefactError(f"the base model {base!r} has no tokenizer ({', '.join(TOKENIZER_FILES)})")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise ArtefactError(f"the base model {base!r} has no usable tokenizer: {reason}") from error

@@ -53,6 +53,12 @@ def printable(text: object, limit: int = 2000) -> str:
     )
 
 
+def refuse_unasked_code(name: str, error: Exception) -> None:
+    """Raise UsageError where `error` is transformers' refusal to run code that the model `name` ships."""
+    if "trust_remote_code" in str(error):
+        raise UsageError(f"{name!r} ships code of its own; read it, then add --trust_remote_code") from error
+
+
 def run_cli(main: Callable[[], int | None]) -> int:
     """Run an entry point and turn the user's mistakes into one line on stderr and an exit code.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.errors import ArtefactError, UsageError
+from opsd.errors import ArtefactError, UsageError, refuse_unasked_code
 from opsd.eval_config import MAX_MODEL_LEN, EvalConfig
 from opsd.manifest import SENTINEL_NAME, check_merged, weights_identity
 from opsd.provenance import file_sha256
@@ -171,6 +171,7 @@ def _load_model_config(config: EvalConfig) -> PretrainedConfig:
             config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse_unasked_code(config.base_model, error)
         where = "" if Path(config.base_model).is_dir() else "no folder has that name, and as a hub id "
         raise ArtefactError(
             f"the model {config.base_model!r} cannot be loaded: {where}its configuration fails with: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd.errors import ArtefactError, UsageError
+from opsd.errors import ArtefactError, UsageError, refuse_unasked_code
 from opsd.manifest import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -32,10 +32,7 @@ def load_config(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" in str(error):
-            raise UsageError(
-                f"{name!r} ships code of its own; read it, then add --trust_remote_code"
-            ) from error
+        refuse_unasked_code(name, error)
         raise ArtefactError(
             f"the configuration of {name!r} cannot be loaded ({_brief(error)}); {HUB_HINT}"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +112,11 @@ def train(
         trainer.add_callback(TensorBoardFolder(output_dir))
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    except pickle.UnpicklingError as error:
+        raise ArtefactError(
+            f"{resume} holds more than tensors and numbers in its optimizer, scheduler or random state, "
+            "which is not loaded; resume from a checkpoint of your own"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise ArtefactError(
             f"out of memory ({str(error).splitlines()[0]}); set --per_device_train_batch_size "

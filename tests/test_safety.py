@@ -1,0 +1,331 @@
+"""Strangers' files and strings are data: nothing is unpickled or run, nothing writes on terminal or table."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import evaluate_math
+import merge_lora
+import recompute_majn
+import summarize_results
+from opsd.checkpoints import mark_complete
+from opsd.errors import ArtefactError, UsageError, printable, run_cli
+from opsd.grading import Grader
+from opsd.model_card import model_card
+from opsd.results import load_result
+from tests.bad_input_cases import World, a_result, build_world, evaluate, merge, ships_code, train
+from tests.test_launchers import LAUNCHERS, SETTINGS
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [
+    path
+    for folder in (".", "opsd", "launchers", "data", "testbed", "bench")
+    for path in sorted((ROOT / folder).glob("*.py"))
+]
+HOSTILE = "a b'c\"d $(touch pwned) `touch pwned` ;&|*<>\n--rm -rf"
+# Clears the screen, sets the window's title, overwrites the line, ends a table row, hides text.
+CONTROL = "\x1b[2J\x1b]0;title\x07\r| x | y |\n‮\u2028\x9b31m\x00"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+def fresh(world: World, folder: Path) -> World:
+    return World(world.root, folder)
+
+
+# -- the source ----------------------------------------------------------------------------------------------
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """(dotted name, call) of every call in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def keyword(call: ast.Call, name: str) -> str | None:
+    return next((ast.unparse(word.value) for word in call.keywords if word.arg == name), None)
+
+
+def test_nothing_in_the_source_unpickles_evaluates_or_shells_out() -> None:
+    assert len(SOURCES) > 50
+    forbidden = {"eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads"}
+    forbidden |= {"marshal.loads", "joblib.load", "yaml.load", "yaml.unsafe_load", "__import__"}
+    for path in SOURCES:
+        for name, call in calls(path):
+            assert name not in forbidden, f"{path.name}:{call.lineno}"
+            assert keyword(call, "shell") in (None, "False"), f"{path.name}:{call.lineno}"
+            assert keyword(call, "allow_pickle") in (None, "False"), f"{path.name}:{call.lineno}"
+            if name == "torch.load":
+                assert keyword(call, "weights_only") == "True", f"{path.name}:{call.lineno}"
+
+
+def test_every_loader_says_whether_code_may_run_and_takes_safetensors_alone() -> None:
+    found = 0
+    # testbed/ and bench/ load models that they made themselves.
+    for path in [path for path in SOURCES if path.parent.name not in ("bench", "testbed")]:
+        for name, call in calls(path):
+            if not name.startswith("Auto") or not name.endswith((".from_pretrained", ".from_config")):
+                continue
+            # Left out, transformers would ask the terminal.
+            given_through = any(word.arg is None for word in call.keywords)
+            assert keyword(call, "trust_remote_code") or given_through, f"{path.name}:{call.lineno}"
+            assert keyword(call, "trust_remote_code") != "True", f"{path.name}:{call.lineno}"
+            if name == "AutoModelForCausalLM.from_pretrained":
+                assert keyword(call, "use_safetensors") == "True", f"{path.name}:{call.lineno}"
+            found += 1
+    assert found >= 8
+
+
+# -- files of strangers --------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Writes `pwned` into the working directory where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_of_a_stranger_is_not_unpickled(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    import torch
+
+    import ea_opsd_train
+
+    monkeypatch.chdir(tmp_path)
+    w = fresh(world, tmp_path)
+    run = world.root / "stranger"
+    if not run.exists():
+        assert ea_opsd_train.main(train(w, output_dir=run, max_steps=1, save_steps=1)) == 0
+    copy = tmp_path / "stranger"
+    shutil.copytree(run, copy)
+    checkpoint = copy / "checkpoint-1"
+    torch.save({"state": Bomb()}, checkpoint / name)
+    mark_complete(checkpoint)
+    argv = train(w, output_dir=copy, max_steps=2, save_steps=1, resume_from_checkpoint="auto")
+    capsys.readouterr()
+    assert run_cli(lambda: ea_opsd_train.main(argv)) == 3
+    said = capsys.readouterr().err
+    assert "holds more than tensors and numbers" in said
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_pickled_weights_are_not_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    w = fresh(world, tmp_path)
+
+    def only_a_pickle(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+    def only_a_pickled_adapter(run: Path) -> None:
+        (run / "checkpoint-100" / "adapter_model.safetensors").unlink()
+        (run / "checkpoint-100" / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+    base = w.copy(w.base, only_a_pickle)
+    run = w.copy(w.run, only_a_pickled_adapter)
+    checkpoint = run / "checkpoint-100"
+    for attempt in (
+        lambda: merge_lora.main(merge(w, "--accept_base_name", base_model=base)),
+        lambda: merge_lora.main(merge(w, adapter=checkpoint)),
+        lambda: evaluate_math.main(evaluate(w, base_model=base)),
+        lambda: evaluate_math.main(evaluate(w, adapter=checkpoint)),
+    ):
+        with pytest.raises(ArtefactError):
+            attempt()
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_code_that_a_model_ships_does_not_run_unasked(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opsd import models, vllm_setup
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks the terminal"))
+    w = fresh(world, tmp_path)
+    base = w.copy(w.base, ships_code)
+    for attempt in (
+        lambda: merge_lora.main(merge(w, "--accept_base_name", base_model=base)),
+        lambda: evaluate_math.main(evaluate(w, base_model=base)),
+        lambda: models.load_config(str(base)),
+        lambda: vllm_setup.read_config(str(base), False),
+    ):
+        # The code itself would end the process with SystemExit.
+        with pytest.raises((ArtefactError, UsageError), match=r"trust_remote_code|code of its own"):
+            attempt()
+
+
+def test_answers_are_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answers = [
+        "__import__('os').system('touch pwned')",
+        "$__import__('os').system('touch pwned')$",
+        "(lambda: open('pwned', 'w'))()",
+        "\\input{/etc/passwd}",
+        "\\write18{touch pwned}",
+        "{{ ''.__class__.__mro__ }}",
+    ]
+    with Grader(workers=1) as grader:
+        (grade,) = grader.grade([("2", [*answers, "2"])])
+    assert grade.correct == [False] * len(answers) + [True]
+    assert not list(tmp_path.iterdir())
+
+
+# -- terminal and tables -------------------------------------------------------------------------------------
+
+
+def is_harmless(text: str) -> bool:
+    """No control or invisible formatting character but the line break."""
+    return not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+
+
+@given(st.text())
+def test_printable_has_one_line_and_no_control_character(text: str) -> None:
+    shown = printable(text)
+    assert is_harmless(shown)
+    assert "\n" not in shown
+    if is_harmless(text) and "\n" not in text and len(text) <= 2000:
+        assert shown == text
+
+
+def hostile_result(folder: Path) -> Path:
+    """A whole result file in which every string is hostile, its own name included."""
+    result = a_result(None)
+    result["base_model"] = result["dataset"] = f"set{CONTROL}"
+    (record,) = result["results"]
+    record |= {"problem": CONTROL, "ground_truth": CONTROL}
+    record["generations"][0] |= {"predicted_answer": f"1{CONTROL}", "full_generation": CONTROL}
+    name = f"=cmd{CONTROL}&%_#${{}}~^\\end{{tabular}}".replace("\x00", "").replace("/", "")
+    path = folder / f"{name}_38k_seed0.json".replace("\x00", "").replace("\n", "")
+    path.write_text(json.dumps(result))
+    return path
+
+
+@pytest.mark.parametrize("form", ["md", "csv", "latex"])
+def test_summaries_of_hostile_results_stay_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    hostile_result(tmp_path)
+    assert summarize_results.main([str(tmp_path / "*.json"), "--format", form]) == 0
+    shown = capsys.readouterr().out
+    assert "cmd" in shown
+    assert is_harmless(shown)
+    lines = shown.split("\n")
+    if form == "md":
+        rows = [line for line in lines if line.startswith("|")]
+        widths = [line.replace("\\|", "").count("|") for line in rows]
+        assert len(set(widths)) == 1, "no name makes cells of its own"
+    elif form == "csv":
+        assert all(line.split(",")[1].strip('"').startswith("'=") for line in lines[1:] if line)
+    else:
+        body = [line for line in lines if not line.startswith("%")]
+        assert sum("\\end{tabular}" in line for line in body) == sum("\\begin{tabular}" in x for x in body)
+        assert "\\textbackslash{}x1b[2J" in shown, "what looks like a command is text"
+
+
+def test_recounts_of_hostile_results_stay_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = hostile_result(tmp_path)
+    (tmp_path / f"torn{CONTROL}.json".replace("\x00", "")).write_text("{")
+    assert recompute_majn.main([str(tmp_path / "*.json"), "--apply", "--workers", "1"]) == 1
+    shown = capsys.readouterr()
+    assert is_harmless(shown.out)
+    assert is_harmless(shown.err)
+    assert len([line for line in shown.out.split("\n") if line.startswith("|")]) == 3
+    assert load_result(path)["results"][0]["problem"] == CONTROL, "the file keeps what it held"
+
+
+def test_a_model_card_of_hostile_names_stays_one(world: World) -> None:
+    manifest = json.loads((world.run / "manifest.json").read_text())
+    hostile = {**manifest, "run_name": f"x{CONTROL}", "method": CONTROL, "base_model": f"---\n{CONTROL}"}
+    card = model_card(hostile | {"dataset": {"name": CONTROL, "rows": 1, "sha256": "0"}}, adapter_step=1)
+    assert is_harmless(card)
+    assert card.count("\n---\n") == 1, "the front matter ends where it should"
+    rows = [line.replace("\\|", "") for line in card.split("\n") if line.startswith("|")]
+    assert {row.count("|") for row in rows} == {3}
+
+
+# -- launchers -----------------------------------------------------------------------------------------------
+
+
+RECORDER = """
+import json, sys
+with open({log!r}, "a") as file:
+    file.write(json.dumps(sys.argv) + "\\n")
+sys.exit(1 if "--check" in sys.argv else 0)
+"""
+
+
+def test_train_sh_hands_every_string_on_as_it_is(tmp_path: Path) -> None:
+    """Spaces, quotes, substitutions, line breaks and dashes in folders, data and flags."""
+    root = tmp_path / HOSTILE.replace("/", "")
+    shutil.copytree(LAUNCHERS, root / "launchers")
+    (root / "launchers" / "install.py").write_text("")
+    log = tmp_path / "log.jsonl"
+    for name in ("ea_opsd_train.py", "merge_lora.py"):
+        (root / name).write_text(RECORDER.format(log=str(log)))
+    python = root / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    outputs = tmp_path / f"out {HOSTILE}"
+    (outputs / "small_opsd_merged").mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environment |= {"OUTPUT_ROOT": str(outputs), "BASE_MODEL_PATH": HOSTILE}
+    done = subprocess.run(
+        ["bash", str(root / "launchers" / "train.sh"), "small", "opsd", "--train_dataset", HOSTILE],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    check, train_words, merge_words = [json.loads(line) for line in log.read_text().splitlines()]
+    assert check[check.index("--check") + 1] == str(outputs / "small_opsd_merged")
+    assert train_words[train_words.index("--output_dir") + 1] == str(outputs / "small_opsd")
+    assert train_words[train_words.index("--model_name_or_path") + 1] == HOSTILE
+    assert train_words[-2:] == ["--train_dataset", HOSTILE]
+    assert merge_words[merge_words.index("--output") + 1] == str(outputs / "small_opsd_merged")
+    assert not list(tmp_path.rglob("pwned"))
+    assert is_harmless(done.stderr)
+    assert all(line.startswith("[") for line in done.stderr.splitlines()), "no name forges a line"
+
+
+@pytest.mark.parametrize("name", ["-rf", "--help", "a/b", ".hidden", "a\nb", "a\x1b[2J", "x_merged"])
+def test_run_names_that_could_be_something_else_are_refused(name: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+    done = subprocess.run(
+        ["bash", str(LAUNCHERS / "train.sh"), "small", "opsd"],
+        env=environment | {"RUN_NAME": name, "DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: RUN_NAME=")
+    assert is_harmless(done.stderr)
+    assert len(done.stderr.splitlines()) == 1
