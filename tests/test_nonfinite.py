@@ -1,0 +1,233 @@
+"""A NaN or infinite loss or gradient: the optimizer never sees it, the evidence is saved, the run stops."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from opsd.errors import ArtefactError
+from opsd.nonfinite import NonFiniteGuard
+from opsd.objectives import METHODS
+from opsd.step_records import read_metrics
+from opsd.token_stats import TokenStats
+from opsd.trainer import OPSDTrainer
+from tests.test_trainer import adapter, run
+
+
+def strict(text: str) -> dict:
+    """JSON without Python's NaN and Infinity."""
+
+    def refuse(name):
+        raise ValueError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+class States(TrainerCallback):
+    """Weights and optimizer state before each step and after the last."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.weights: list[dict] = []
+        self.moments: list[dict] = []
+
+    def look(self) -> None:
+        self.weights.append(adapter(self.trainer.model))
+        self.moments.append(copy.deepcopy(self.trainer.optimizer.state_dict()["state"]))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.look()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.look()
+
+
+def spoil(trainer, where: str, value: float, steps: set[int]) -> None:
+    """Make the loss, or one LoRA parameter's gradient, `value` at these optimizer steps."""
+    if where == "gradient":
+        parameter = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
+        parameter.register_hook(lambda g: g + value if trainer.state.global_step in steps else g)
+        return
+    method = trainer.method
+
+    def reduce(stats, lengths, hyper, *, step, threshold=None):
+        reduction = method.reduce(stats, lengths, hyper, step=step, threshold=threshold)
+        return dataclasses.replace(reduction, total=reduction.total * (value if step in steps else 1.0))
+
+    trainer.method = dataclasses.replace(method, reduce=reduce)
+
+
+def spoiled_run(tmp_path, *flags, where="loss", value=math.nan, steps=frozenset({1})):
+    """Train three steps with spoiled ones; (folder, States, the error or None)."""
+    kept = {}
+
+    def inside(trainer):
+        spoil(trainer, where, value, set(steps))
+        kept["states"] = States(trainer)
+        trainer.add_callback(kept["states"])
+        try:
+            OPSDTrainer.train(trainer)
+        except ArtefactError as error:
+            kept["states"].look()
+            kept["error"] = error
+
+    folder, _ = run(tmp_path, "pwopsd", "--max_completion_length", "6", *flags, inside=inside)
+    return folder, kept["states"], kept.get("error")
+
+
+def same(one, other) -> bool:
+    """Equal to the bit, nested dictionaries of tensors included."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "clip"),
+    [
+        ("loss", math.nan, "0.1"),
+        ("loss", math.inf, "0"),
+        ("gradient", math.nan, "0"),
+        ("gradient", math.inf, "0.1"),
+    ],
+)
+def test_the_run_stops_before_the_optimizer_sees_it(tmp_path, where, value, clip):
+    folder, states, error = spoiled_run(tmp_path, "--max_grad_norm", clip, where=where, value=value)
+    assert error is not None
+    assert "not finite at optimizer step 1 (dataset rows [" in str(error)
+    assert error.exit_code == 3
+    path = folder / "nonfinite-step-1-rank-0.json"
+    assert str(path) in str(error)
+    evidence = strict(path.read_text(encoding="utf-8"))
+    assert evidence["step"] == 1
+    assert evidence["gradient_norm"] in ("nan", "inf")
+    assert len(evidence["micro_batches"]) == 2
+    rows = sorted(row for part in evidence["micro_batches"] for row in part["problems"])
+    assert f"(dataset rows {rows})" in str(error)
+    for part in evidence["micro_batches"]:
+        assert len(part["problems"]) == 2
+        assert (part["loss"] in ("nan", "inf", "-inf")) == (where == "loss")
+        for name in ("student_logprob", "teacher_logprob", "student_entropy", "clipped_divergence"):
+            statistic = part["statistics"][name]
+            assert statistic["not_finite"] == 0
+            assert statistic["min"] <= statistic["max"]
+    # Steps 0 and 1 began; the state at the stop is the one that step 1 began with.
+    assert len(states.weights) == 3
+    assert not same(states.weights[0], states.weights[1])
+    assert same(states.weights[1], states.weights[2])
+    assert same(states.moments[1], states.moments[2])
+    assert not list(folder.glob("checkpoint-*"))
+    assert len(read_metrics(folder)) == 1
+
+
+def test_a_tolerated_step_is_left_out_and_the_run_goes_on(tmp_path):
+    folder, states, error = spoiled_run(tmp_path, "--skip_nonfinite", "1")
+    assert error is None
+    assert (folder / "nonfinite-step-1-rank-0.json").exists()
+    assert len(states.weights) == 4
+    assert same(states.weights[1], states.weights[2])
+    assert same(states.moments[1], states.moments[2])
+    assert not same(states.weights[2], states.weights[3])
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [strict(line) for line in text]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[1]["loss/objective"] is None
+    assert rows[1]["grad_norm"] is None
+    # The Trainer sums losses between logs: the bad one must not stay in the sum.
+    assert rows[2]["loss"] == pytest.approx(rows[2]["loss/objective"], rel=1e-5)
+    assert (folder / "checkpoint-3").is_dir()
+
+
+def test_good_steps_of_a_logging_window_keep_their_losses(tmp_path):
+    """Steps 0 and 2 are good, step 1 is not, one row for all three: the loss is the good ones' sum / 3."""
+    folder, _, error = spoiled_run(
+        tmp_path, "--skip_nonfinite", "1", "--logging_steps", "3", where="gradient"
+    )
+    assert error is None
+    (row,) = read_metrics(folder)
+    every = read_metrics(spoiled_run(tmp_path / "each", "--skip_nonfinite", "1", where="gradient")[0])
+    assert row["loss"] == pytest.approx((every[0]["loss"] + every[2]["loss"]) / 3, rel=1e-4)
+
+
+def test_one_more_than_tolerated_stops(tmp_path):
+    folder, states, error = spoiled_run(tmp_path, "--skip_nonfinite", "1", steps={0, 2})
+    assert "optimizer step 2" in str(error)
+    assert [path.name for path in sorted(folder.glob("nonfinite-*"))] == [
+        "nonfinite-step-0-rank-0.json",
+        "nonfinite-step-2-rank-0.json",
+    ]
+    # Step 0 left the weights and moments untouched, step 1 moved them, step 2 did not.
+    assert same(states.weights[0], states.weights[1])
+    assert states.moments[1] == {}
+    assert not same(states.weights[1], states.weights[2])
+    assert same(states.weights[2], states.weights[3])
+
+
+def statistics(value: float) -> TokenStats:
+    return TokenStats(None, *(torch.tensor([value, 1.0]) for _ in range(4)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "bad"),
+    [
+        ([1.0, -2.0], 3.0, False),
+        ([1.0, -2.0], None, False),
+        ([], None, False),
+        ([math.nan, 1.0], 1.0, True),
+        ([1.0, math.inf], 1.0, True),
+        ([math.inf, -math.inf], 1.0, True),
+        ([1.0], math.inf, True),
+        ([1.0], torch.tensor(math.nan), True),
+        ([-math.inf], None, True),
+    ],
+)
+def test_the_verdict(tmp_path, losses, norm, bad):
+    guard = NonFiniteGuard(tmp_path, tolerated=0)
+    for loss in losses:
+        guard.see_loss(torch.tensor(loss), [1], statistics(0.0))
+    assert guard.bad(norm) is bad
+    guard.reset()
+    assert guard.bad(None) is False
+
+
+def test_the_evidence_counts_and_bounds_what_is_finite(tmp_path):
+    guard = NonFiniteGuard(tmp_path, tolerated=0)
+    guard.see_loss(torch.tensor(math.nan), [7, 3], statistics(math.nan))
+    with pytest.raises(ArtefactError, match=r"step 5 \(dataset rows \[3, 7\]\).*--skip_nonfinite N"):
+        guard.handle(5, math.inf, is_main=True)
+    evidence = strict((tmp_path / "nonfinite-step-5-rank-0.json").read_text(encoding="utf-8"))
+    assert evidence["gradient_norm"] == "inf"
+    assert evidence["micro_batches"][0]["loss"] == "nan"
+    assert evidence["micro_batches"][0]["statistics"]["student_entropy"] == {
+        "not_finite": 1,
+        "min": 1.0,
+        "max": 1.0,
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_nan_in_the_network_reaches_the_guard(tmp_path, method):
+    """A hidden state that is not finite gives a loss that is not, for every method: no mask hides it."""
+
+    def inside(trainer):
+        statistics = trainer._statistics
+
+        def broken(hidden, batch, **kwargs):
+            # A product keeps the graph; the last token of the micro-batch is spoiled.
+            factor = torch.ones_like(hidden)
+            factor[-1, 0] = math.nan
+            return statistics(hidden * factor, batch, **kwargs)
+
+        trainer._statistics = broken
+        with pytest.raises(ArtefactError, match="not finite at optimizer step 0"):
+            OPSDTrainer.train(trainer)
+
+    folder, _ = run(tmp_path, method, "--max_completion_length", "6", inside=inside)
+    evidence = strict((folder / "nonfinite-step-0-rank-0.json").read_text(encoding="utf-8"))
+    assert all(part["statistics"]["student_entropy"]["not_finite"] == 1 for part in evidence["micro_batches"])
