@@ -202,7 +202,7 @@ class VLLMEngine:
             }
         try:
             while len(finished) < len(shared):
-                for output in self._step(len(finished), len(shared)):
+                for output in self._finish_some(len(finished), len(shared)):
                     index = int(output.request_id)
                     finished[index] = completion = _completion(output, want_logprobs)
                     if on_finish is not None and index in own:
@@ -312,12 +312,18 @@ class VLLMEngine:
         except (VLLMError, ValueError) as error:
             raise UsageError(f"vLLM refuses the sampling parameters {sampling}: {error}") from error
 
-    def _step(self, done: int, total: int) -> list[RequestOutput]:
+    def _finish_some(self, done: int, total: int) -> list[RequestOutput]:
+        """Step until some requests finish. The process is the engine's only until then."""
         from vllm.exceptions import VLLMError
 
         try:
             with self._state:
-                return [output for output in self._llm.llm_engine.step() if output.finished]
+                finished: list[RequestOutput] = []
+                while not finished:
+                    if not self._llm.llm_engine.has_unfinished_requests():
+                        raise RuntimeError(f"{total - done} requests were forgotten")
+                    finished = [output for output in self._llm.llm_engine.step() if output.finished]
+                return finished
         except (VLLMError, RuntimeError, MemoryError) as error:
             self._unusable = f"it died: {_first_line(error)}"
             raise ArtefactError(

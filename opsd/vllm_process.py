@@ -62,8 +62,8 @@ def _kept_settings() -> list[Callable[[], object]]:
         lambda: torch.set_rng_state(torch_state),
         lambda: torch.set_default_dtype(dtype),
         lambda: torch.set_grad_enabled(grad),
-        lambda: logging.getLogger("httpx").setLevel(httpx_level),
-        lambda: logging.root.setLevel(root_level),
+        lambda: _set_level(logging.getLogger("httpx"), httpx_level),
+        lambda: _set_level(logging.root, root_level),
         lambda: logging.root.handlers.__setitem__(slice(None), root_handlers),
     ]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -148,6 +148,12 @@ def quiet_loggers() -> None:
         chatty = logging.getLogger(name)
         if _is_error not in chatty.filters:
             chatty.addFilter(_is_error)
+
+
+def _set_level(named: logging.Logger, level: int) -> None:
+    """Setting a level empties the caches of all loggers, so only where it is another."""
+    if named.level != level:
+        named.setLevel(level)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -73,12 +73,11 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = make_model("qwen3", True, folder, END_IDS)
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)  # the engine's too: its two would wait for each other on busy cores
         torch.manual_seed(11)
         before = process_state()
         self.engine = VLLMEngine(str(folder), max_model_len=192)
         self.changed_by_building = changed(before)
-        torch.set_num_threads(1)
 
     def requests(self, count: int = 12) -> list[Request]:
         return [Request(prompts()[i % 4], hashed_seed("test", i)) for i in range(count)]
