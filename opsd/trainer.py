@@ -337,20 +337,18 @@ class OPSDTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Add the means of what was recorded since the last log, over micro-batches and ranks, in one
-        gather."""
+        gather; of a name that ends with _max, the largest."""
         if self._metrics:
             names = sorted(self._metrics)
-            means = [
-                torch.stack(
-                    [
-                        torch.as_tensor(v, dtype=torch.float32, device=self.args.device)
-                        for v in self._metrics[n]
-                    ]
-                ).mean()
-                for n in names
+            reduce = [torch.amax if name.endswith("_max") else torch.mean for name in names]
+            kind = {"dtype": torch.float32, "device": self.args.device}
+            mine = [
+                over(torch.stack([torch.as_tensor(value, **kind) for value in self._metrics[name]]), 0)
+                for name, over in zip(names, reduce, strict=True)
             ]
-            gathered = self.accelerator.gather(torch.stack(means).unsqueeze(0)).mean(0).tolist()
-            logs = {**logs, **dict(zip(names, gathered, strict=True))}
+            ranks = self.accelerator.gather(torch.stack(mine).unsqueeze(0)).unbind(1)
+            values = torch.stack([over(one, 0) for one, over in zip(ranks, reduce, strict=True)]).tolist()
+            logs = {**logs, **dict(zip(names, values, strict=True))}
             self._metrics.clear()
         super().log(logs, start_time)
 

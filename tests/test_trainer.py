@@ -332,6 +332,7 @@ def test_several_steps_a_log(tmp_path):
         files = [folder / "completions" / f"step-{step:06d}.jsonl" for step in steps]
         tokens = [entry["tokens"] for path in files for entry in read_lines(path)]
         assert row["rollout/completion_tokens"] == pytest.approx(sum(tokens) / len(tokens))
+        assert row["rollout/completion_tokens_max"] == max(tokens)
         assert row["loss"] == pytest.approx(row["loss/objective"], rel=1e-5)
 
 
@@ -439,7 +440,8 @@ def test_the_teacher_is_the_base_and_steps_can_be_repeated(tmp_path):
         assert trainer._roll_out(examples) == first, "the same step gives the same completions"
         assert trainer._roll_out(examples[::-1]) == first[::-1], "whatever shares the call"
         trainer.state.global_step = 1
-        assert trainer._roll_out(examples) != first, "another step draws anew"
+        second = trainer._roll_out(examples)
+        assert [c.token_ids for c in second] != [c.token_ids for c in first], "another step draws anew"
         before = adapter(trainer.model)
         batch = trainer._align(examples, first)
         assert trainer.model.training
