@@ -26,6 +26,8 @@ METRICS_NAME = "metrics.jsonl"
 LINE_STYLES = ("-", "--", ":")
 # A run that logged fewer points than this would show lines too short to be seen.
 MARKERS_BELOW = 12
+# What is set rather than measured has no noise to smooth, and a mean would show a step that never was.
+NOT_SMOOTHED = ("learning rate", "phase")
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ def _panel(axis: Axes, panel: Panel, runs: Sequence[Run], smooth: int) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
+    smooth = 1 if panel.unit in NOT_SMOOTHED else smooth
     for run, colour in zip(runs, plots.COLOURS, strict=False):
         for (key, _), style in zip(panel.series, LINE_STYLES, strict=False):
             if key not in run.series:
@@ -245,6 +248,8 @@ def _set_range(axis: Axes, panel: Panel) -> None:
     """Start at 0 where nothing is below it: a constant is not blown up into a curve of rounding errors."""
     low, high = axis.dataLim.intervaly
     if panel.unit.startswith("share") or panel.unit == "phase":
-        axis.set_ylim(-0.02, 1.02 if high > 0.5 else max(1.15 * high, 0.1))
+        top = 1.02 if high > 0.5 else max(1.15 * high, 0.1)
+        # Room for a line at 0 to be seen above the axis.
+        axis.set_ylim(-0.03 * top, top)
     elif low >= 0 and high > 0:
         axis.set_ylim(0, 1.1 * high)

@@ -92,6 +92,9 @@ def test_the_running_mean_lies_over_the_faint_raw_values(tmp_path, monkeypatch):
     assert raw.get_alpha() < 0.5
     assert list(mean.get_ydata()) == pytest.approx(smoothed(list(raw.get_ydata()), 3))
     assert "running mean over 3 steps" in figure.get_suptitle()
+    # The schedule of the learning rate is no noise.
+    (rate,) = panel(figure, "Learning rate").lines
+    assert list(rate.get_ydata()) == pytest.approx([1e-3 + 0.01 * k for k in range(1, 7)])
 
 
 def test_the_mean_looks_back_and_passes_over_what_is_missing():
