@@ -29,6 +29,8 @@ def draw(analysis: Analysis, path: Path, *, top_k: int) -> None:
     _difference(axes[1], analysis.curve)
     if fits:
         _schedules(axes[2], fits)
+    for axis in axes:
+        axis.set_xlim(0, 1)
     plots.save(figure, path)
 
 
@@ -60,7 +62,10 @@ def _difference(axis: Axes, points: list[CurvePoint]) -> None:
         axis, points, "difference", colour=plots.COLOURS[2], marker="o", label="forced − control, same prefix"
     )
     plots.label(axis, title="Viability relative to the control", x=POSITION, y="difference of shares")
-    axis.legend(fontsize=8, loc="best", frameon=False)
+    # Head room for the legend: a band as wide as these leaves no other place for it.
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.2 * (high - low))
+    axis.legend(fontsize=8, loc="upper right", frameon=False)
 
 
 def _schedules(axis: Axes, fits: dict[str, ScheduleFit]) -> None:
