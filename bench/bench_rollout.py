@@ -1,0 +1,158 @@
+"""Rollouts by both engines, in one run: `python bench/bench_rollout.py [--model FOLDER] [--batches 32 256]`
+
+The same requests, as in training: the student's prompts of the small world, temperature 1.1, top_p 0.95,
+top_k 20, a rank-64 adapter on all seven matrices. transformers samples with the adapter unmerged, `batch`
+completions at a time; vLLM has up to `batch` completions in flight and gets the merged weights pushed before
+every call. The engines take turns; the best of --repeats counts. Prints Markdown: tokens per second of wall
+time and, without a GPU, of processor time (which other work on the machine disturbs less) with its ratio, and
+vLLM's load and push times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+class Clock:
+    """Wall and processor seconds of a block."""
+
+    def __enter__(self) -> Clock:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall, self.cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+    def __str__(self) -> str:
+        return f"{1000 * self.wall:.0f} ms ({1000 * self.cpu:.0f} ms of a processor)"
+
+
+@dataclass(order=True)
+class Rollout:
+    """One generate call; the one of the least `seconds` is the best."""
+
+    seconds: float
+    wall: float
+    tokens: int
+
+
+def adapted_model(name: str, rank: int) -> Any:
+    """The model in its own dtype under a random adapter, on the GPU where there is one."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from opsd.arguments import LORA_TARGETS
+    from opsd.models import load_causal_lm, load_config
+
+    base = load_causal_lm(name, dtype=load_config(name).get_text_config().dtype or torch.float32)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    generator = torch.Generator().manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:  # small enough that the completions stay ordinary ones
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 1e-4
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def requests_of(tokenizer: Any, count: int) -> list[Any]:
+    """The first `count` problems of the small world with the seeds of a first step."""
+    from opsd.prompts import encode_student
+    from opsd.rollout import Request
+    from opsd.seeds import rollout_seed
+
+    lines = (ROOT / "testbed" / "data" / "train.jsonl").read_text("utf-8").splitlines()[:count]
+    prompts = [encode_student(tokenizer, json.loads(line)["problem"]) for line in lines]
+    return [Request(ids, rollout_seed(seed=42, step=0, problem=i)) for i, ids in enumerate(prompts)]
+
+
+def roll_out(engine: Any, requests: list[Any], sampling: Any, *, on_gpu: bool) -> Rollout:
+    with Clock() as clock:
+        completions = engine.generate(requests, sampling)
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    return Rollout(clock.wall if on_gpu else clock.cpu, clock.wall, tokens)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT / "testbed" / "base_model"))
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--new_tokens", type=int, default=160)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0.4)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read once, when torch is imported
+    with Clock() as imports:
+        import torch
+        import vllm
+
+        from opsd.models import load_tokenizer
+        from opsd.rollout import Sampling
+        from opsd.rollout_hf import HFEngine
+        from opsd.rollout_vllm import VLLMEngine
+    torch.set_num_threads(args.threads)
+    on_gpu = torch.cuda.is_available()
+    tokenizer, model = load_tokenizer(args.model), adapted_model(args.model, args.rank)
+    requests = requests_of(tokenizer, max(args.batches))
+    sampling = Sampling(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=args.new_tokens)
+    longest = max(len(request.prompt_ids) for request in requests)
+
+    where = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU"
+    print(f"{where}, {args.threads} thread(s), torch {torch.__version__}, vllm {vllm.__version__}\n")
+    counted = "wall" if on_gpu else "processor"
+    print(f"| batch | engine | tokens | tokens/s (wall) | tokens/s ({counted}) | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    pushes, loads = [], []
+    for batch in args.batches:
+        with Clock() as load:
+            engine = VLLMEngine(
+                args.model,
+                max_model_len=longest + args.new_tokens,
+                max_num_seqs=batch,
+                gpu_memory_utilization=args.gpu_memory_utilization,
+            )
+        loads.append(load)
+        samplers = {"transformers": HFEngine(model, tokenizer, batch_size=batch), "vLLM": engine}
+        found: dict[str, list[Rollout]] = {name: [] for name in samplers}
+        for sampler in samplers.values():  # the first call of a shape chooses kernels
+            sampler.generate(requests[:batch], sampling)
+        for _ in range(args.repeats):
+            with Clock() as push:
+                engine.push_weights(model)
+            pushes.append(push)
+            for name, sampler in samplers.items():
+                found[name].append(roll_out(sampler, requests[:batch], sampling, on_gpu=on_gpu))
+        best = {name: min(rollouts) for name, rollouts in found.items()}
+        reference = best["transformers"].tokens / best["transformers"].seconds
+        for name, one in best.items():
+            rate = one.tokens / one.seconds
+            wall = one.tokens / min(rollout.wall for rollout in found[name])
+            print(f"| {batch} | {name} | {one.tokens} | {wall:.0f} | {rate:.0f} | {rate / reference:.2f} |")
+        engine.close()
+    middle = statistics.median_low([push.cpu for push in pushes])
+    print(f"\nimport of torch and vLLM: {imports}")
+    print(f"load of an engine: {'; '.join(map(str, loads))}")
+    print(f"push of all weights, merging included, median of {len(pushes)}: ", end="")
+    print(next(push for push in pushes if push.cpu == middle))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
