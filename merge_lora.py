@@ -137,7 +137,8 @@ def _check_room(out: Path, config: PreTrainedConfig, shapes: Mapping[str, tuple[
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise ArtefactError(
-            f"{out.parent} has {free / 2**30:.2f} GiB free; the merged model needs {needed / 2**30:.2f} GiB"
+            f"{out.parent} has {free / 2**30:.2f} GiB free; the merged model needs {needed / 2**30:.2f} GiB; "
+            "free some or choose another --output"
         )
 
 
@@ -206,6 +207,7 @@ def _foreign_manifest(checkpoint: Adapter, base: str, out: Path) -> dict[str, An
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
+        prog="merge_lora.py",
         description=__doc__.splitlines()[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

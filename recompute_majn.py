@@ -117,7 +117,9 @@ def table(rows: list[tuple[Path, Recount]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        prog="recompute_majn.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pattern", nargs="?", default=DEFAULT_PATTERN, metavar="PATTERN", help="%(default)s")
     parser.add_argument("--apply", action="store_true", help="rewrite the files (default: only print)")
     parser.add_argument("--workers", type=int, default=None, help="grading processes (default: all cores)")

@@ -183,7 +183,9 @@ def render(tables: Sequence[Table], numbers: dict, form: str, seeds: Sequence[in
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        prog="summarize_results.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("patterns", nargs="*", default=[DEFAULT_PATTERN], metavar="PATTERN")
     parser.add_argument("--format", choices=("md", "csv", "latex"), default="md")
     parser.add_argument("--output", type=Path, help="write the tables here instead of on the terminal")

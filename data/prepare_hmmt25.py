@@ -67,7 +67,9 @@ def write_parquet(rows: list[dict[str, str]], output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        prog="prepare_hmmt25.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--source", default=HUB_ID, help="a hub id or a local file (default %(default)s)")
     parser.add_argument("--split", default="train", help="split on the hub (default %(default)s)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / HMMT25_DEFAULT)

@@ -19,6 +19,7 @@ from opsd.manifest import MANIFEST_NAME, read_json_object, read_manifest, same_s
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 STATE_NAME = "trainer_state.json"
+ANOTHER = "merge another checkpoint, or resume the training, which makes it again"
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 
@@ -51,7 +52,10 @@ def read_adapter(path: Path | str) -> Adapter:
     if not folder.is_dir():
         raise ArtefactError(f"no checkpoint at {folder}{_others(folder)}")
     if not (folder / WEIGHTS_NAME).is_file() and (folder / "adapter_model.bin").is_file():
-        raise ArtefactError(f"{folder} holds pickled weights (adapter_model.bin), which are not loaded here")
+        raise ArtefactError(
+            f"{folder} holds pickled weights (adapter_model.bin), which are not loaded here; save them as "
+            "safetensors"
+        )
     manifest = _run_manifest(folder)
     if manifest is not None:
         _check_marker(folder)
@@ -70,15 +74,17 @@ def read_adapter(path: Path | str) -> Adapter:
 
 def _check_marker(folder: Path) -> None:
     """Compare the files that a merge reads with the marker that training writes last."""
+    if not (folder / MARKER).is_file():
+        raise ArtefactError(f"no marker {folder / MARKER}: saving this checkpoint was interrupted; {ANOTHER}")
     sizes = read_json_object(folder / MARKER, what="marker of a completed checkpoint").get("files")
     for name in (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME):
         recorded = sizes.get(name) if isinstance(sizes, dict) else None
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found is None:
-            raise ArtefactError(f"the checkpoint {folder} is not complete: {name} is missing")
+            raise ArtefactError(f"the checkpoint {folder} is not complete: {name} is missing; {ANOTHER}")
         if found != recorded:
             raise ArtefactError(
-                f"the checkpoint {folder} is damaged: {name} has {found} bytes, not {recorded}"
+                f"the checkpoint {folder} is damaged: {name} has {found} bytes, not {recorded}; {ANOTHER}"
             )
 
 

@@ -255,7 +255,7 @@ def _check_together(trainer: dict, rollout: RolloutArguments, model: ModelArgume
     if rollout.max_completion_length >= model.max_length:
         raise UsageError(
             f"--max_completion_length {rollout.max_completion_length} leaves no room for a prompt in "
-            f"--max_length {model.max_length}"
+            f"--max_length {model.max_length}; lower the one or raise the other"
         )
     for name, reason in (
         ("deepspeed", "the adapter run fits DistributedDataParallel"),

@@ -127,5 +127,5 @@ def resolve_resume(run_folder: Path, asked: str | None) -> Path | None:
     folder = Path(asked)
     reason = incompleteness(folder) if folder.is_dir() else "it does not exist"
     if reason is not None:
-        raise ArtefactError(f"--resume_from_checkpoint {asked}: {reason}")
+        raise ArtefactError(f"--resume_from_checkpoint {asked}: {reason}; give auto for the newest whole one")
     return folder

@@ -72,7 +72,7 @@ def run_cli(main: Callable[[], int | None]) -> int:
         print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        where = printable(error.filename) if error.filename else "of a file that the system does not name"
+        where = printable(error.filename) if error.filename else "the system does not say where"
         if error.errno in NO_ROOM:
             print(
                 f"error: the disk is full ({where}); free some and run the same command again",

@@ -85,7 +85,7 @@ def disk_errors(target: Path) -> Iterator[None]:
                 "run the same command again"
             ) from error
         if number in NO_PERMISSION or "permission denied" in words:
-            raise ArtefactError(f"no permission to write {target}") from error
+            raise ArtefactError(f"no permission to write {target}; choose another place") from error
         raise
 
 

@@ -38,7 +38,7 @@ def load_config(
         ) from error
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.is_encoder_decoder or not (remote or type(config) in AutoModelForCausalLM._model_mapping):
-        raise UsageError(f"{name!r} is a {config.model_type} model, not a causal language model")
+        raise UsageError(f"{name!r} is a {config.model_type} model, not a causal language model; use one")
     return config
 
 

@@ -62,7 +62,9 @@ def _load_local(path: Path, split: str) -> Dataset:
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
             raise ArtefactError(f"{path} has no rows; give a file with problems") from error
-        raise ArtefactError(f"{path} cannot be read as {files[0].suffix[1:]}: {cause}") from error
+        raise ArtefactError(
+            f"{path} cannot be read as {files[0].suffix[1:]} ({cause}); repair the file"
+        ) from error
 
 
 def _load_hub(source: str, split: str, revision: str | None) -> Dataset:

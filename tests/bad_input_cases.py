@@ -394,7 +394,7 @@ CASES: list[Case] = [
     Case("resuming with another learning rate and other data", TRAIN, lambda w: train(w, output_dir=started_differently(w), resume_from_checkpoint="auto"), 2, ("learning_rate: 0.001 before, 5e-06 now", "the dataset's content", "another --output_dir")),
     # merging
     Case("merging without --adapter", MERGE, lambda w: merge(w, adapter=None), 2, ("--adapter missing",)),
-    Case("merging: a flag that does not exist", MERGE, lambda w: merge(w, "--fast"), 2, ("--fast", "--help")),
+    Case("merging: a flag that does not exist", MERGE, lambda w: merge(w, "--fast"), 2, ("--fast", "merge_lora.py --help")),
     Case("merging: no such checkpoint", MERGE, lambda w: merge(w, adapter=w.run / "checkpoint-75"), 3, ("checkpoint-75", "holds checkpoint-100")),
     adapter("a half-written checkpoint", half_written, "no marker"),
     adapter("a cut adapter", lambda r: cut(r / "checkpoint-100" / "adapter_model.safetensors"), "damaged"),

@@ -343,3 +343,13 @@ def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> N
     check_merged(tmp_path / "outputs" / "small_pwopsd_merged", expected_step=3, hashes=True)
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
     shutil.rmtree(tmp_path / "outputs")
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing() -> None:
+    """The short form of tests/kill_runs.py: one kill each of training, merging and evaluation."""
+    command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), "--kills", "1", "--seed", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "3 kills, 0 differences" in done.stdout
