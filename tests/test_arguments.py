@@ -231,3 +231,10 @@ def test_choices_and_help_know_the_same_names():
     with pytest.raises(SystemExit) as stop:
         parse_arguments(["--help"])
     assert stop.value.code == 0
+
+
+def test_the_trainers_other_settings_pass():
+    training, *_ = parse_arguments(
+        [*MINIMAL, "--train_sampling_strategy", "sequential", "--eval_strategy", "no"]
+    )
+    assert training.train_sampling_strategy == "sequential"
