@@ -1,8 +1,8 @@
 """The paper's branch-viability diagnostic, with the control that it lacks.
 
     python branch_viability.py --model_name_or_path testbed/base_model --dataset testbed/data/heldout.jsonl \\
-        --num_problems 40 --max_new_tokens 128 --engine hf --suggest_schedule \\
-        --output_dir outputs/small_branches
+        --num_problems 50 --num_positions 4 --top_k 2 --continuations 6 --max_new_tokens 128 --engine hf \\
+        --suggest_schedule --output_dir outputs/small_branches
 
 Take a student rollout (the spine). At forks along it, force each of the privileged teacher's likeliest next
 tokens after the student's prompt and the spine so far, and let the student go on: the branch is viable if its
