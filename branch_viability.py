@@ -10,8 +10,8 @@ continuations recover the answer. The control continues the same prefixes with n
 
 Writes branches.csv, branches.parquet, viability_vs_position.png, report.md and journal.jsonl (every
 continuation) into --output_dir. A killed run continues when the same command is given again; a finished one
-is analysed anew without sampling. docs/branch_viability.md says how to read the report. Exit codes: 0 done, 2 a
-wrong argument (or another run's journal in the folder), 3 a missing or damaged model, data set or file.
+is analysed anew without sampling. docs/branch_viability.md says how to read the report. Exit codes: 0 done, 2
+a wrong argument (or another run's journal in the folder), 3 a missing or damaged model, data set or file.
 """
 
 from __future__ import annotations
