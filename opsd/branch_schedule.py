@@ -10,8 +10,8 @@ to the control. Least squares over bins of f: with α = a·w_min and β = a·(1 
 0, the model is linear in (α, β), so (τ, s) are searched on a grid and the rest is solved exactly. There is no
 local minimum to be caught in, and every resample of the problems is fitted in full.
 
-So free a curve finds a rise in noise too. Whether there is one is therefore tested: the forks of each problem
-trade their positions at random, which keeps everything but the order along the spine, and the fit is repeated.
+So free a curve finds a rise in noise too. Whether there is one is therefore tested: the forks of each
+problem trade their positions at random, which keeps all but the order along the spine, and are fitted again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class ScheduleFit:
         w_min, tau, s: the schedule.
         ceiling: a, the success that w = 1 stands for.
         weights: w(f) at `SHOWN_AT`, better determined than the parameters.
-        shuffled_share: share of shuffles of the positions within problems that fit a rise as good: its p value.
+        shuffled_share: share of shuffles of the positions within problems that fit a rise as good: its p
+            value.
         problems: how many problems were resampled.
         explained: share of the bins' weighted variance that the curve explains, against a constant.
         grid: where `curve` was evaluated, and its 95 % band: arrays [F].
@@ -253,7 +254,7 @@ def _two_coefficients(n, y, u, v):
 
 
 def _against_constant(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """[4, R, BINS] -> ([R] squared error that the fit saves against a constant weight, [R] that one's error)."""
+    """[4, R, BINS] -> ([R] squared error that the fit saves against a constant weight, [R] that error)."""
     n = sums[0]
     _, y, c = _means(sums)
     constant = (n * c * y).sum(1) / np.maximum((n * c * c).sum(1), 1e-300)
