@@ -526,7 +526,7 @@ def test_with_an_adapter_the_teacher_is_the_base():
 
 @needs_vllm
 @pytest.mark.vllm
-def test_vllm_samples_and_a_second_copy_scores(real, tmp_path):
+def test_vllm_samples_and_a_second_copy_scores(tmp_path):
     """The same flags under vLLM: spines and continuations of its own, scored at the same temperature."""
     assert branch_viability.main(command(tmp_path, engine="vllm", num_problems=2, dtype="float32")) == 0
     table = pd.read_csv(tmp_path / "branches.csv")
