@@ -81,7 +81,7 @@ def step(form: str, method: str, data, hyper, chunk_positions: int | None = None
 
 
 def work(args) -> None:
-    """A form's process: memory of its first step, then one timed step for each line on standard input."""
+    """A form's process: memory and time of its first step, then one timed step for each line it reads."""
     import torch
 
     from bench.memory import PeakMemory
@@ -92,17 +92,21 @@ def work(args) -> None:
     warm = inputs(8, 1024, args.hidden, args.device, args.dtype)
     step(args.worker, args.method, warm, hyper)  # libraries allocate their workspaces before the measurement
     data = inputs(args.tokens[0], args.vocabulary[0], args.hidden, args.device, args.dtype)
-    with PeakMemory(args.device) as memory:
-        loss, gradient = step(args.worker, args.method, data, hyper, args.chunk_positions)
-    norm = float(gradient.double().norm())
-    print(json.dumps({"megabytes": memory.extra / 1e6, "loss": float(loss), "gradient": norm}), flush=True)
-    for _ in sys.stdin:
+
+    def timed():
         started, used = time.perf_counter(), time.process_time()
-        step(args.worker, args.method, data, hyper, args.chunk_positions)
+        result = step(args.worker, args.method, data, hyper, args.chunk_positions)
         if args.device == "cuda":
             torch.cuda.synchronize()
-        times = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
-        print(json.dumps(times), flush=True)
+        return result, {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
+
+    with PeakMemory(args.device) as memory:
+        (loss, gradient), times = timed()
+    norm = float(gradient.double().norm())
+    first = {"megabytes": memory.extra / 1e6, "loss": float(loss), "gradient": norm}
+    print(json.dumps({**first, **times}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(timed()[1]), flush=True)
 
 
 class Worker:
@@ -126,7 +130,7 @@ class Worker:
             env={**os.environ, **EXACT_MALLOC},
         )
         self.first = self._read(f"{form} {method}, {tokens} tokens, V = {vocabulary}")
-        self.best = {"seconds": float("inf"), "cpu": float("inf")}
+        self.best = {name: self.first[name] for name in ("seconds", "cpu")}
 
     def _read(self, what: str) -> dict:
         line = self.process.stdout.readline()
@@ -190,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", help="of head and hidden states")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps after the first")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument(
         "--dense_up_to", type=int, default=512, help="most tokens for which the dense form is measured too"
