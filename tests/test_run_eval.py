@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every character that a careless shell would act upon.
 HOSTILE = "a b'c\"d $(touch pwned) `touch pwned` ;*&|<>"
 SETTINGS = (
-    "BASE_MODEL_PATH CUDA_VISIBLE_DEVICES DATASET_PATH DATA_PARALLEL DRY_RUN ENGINE EVAL_FLAGS EVAL_ROOT HOSTLABEL "
-    "MAX_MODEL_LEN MAX_NEW_TOKENS NUM_SAMPLES OUTPUT_ROOT PYTHON STACK VAL_N VENV WAIT"
+    "BASE_MODEL_PATH CUDA_VISIBLE_DEVICES DATASET_PATH DATA_PARALLEL DRY_RUN ENGINE EVAL_FLAGS EVAL_ROOT "
+    "HOSTLABEL MAX_MODEL_LEN MAX_NEW_TOKENS NUM_SAMPLES OUTPUT_ROOT PYTHON STACK VAL_N VENV WAIT"
 )
 # Stands in for evaluate_math.py: says what it was given, and finishes when it may.
 RECORDER = """
