@@ -219,13 +219,12 @@ def smoothed(values: np.ndarray, width: int = SMOOTHING) -> np.ndarray:
 
 def draw_curves(training: Results, path: Path) -> None:
     """Learning curves: right rollouts of fresh problems by step, and the student's entropy."""
-    figure, axes = plots.small_multiples(3)
+    figure, axes = plots.small_multiples(2)
     for colour, method in zip(plots.COLOURS, METHODS, strict=False):
         runs = [record for record in of_kind(training, "study") if record["cell"] == method]
         for axis, values in (
             (axes[0], [100 * smoothed(np.array(r["rollout_accuracy"])) for r in runs]),
             (axes[1], [smoothed(np.array(r["metrics"]["student/entropy"])) for r in runs]),
-            (axes[2], [smoothed(np.array(r["metrics"]["rollout/completion_tokens"])) for r in runs]),
         ):
             rows = np.array(values)
             steps = np.arange(1, rows.shape[1] + 1)
@@ -233,7 +232,6 @@ def draw_curves(training: Results, path: Path) -> None:
             axis.fill_between(steps, rows.min(0), rows.max(0), color=colour, alpha=0.15, linewidth=0)
     plots.label(axes[0], title=f"Right rollouts of fresh problems (last {SMOOTHING} steps)", x="step", y="%")
     plots.label(axes[1], title="Student entropy", x="step", y="nats per token")
-    plots.label(axes[2], title="Rollout length", x="step", y="tokens")
     axes[0].legend(fontsize=8, frameon=False)
     plots.save(figure, path)
 
@@ -269,7 +267,7 @@ def draw_accuracy(results: Results, path: Path) -> None:
             axis.plot([place - 0.25, place + 0.25], [np.mean(values)] * 2, color=colour, linewidth=2)
         axis.set_xticks(range(len(cells)), [c.replace("_", "\n") for c in cells], fontsize=8)
         plots.label(axis, title=TITLES[benchmark].replace("`", ""), x="", y="Avg@n, %")
-        axis.legend(fontsize=8, frameon=False, loc="lower right")
+        axis.legend(fontsize=8, frameon=False, loc="upper right")
     plots.save(figure, path)
 
 
