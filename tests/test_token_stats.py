@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.head import Head, attach_hidden_forward, head_of
 from opsd.objectives import METHODS, Hyperparameters
-from opsd.token_stats import StatsConfig, sampling_audit, token_statistics
+from opsd.token_stats import COLUMN_ENTRIES, StatsConfig, _largest, sampling_audit, token_statistics
 
 
 def chunked_loss(method, student, teacher, ids, lengths, *, head, hyper, step=0, chunk=None):
@@ -386,3 +386,28 @@ def test_through_a_network_with_checkpointing_autocast_and_ddp(method, tmp_path)
     ours = network_gradients(low, method, dense=False, autocast=True)
     torch.testing.assert_close(ours[0], low_loss, rtol=5e-2, atol=5e-3)
     assert relative_error(ours[1], low_expected) < 0.1
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("vocabulary", "k"),
+    [
+        (151, 16),
+        (64 * COLUMN_ENTRIES, 16),
+        (64 * COLUMN_ENTRIES + 63, 16),
+        (5000, 3),
+        (4 * COLUMN_ENTRIES, 1),
+    ],
+)
+def test_the_largest_entries_are_those_of_topk(vocabulary, k, ties):
+    rows = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(vocabulary + k))
+    rows[0, -1] = 50.0  # in what is left over behind the columns, where there is such a rest
+    if ties:
+        rows = rows.mul(2).round()
+    values, places = _largest(rows, k)
+    expected = rows.topk(k, dim=-1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(rows.gather(1, places), values)
+    assert all(len(set(row)) == k for row in places.tolist())
+    if not ties:
+        assert torch.equal(places, expected.indices)
