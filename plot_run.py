@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from opsd.errors import UsageError, printable, run_cli
+from opsd.errors import OneLineParser, UsageError, printable, run_cli
 from opsd.plots import check_picture
 from opsd.run_plots import draw, load_runs
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(f"{message}; plot_run.py --help lists the flags")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Draw the runs that the command line names."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        prog="plot_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training run")
     parser.add_argument("--output", type=Path, help="picture to write; needed with several runs")
     parser.add_argument("--smooth", type=int, default=1, help="running mean over so many logged steps")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import UsageError
+from opsd.errors import OneLineParser, UsageError, refuse_below_one, refuse_no_share, refuse_unknown
 from opsd.rollout import Sampling, check_sampling
 
 ENGINES = ("hf", "vllm")
@@ -95,28 +95,18 @@ def check_config(config: BranchConfig) -> None:
         UsageError: names the flag, its value and what would do.
     """
     check_sampling(config.sampling())
-    at_least_one = (
-        "num_problems", "num_positions", "top_k", "continuations", "hf_batch_size", "tensor_parallel_size",
-        "grading_workers",
+    refuse_below_one(
+        config, "num_problems", "num_positions", "top_k", "continuations", "hf_batch_size",
+        "tensor_parallel_size", "grading_workers",
     )  # fmt: skip
-    for name in at_least_one:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}, but must be at least 1")
     if config.seed < 0:
         raise UsageError(f"--seed is {config.seed}, but must be at least 0")
     if config.resamples < 20:
         raise UsageError(f"--resamples is {config.resamples}, but a 95 % interval needs at least 20")
     if not config.score_temperature > 0:
         raise UsageError(f"--score_temperature is {config.score_temperature}, but must be more than 0")
-    for name in ("viable_share", "gpu_memory_utilization"):
-        if not 0 < getattr(config, name) <= 1:
-            raise UsageError(f"--{name} is {getattr(config, name)}, but must be in (0, 1]")
-    for name, allowed in (("engine", ENGINES), ("dtype", DTYPES)):
-        if getattr(config, name) not in allowed:
-            raise UsageError(
-                f"--{name} is {getattr(config, name)!r}, but must be one of {', '.join(allowed)}"
-            )
+    refuse_no_share(config, "viable_share", "gpu_memory_utilization")
+    refuse_unknown(config, engine=ENGINES, dtype=DTYPES)
     if config.engine == "hf" and config.tensor_parallel_size > 1:
         raise UsageError("--tensor_parallel_size needs --engine vllm")
     _check_folder(config.folder)
@@ -132,15 +122,10 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(f"{message}; branch_viability.py --help lists the flags")
-
-
 def parser() -> argparse.ArgumentParser:
     """The flags of branch_viability.py. Defaults are those of `BranchConfig`."""
     default = {field.name: field.default for field in fields(BranchConfig)}
-    p = _Parser(
+    p = OneLineParser(
         prog="branch_viability.py",
         description="Which of the privileged teacher's next tokens can the student still finish correctly?",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

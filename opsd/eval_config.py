@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import UsageError
+from opsd.errors import OneLineParser, UsageError, refuse_below_one, refuse_no_share, refuse_unknown
 from opsd.grading import DEFAULT_TIME_LIMIT_S
 from opsd.rollout import Sampling, check_sampling
 
@@ -90,7 +90,8 @@ def check_config(config: EvalConfig) -> None:
         UsageError: names the flag, its value and what would do.
     """
     check_sampling(config.sampling())
-    at_least_one = (
+    refuse_below_one(
+        config,
         "val_n",
         "num_samples",
         "max_model_len",
@@ -99,20 +100,12 @@ def check_config(config: EvalConfig) -> None:
         "hf_batch_size",
         "grading_workers",
     )
-    for name in at_least_one:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}, but must be at least 1")
     if config.seed < 0:
         raise UsageError(f"--seed is {config.seed}, but must be at least 0")
-    if not 0 < config.gpu_memory_utilization <= 1:
-        raise UsageError(
-            f"--gpu_memory_utilization is {config.gpu_memory_utilization}, but must be in (0, 1]"
-        )
+    refuse_no_share(config, "gpu_memory_utilization")
     if not config.time_limit > 0:
         raise UsageError(f"--time_limit is {config.time_limit}, but must be more than 0 seconds")
-    if config.engine not in ENGINES:
-        raise UsageError(f"--engine is {config.engine!r}, but must be one of {', '.join(ENGINES)}")
+    refuse_unknown(config, engine=ENGINES)
     if config.engine == "hf" and config.tensor_parallel_size > 1:
         raise UsageError(
             "--tensor_parallel_size needs --engine vllm; with --engine hf use --data_parallel_size, which "
@@ -139,15 +132,10 @@ def _top_k(text: str) -> int:
     return 0 if value == -1 else value  # vLLM writes "off" as -1, and so do the authors' commands
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(f"{message}; evaluate_math.py --help lists the flags")
-
-
 def parser() -> argparse.ArgumentParser:
     """The flags of evaluate_math.py. Defaults are those of `EvalConfig`."""
     default = {field.name: field.default for field in fields(EvalConfig)}
-    p = _Parser(
+    p = OneLineParser(
         prog="evaluate_math.py",
         description="Sample a benchmark from a model, grade it, write the result JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
