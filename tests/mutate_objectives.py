@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         "one token fewer in the top k",
         STATS,
-        "teacher_log.topk(config.top_k, dim=-1)",
-        "teacher_log.topk(config.top_k - 1, dim=-1)",
+        "_largest(teacher_log, config.top_k)",
+        "_largest(teacher_log, config.top_k - 1)",
     ),
     Mutant(
         "sampled log-probability pushed the wrong way",
