@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opsd.base_files import first_line
 from opsd.errors import ArtefactError, UsageError, refuse_unasked_code
 from opsd.eval_config import MAX_MODEL_LEN, EvalConfig
 from opsd.manifest import SENTINEL_NAME, check_merged, weights_identity
@@ -55,7 +56,7 @@ def load_tokenizer(config: EvalConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(
-            f"the tokenizer of {config.base_model!r} cannot be loaded: {_first_line(error)}; "
+            f"the tokenizer of {config.base_model!r} cannot be loaded: {first_line(error)}; "
             "put the tokenizer's files into the model's folder"
         ) from error
     if not tokenizer.chat_template:
@@ -109,34 +110,19 @@ def build_engine(config: EvalConfig, facts: ModelFacts, tokenizer: PreTrainedTok
 
 def _vllm_engine(config: EvalConfig, facts: ModelFacts) -> Engine:
     from opsd.rollout_vllm import VLLMEngine
+    from opsd.vllm_setup import local_model
 
     rank = {}
     if config.adapter is not None:
         rank = {"adapter": config.adapter, "max_lora_rank": _adapter_settings(Path(config.adapter))["r"]}
     return VLLMEngine(
-        _local_snapshot(config),
+        local_model(config.base_model, config.revision),
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_model_len=facts.max_model_len,
         trust_remote_code=config.trust_remote_code,
         **rank,
     )
-
-
-def _local_snapshot(config: EvalConfig) -> str:
-    """The model as vLLM takes it: what was given, or for a hub revision the folder that holds it."""
-    if config.revision is None or Path(config.base_model).is_dir():
-        return config.base_model
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = [*_DECIDING_FILES, *(["*.py"] if config.trust_remote_code else [])]
-    try:
-        return snapshot_download(config.base_model, revision=config.revision, allow_patterns=wanted)
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ArtefactError(
-            f"revision {config.revision!r} of {config.base_model!r} cannot be had: {_first_line(error)}"
-        ) from error
 
 
 def _hf_engine(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -158,7 +144,7 @@ def _hf_engine(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine
 
             model = PeftModel.from_pretrained(model, config.adapter)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ArtefactError(f"{config.base_model!r} does not load: {_first_line(error)}") from error
+        raise ArtefactError(f"{config.base_model!r} does not load: {first_line(error)}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return HFEngine(model.to(device).eval(), tokenizer, batch_size=config.hf_batch_size)
 
@@ -175,7 +161,7 @@ def _load_model_config(config: EvalConfig) -> PretrainedConfig:
         where = "" if Path(config.base_model).is_dir() else "no folder has that name, and as a hub id "
         raise ArtefactError(
             f"the model {config.base_model!r} cannot be loaded: {where}its configuration fails with: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -211,7 +197,7 @@ def _check_weights(folder: Path) -> None:
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ArtefactError(f"{index} is damaged: {_first_line(error)}; copy the model again") from error
+            raise ArtefactError(f"{index} is damaged: {first_line(error)}; copy the model again") from error
     else:
         shards = ["model.safetensors"]
     for shard in shards:
@@ -230,7 +216,7 @@ def _check_safetensors(file: Path) -> None:
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(
             f"{file} ({file.stat().st_size} bytes) is empty, cut or no safetensors file: "
-            f"{_first_line(error)}; copy or download it again"
+            f"{first_line(error)}; copy or download it again"
         ) from error
     if not names:
         raise ArtefactError(f"{file} holds no tensors; copy or download it again")
@@ -250,7 +236,7 @@ def _adapter_settings(folder: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, OSError) as error:
         raise ArtefactError(
-            f"{folder / 'adapter_config.json'} cannot be read: {_first_line(error)}"
+            f"{folder / 'adapter_config.json'} cannot be read: {first_line(error)}"
         ) from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or "r" not in settings:
         raise ArtefactError(f"the adapter in {str(folder)!r} is not a LoRA adapter")
@@ -278,8 +264,3 @@ def _manifest_identity(merged: dict[str, Any]) -> dict[str, Any]:
 
 def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
