@@ -57,9 +57,17 @@ def test_a_killed_copy_is_named_and_the_rest_is_kept(
     monkeypatch.setattr(eval_copies, "_start", remember)
 
     def kill_second() -> None:
+        held = False
         while len(started) < 2 or lines_in(copy_journal(config, 1)) < 6:
+            # On a busy machine the first would be done before the second has begun.
+            if not held and started and lines_in(copy_journal(config, 0)) >= 1:
+                started[0].process.send_signal(signal.SIGSTOP)
+                held = True
             time.sleep(0.02)
         started[1].process.kill()
+        if held:
+            time.sleep(0.5)
+            started[0].process.send_signal(signal.SIGCONT)
 
     killer = threading.Thread(target=kill_second)
     killer.start()
@@ -75,6 +83,12 @@ def test_a_killed_copy_is_named_and_the_rest_is_kept(
     assert without_timing(result) == without_timing(reference)
 
 
+def copies_of(parent: int) -> list[int]:
+    """The parent's copies that run, in the order of their start."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in children if b"opsd.eval_copies" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 @pytest.mark.slow
 def test_a_killed_parent_takes_its_copies_along_and_loses_nothing(
     config: EvalConfig, reference: dict[str, Any]
@@ -82,14 +96,17 @@ def test_a_killed_parent_takes_its_copies_along_and_loses_nothing(
     process = subprocess.Popen(
         command_of(config), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
     )
-    wait_until(lambda: min(lines_in(copy_journal(config, n)) for n in (0, 1)) >= 5, process)
-    children = [
-        int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
-    copies = [pid for pid in children if b"opsd.eval_copies" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(copies) == 2
+    wait_until(lambda: len(copies_of(process.pid)) == 2, process)
+    copies = copies_of(process.pid)
+    for number, pid in enumerate(copies):
+        # Held at its fifth line, so that the faster one cannot be done before the slower one has begun.
+        wait_until(lambda number=number: lines_in(copy_journal(config, number)) >= 5, process)
+        os.kill(pid, signal.SIGSTOP)
+    assert len(copies_of(process.pid)) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
+    for pid in copies:
+        os.kill(pid, signal.SIGCONT)
     while any(Path(f"/proc/{pid}").exists() for pid in copies):
         time.sleep(0.02)
     assert copy_journal(config, 0).exists()
