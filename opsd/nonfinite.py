@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from opsd.errors import ArtefactError
 from opsd.files import atomic_write_json
-from opsd.token_stats import TokenStats
+from opsd.objectives import TokenStats
+from opsd.objectives import TokenStats
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,9 @@ class NonFiniteGuard:
         self._micro_batches: list[tuple[Tensor, list[int], TokenStats]] = []
 
     def see_loss(self, loss: Tensor, problems: list[int], stats: TokenStats) -> None:
-        """Remember a micro-batch until `reset`; nothing is copied from the device."""
+        """Keep a micro-batch's values until `reset`; nothing is copied from the device."""
+        # Attached to the graph, the term would keep [N, H] of each micro-batch until the end of the step.
+        stats = replace(stats, term=None if stats.term is None else stats.term.detach())
         self._micro_batches.append((loss.detach(), problems, stats))
 
     def bad(self, norm: Tensor | float | None) -> bool:

@@ -13,13 +13,13 @@ chunk. All quantities are at the distillation temperature T, in nats, in float32
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd.head import Head
+from opsd.objectives import StatsConfig, TokenStats
 
 # One role's logits of a chunk; it holds two of them, in one buffer for all chunks.
 CHUNK_BYTES_CPU = 22 * 2**20
@@ -28,50 +28,6 @@ CHUNK_BYTES_CUDA = 128 * 2**20
 COLUMN_ENTRIES = 64
 # On a CPU the elementwise work runs on blocks of rows that stay in the cache.
 BLOCK_BYTES_CPU = 5 * 2**19
-
-
-@dataclass(frozen=True)
-class TokenStats:
-    """What the objectives read, each [N]. Fields a method does not ask for are None.
-
-    Attributes:
-        term: the method's per-token term; the only field that carries a gradient.
-        student_logprob: log p_S(y) of the sampled token.
-        teacher_logprob: log p_T(y) of the sampled token.
-        student_entropy: H(p_S).
-        teacher_entropy: H(p_T).
-        divergence: Σ_v p_T [log p_T − log p_S], not clipped.
-        clipped_divergence: Σ_v min(p_T [log p_T − log p_S], c).
-        clipped_entries: how many vocabulary entries the clip cut.
-        topk_divergence: Σ_{v∈top-k(p_T)} q [log q − log p_S], q = p_T renormalised over its own top k.
-    """
-
-    term: Tensor | None
-    student_logprob: Tensor
-    teacher_logprob: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    divergence: Tensor | None = None
-    clipped_divergence: Tensor | None = None
-    clipped_entries: Tensor | None = None
-    topk_divergence: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatsConfig:
-    """Which statistics to form, and how.
-
-    Attributes:
-        temperature: divides both sides' logits.
-        divergence_clip: cap on each vocabulary entry of the forward KL; 0 = no cap; None = not formed.
-        top_k: size of the teacher's support in `topk_divergence`; None = not formed.
-        chunk_positions: positions per chunk; None chooses by memory.
-    """
-
-    temperature: float
-    divergence_clip: float | None = None
-    top_k: int | None = None
-    chunk_positions: int | None = None
 
 
 TermFunction = Callable[[TokenStats], Tensor]
