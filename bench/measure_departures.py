@@ -297,7 +297,7 @@ def _loss_and_gradient(student: Tensor, teacher: Tensor, clip: float) -> tuple[f
 
 
 def _ours_empty(world: World) -> str:
-    from opsd.objectives import METHODS, Hyperparameters
+    from opsd.objectives import METHODS, Hyperparameters, ReductionInput
     from opsd.token_stats import token_statistics
 
     method, hyper, head = METHODS["opsd"], Hyperparameters(), head_of(world.model)
@@ -310,7 +310,7 @@ def _ours_empty(world: World) -> str:
         term=lambda found: method.term(found, hyper),
         head=head,
     )
-    return str(float(method.reduce(stats, torch.tensor([0, 0]), hyper, step=0).loss().detach()))
+    return str(float(method.reduce(ReductionInput(stats, torch.tensor([0, 0])), hyper).loss().detach()))
 
 
 # --- rollouts -----------------------------------------------------------------------------------------------

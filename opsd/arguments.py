@@ -1,4 +1,4 @@
-"""Every flag of ea_opsd_train.py: the Trainer's own with the paper's defaults, the method's, rollout's and data's."""
+"""Every flag of ea_opsd_train.py: the method's, the rollout's, the data's and the Trainer's own."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ class ModelArguments:
     lora_r: int = option(64, "rank", range=AT_LEAST_ONE)
     lora_alpha: float = option(128, "scale is alpha / r", range=POSITIVE)
     lora_dropout: float = option(0.0, "dropout on the adapter's input", range=BELOW_ONE)
-    lora_target_modules: list[str] = option(factory=lambda: list(LORA_TARGETS), help="linear layers to adapt")
+    lora_target_modules: list[str] = option(  # noqa: RUF009 - a field
+        factory=lambda: list(LORA_TARGETS), help="linear layers to adapt"
+    )
     train_dataset: str = option(
         factory=lambda: os.environ.get("PWOPSD_TRAIN_DATASET") or DEFAULT_DATASET,
         help="hub id, folder, parquet, JSONL or CSV with the columns problem and solution",

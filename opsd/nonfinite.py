@@ -13,7 +13,6 @@ from torch import Tensor
 from opsd.errors import ArtefactError
 from opsd.files import atomic_write_json
 from opsd.objectives import TokenStats
-from opsd.objectives import TokenStats
 
 logger = logging.getLogger(__name__)
 

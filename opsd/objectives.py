@@ -109,7 +109,7 @@ class ReductionInput:
         stats: [N] fields.
         lengths: [B] completion tokens of each sequence.
         step: the optimizer step, from 0.
-        threshold: a value that `Method.over_step` found for the whole optimizer step; None: the micro-batch's.
+        threshold: what `Method.over_step` found for the whole optimizer step; None takes the micro-batch's.
     """
 
     stats: TokenStats

@@ -1,4 +1,4 @@
-"""The figures of optimizer steps that the trainer logs; docs/performance.md and opsd/run_plots.py read them."""
+"""The figures of an optimizer step that the trainer logs."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ chunk. All quantities are at the distillation temperature T, in nats, in float32
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -73,6 +74,35 @@ def token_statistics(
     outputs = _ChunkedStatistics.apply(student, teacher, token_ids, config, term, head)
     names = _field_names(config, term)
     return TokenStats(**{"term": None, **dict(zip(names, outputs, strict=True))})
+
+
+def dense_statistics(
+    student: Tensor, teacher: Tensor, token_ids: Tensor, *, config: StatsConfig, term: TermFunction | None
+) -> TokenStats:
+    """The definition of `token_statistics`: [N, V] raw logits whole, the gradient of `term` by autograd."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    student_log, teacher_log = (
+        (logits.to(dtype) / config.temperature).log_softmax(-1) for logits in (student, teacher.detach())
+    )
+    picked, teacher_probs = token_ids.unsqueeze(1), teacher_log.exp()
+    values = {
+        "student_logprob": student_log.gather(1, picked).squeeze(1),
+        "teacher_logprob": teacher_log.gather(1, picked).squeeze(1),
+        "student_entropy": -(student_log.exp() * student_log).sum(-1).detach(),
+        "teacher_entropy": -(teacher_probs * teacher_log).sum(-1),
+    }
+    if config.divergence_clip is not None:
+        clip = config.divergence_clip or math.inf
+        entries = teacher_probs * (teacher_log - student_log)
+        values["divergence"] = entries.sum(-1).detach()
+        values["clipped_divergence"] = entries.clamp(max=clip).sum(-1)
+        values["clipped_entries"] = (entries > clip).sum(-1).to(dtype)
+    if config.top_k is not None:
+        top_log, top_ids = teacher_log.topk(config.top_k)
+        top_log = top_log.log_softmax(-1)
+        values["topk_divergence"] = (top_log.exp() * (top_log - student_log.gather(1, top_ids))).sum(-1)
+    result = term(TokenStats(term=None, **values)) if term is not None else None
+    return TokenStats(term=result, **{name: value.detach() for name, value in values.items()})
 
 
 def _field_names(config: StatsConfig, term: TermFunction | None) -> list[str]:

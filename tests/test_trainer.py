@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import opsd.trainer
-from opsd.arguments import hyperparameters, parse_arguments
+from opsd.arguments import parse_arguments
 from opsd.checkpoints import incompleteness
 from opsd.objectives import METHODS
 from opsd.prompts import encode_student, encode_teacher
@@ -85,7 +85,7 @@ def run(tmp_path: Path, method: str, *flags: str, inside=None, name: str = "run"
     patch.setattr(opsd.trainer, "OPSDTrainer", Opened)
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     try:
-        assert train(training, arguments, hyperparameters(arguments), rollout, options) == 0
+        assert train(training, arguments, rollout, options) == 0
     finally:
         patch.undo()
     return tmp_path / name, Opened.outcome

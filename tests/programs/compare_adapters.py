@@ -17,18 +17,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-METHODS = ("opsd", "eopd", "reopold", "pwopsd")
+METHODS = ("opsd", "eopd", "reopold", "pwopsd")  # in old checkouts too
 SMALL = (
     "--model_name_or_path testbed/base_model --train_dataset testbed/data/train.jsonl --use_cpu True "
     "--disable_tqdm True --max_length 1000 --max_completion_length 120 --per_device_train_batch_size 2 "
     "--gradient_accumulation_steps 2 --learning_rate 1e-3 --max_steps 3 --save_steps 3 --seed 42 "
     "--eopd_entropy_threshold 0.02 --reopold_t_switch 1"
-).split()
+)
 
 
 def train(checkout: Path, method: str, output: Path, flags: list[str]) -> str:
     """Train in `checkout`; the SHA-256 of the last checkpoint's adapter. Raises SystemExit if it fails."""
-    command = [sys.executable, "ea_opsd_train.py", "--method", method, "--output_dir", str(output), *SMALL]
+    command = [
+        sys.executable,
+        "ea_opsd_train.py",
+        "--method",
+        method,
+        "--output_dir",
+        str(output),
+        *SMALL.split(),
+    ]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout)}
     log = output.with_suffix(".log")
     with open(log, "w", encoding="utf-8") as file:
