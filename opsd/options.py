@@ -49,6 +49,7 @@ def option(
     factory: Callable[[], Any] | None = None,
     range: Range | None = None,
     choices: tuple[str, ...] | None = None,
+    kind: Callable[[str], Any] | None = None,
     off: str | None = None,
 ) -> Any:
     """Return a dataclass field that is a command-line option.
@@ -58,9 +59,10 @@ def option(
         help: what it is, with its unit.
         factory: makes the default of a list, or of a value that is read from the environment.
         range, choices: the values that it may have; None (not set) passes.
-        off: for a boolean, a second flag that sets it to False.
+        kind: reads the flag's text, where the field's type does not.
+        off: for a boolean, a second flag that sets it to False; the last one given counts.
     """
-    metadata = {"help": help, "range": range, "choices": choices, "off": off}
+    metadata = {"help": help, "range": range, "choices": choices, "kind": kind, "off": off}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -103,17 +105,12 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind:
     if kind is bool:
         parser.add_argument(*names, type=_boolean, nargs="?", const=True, **known)
         if field.metadata["off"]:
-            parser.add_argument(
-                f"--{field.metadata['off']}",
-                dest=field.name,
-                action="store_false",
-                default=field.default,
-                help=f"the same as --{field.name} False",
-            )
-    elif typing.get_origin(kind) is list:
-        parser.add_argument(*names, type=typing.get_args(kind)[0], nargs="+", **known)
-    else:
-        parser.add_argument(*names, type=kind, **known)
+            off = {"dest": field.name, "action": "store_false", "default": field.default}
+            parser.add_argument(f"--{field.metadata['off']}", help=f"--{field.name} False", **off)
+        return
+    if typing.get_origin(kind) is list:
+        kind, known["nargs"] = typing.get_args(kind)[0], "+"
+    parser.add_argument(*names, type=field.metadata["kind"] or kind, **known)
 
 
 def check_options(group: type, values: Mapping[str, Any]) -> None:
