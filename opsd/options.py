@@ -69,7 +69,8 @@ def option(
 
 
 def _boolean(text: str) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    words = dict.fromkeys(("true", "t", "yes", "y", "1"), True)
+    words |= dict.fromkeys(("false", "f", "no", "n", "0"), False)
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is no boolean; write True or False")
     return words[text.lower()]

@@ -71,7 +71,7 @@ class OPSDTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(train_dataset=train_dataset, data_collator=_positions, **kwargs)
-        # The objective is normalised here; the Trainer divides by the number of micro-batches and no more.
+        # The objective is normalised here; the Trainer divides by the number of micro-batches only.
         self.model_accepts_loss_kwargs = False
         self.method, self.hyper, self.loss_scope = method, hyper, loss_scope
         self.engine, self.head, self.rollout, self.options = engine, head, rollout, options
@@ -149,7 +149,7 @@ class OPSDTrainer(Trainer):
         )
 
     def _teacher_hidden(self, batch: RoleBatch) -> Tensor:
-        """[N, H] of the privileged teacher: the same weights, adapter off, no graph, no second model."""
+        """Compute the teacher's [N, H] with the same model: adapter off, privileged prompt, no graph."""
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
@@ -159,23 +159,23 @@ class OPSDTrainer(Trainer):
         return hidden
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        """Nothing to move: `_align` has put everything on the device."""
+        """Return `inputs`: `_align` has put everything on the device."""
         return inputs
 
     # --- the objective
 
     def training_step(self, *args, **kwargs):
-        """One micro-batch, forward and backward.
+        """Run one micro-batch forward and backward.
 
-        Under autocast every LoRA product is in bfloat16. PEFT casts the product's input to the adapter's
-        float32 first, which autocast undoes at once; only dropout, in between, would notice the difference.
+        PEFT casts the input of an adapter to the adapter's float32, and autocast casts it back to bfloat16.
+        Without dropout in between the two casts change nothing, so they are left out.
         """
         needless = self.args.bf16 and self.options.lora_dropout == 0
         with disable_input_dtype_casting(self.model, active=needless):
             return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
-        """The method's loss on one micro-batch; see opsd/objectives.py."""
+        """Compute the method's loss on one micro-batch; see opsd/objectives.py."""
         with self.accelerator.autocast():
             hidden = inputs.student.hidden_states(model)
         batch, scale = self._reduction_input(hidden, inputs), self._scale
@@ -211,10 +211,10 @@ class OPSDTrainer(Trainer):
         )
 
     def _step_scale(self, batches: Sequence[MicroBatch]) -> StepScale:
-        """What the loss is divided by, over all micro-batches and ranks of this optimizer step.
+        """Compute what the loss is divided by, over all micro-batches and ranks of this optimizer step.
 
-        A method whose count depends on the statistics costs one more student pass without gradients; with
-        dropout off, since a resumed run restores the random state only after this.
+        A method whose count depends on the statistics needs one more student pass, without gradients. Its
+        dropout is off, since a resumed run restores the random state only after this.
         """
         if self.method.over_step is None:
             lengths = torch.cat([batch.lengths for batch in batches])
@@ -232,7 +232,7 @@ class OPSDTrainer(Trainer):
         return replace(scale, count=self.accelerator.reduce(scale.count.double(), "sum"))
 
     def _gather_tokens(self, values: Sequence[Tensor]) -> Tensor:
-        """[n] of each micro-batch -> the finite ones of all micro-batches and ranks, in one [M]."""
+        """Join [n] of each micro-batch into the finite values of all micro-batches and ranks, [M]."""
         padded = self.accelerator.pad_across_processes(torch.cat(list(values)), pad_index=float("inf"))
         gathered = self.accelerator.gather(padded)
         return gathered[gathered.isfinite()]
@@ -255,7 +255,7 @@ class OPSDTrainer(Trainer):
         verdict = torch.as_tensor(self.guard.bad(norm), dtype=torch.float32, device=self.args.device)
         if self.accelerator.reduce(verdict, "sum") > 0:
             self.guard.handle(self.state.global_step, norm, is_main=self.is_world_process_zero())
-            # AdamW passes over parameters without a gradient: neither weights nor moments move.
+            # AdamW skips parameters without a gradient: neither weights nor moments change.
             model.zero_grad(set_to_none=True)
             # The Trainer sums losses up to the next log; a NaN in that sum would stay in every later one.
             self._tr_loss.copy_(torch.zeros(()) if self._loss_before_step is None else self._loss_before_step)
@@ -276,7 +276,7 @@ class OPSDTrainer(Trainer):
             )
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        """The end of an optimizer step: note its seconds, then log and save as asked."""
+        """Record the seconds of the optimizer step that ends, then log and save."""
         if self._step_started is not None:
             self._metrics["time/step_s"].append(time.perf_counter() - self._step_started)
             self._step_started = None
