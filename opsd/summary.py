@@ -17,10 +17,10 @@ import numpy as np
 
 from opsd.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.errors import ArtefactError
-from opsd.objectives import METHODS
 from opsd.results import LENGTH_TAG, load_result, method_name_of, regime_differences, regime_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+METHODS = ("opsd", "eopd", "reopold", "pwopsd")
 METRICS = ("average", "pass", "majority")
 BOOTSTRAP_DRAWS = 2000
 # What distinguishes the benchmarks of one row.
