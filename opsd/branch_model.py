@@ -178,16 +178,16 @@ class ModelBackend:
 def _load_model(config: BranchConfig) -> PreTrainedModel | PeftModel:
     import torch
 
-    from opsd.models import load_causal_lm, load_config
+    from opsd.models import load_adapter, load_causal_lm
 
-    load = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    own = load_config(config.model_name_or_path, **load).get_text_config().dtype
-    named = {"auto": own or torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    model = load_causal_lm(config.model_name_or_path, dtype=named[config.dtype], **load)
+    model = load_causal_lm(
+        config.model_name_or_path,
+        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )
     if config.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, config.adapter)
+        model = load_adapter(model, config.adapter)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -35,14 +35,14 @@ def require_vllm() -> None:
 
 
 def local_model(name: str, revision: str | None) -> str:
-    """`name` as vLLM takes it: for a hub revision the folder that holds it, so that no other is loaded.
+    """Return `name` as vLLM takes it: for a hub revision its own folder, so that no other is loaded.
 
     Raises:
-        ArtefactError: the revision is not to be had.
+        ArtefactError: the revision cannot be downloaded.
     """
-    from opsd.base_files import base_folder
+    from opsd.models import model_folder
 
-    return name if revision is None else str(base_folder(name, revision))
+    return name if revision is None else str(model_folder(name, revision))
 
 
 def on_cpu() -> bool:
@@ -123,38 +123,6 @@ def read_adapter(folder: str, max_lora_rank: int | None) -> Adapter:
     return Adapter(
         str(path.resolve()), next(size for size in _LORA_RANKS if size >= min(wanted, _LORA_RANKS[-1]))
     )
-
-
-def read_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """The model's configuration.
-
-    Raises:
-        ArtefactError: there is none, or it is not a text model's.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{model_path}: no model configuration can be read: {error}") from error
-    return config.get_text_config()
-
-
-def end_token_ids(model_path: str, config: PreTrainedConfig, trust_remote_code: bool) -> list[int]:
-    """The tokens that end a completion: the generation configuration's (else the model's) and tokenizer's."""
-    from transformers import AutoTokenizer, GenerationConfig
-    from transformers.utils import cached_file
-
-    try:
-        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:
-        configured = config.eos_token_id
-    own = None
-    # For a folder without a tokenizer AutoTokenizer makes an empty one up, whose end-of-sequence id is 0.
-    if cached_file(model_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
-        own = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code).eos_token_id
-    listed = configured if isinstance(configured, (list, tuple)) else [configured]
-    return sorted({int(token) for token in (*listed, own) if token is not None})
 
 
 def model_dtype(dtype: str, config: PreTrainedConfig) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opsd import vllm_setup
+from opsd import models, vllm_setup
 from opsd.errors import ArtefactError, UsageError
 from opsd.rollout import Completion, Request, Sampling
 from opsd.rollout_vllm import VLLMEngine
@@ -370,10 +370,10 @@ def test_ranks_share_engines_in_equal_groups_or_not_at_all(monkeypatch):
 
 
 def test_the_checkpoints_dtype_is_kept(world):
-    config = vllm_setup.read_config(str(world.folder), False)
+    config = models.load_config(str(world.folder))
     assert vllm_setup.model_dtype("auto", config) == "float32"
     assert vllm_setup.model_dtype("bfloat16", config) == "bfloat16"
-    assert vllm_setup.end_token_ids(str(world.folder), config, False) == END_IDS
+    assert models.end_token_ids(str(world.folder), config) == END_IDS
 
 
 @pytest.mark.slow
