@@ -189,6 +189,9 @@ class ModelArguments:
     skip_nonfinite: int = field(
         default=0, metadata={"help": "how many steps with a NaN or infinite loss or gradient to leave out"}
     )
+    merge_step: int = field(
+        default=100, metadata={"help": "checkpoint that --save_total_limit never deletes: the one to merge"}
+    )
 
 
 def _trainer_defaults() -> dict[str, object]:
