@@ -3,9 +3,9 @@
     plan_command.py NAME=VALUE ... -- FLAGS OF THE LAUNCHER -- FLAGS OF THE USER
 
 The settings are train.sh's variables. A flag of the user replaces the launcher's, so that each stands once,
-and a line on stderr says which value it replaces. Standard output holds words that each end in a NUL byte: the
-value for PYTORCH_CUDA_ALLOC_CONF (empty: none), then the flags of ea_opsd_train.py. A wrong setting ends it
-with 2 and one line. It runs before anything is installed, so it needs only Python's standard library.
+and a line on stderr says which value it replaces. Standard output holds words that each end in a NUL byte:
+the value for PYTORCH_CUDA_ALLOC_CONF (empty: none), then the flags of ea_opsd_train.py. A wrong setting ends
+it with 2 and one line. It runs before anything is installed, so it needs only Python's standard library.
 """
 
 from __future__ import annotations

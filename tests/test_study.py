@@ -251,10 +251,8 @@ def test_reproduce_small_runs_every_cell_with_every_seed():
     commands = [words for _, words in dry_run("reproduce_small.sh", TRAINING_SEEDS="1 2", SEEDS="1 2")]
     trains = [words for words in commands if any(word.endswith("ea_opsd_train.py") for word in words)]
 
-    def flag(words: list[str], name: str) -> str | None:
-        # The launcher's own value comes first, the study's last; the last one counts.
-        places = [i for i, word in enumerate(words) if word == f"--{name}"]
-        return words[places[-1] + 1] if places else None
+    def flag(words: list[str], name: str) -> str:
+        return words[words.index(f"--{name}") + 1]
 
     named = {Path(flag(words, "output_dir")).name: words for words in trains}
     searched = [name for name in named if "_lr" in name]
@@ -269,7 +267,7 @@ def test_reproduce_small_runs_every_cell_with_every_seed():
     assert flag(named["small_pwopsd_global_t2"], "position_global_reduction") == "True"
     assert flag(named["small_pwopsd_flat_t1"], "position_w_min") == "1"
     assert flag(named["small_reopold_t1"], "reopold_t_switch") == "16"  # a third of 50 steps
-    assert flag(named["small_reopold_t42"], "reopold_t_switch") is None
+    assert flag(named["small_reopold_t42"], "reopold_t_switch") == "50"
     seeds = {name.split("_t")[-1]: flag(words, "seed") for name, words in named.items() if "_t" in name}
     assert seeds == {"1": "1", "2": "2", "42": "42"}
     evaluations = [words for words in commands if any(word.endswith("evaluate_math.py") for word in words)]
