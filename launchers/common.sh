@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What every launcher shares; sourced, never run. Needs bash and nothing else before `ensure_venv`.
+# What every launcher shares; sourced, never run. Needs bash 4.4 and Python 3.11, nothing that is installed by
+# `ensure_venv`.
 #
 #   DRY_RUN=1   print each command as the shell would need it typed, and do nothing
 #   PYTHON      the Python (3.11 or newer) that makes .venv; VENV another place for it

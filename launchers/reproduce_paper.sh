@@ -27,6 +27,7 @@ GPUS="${GPUS:-4}"
 estimate() {
   local model facts=()
   for model in "${MODEL_LIST[@]}"; do
+    unset PARAMETERS KV_BYTES_PER_TOKEN
     # shellcheck source=models/qwen3_4b_base.sh
     source "$REPO_ROOT/launchers/models/$model.sh"
     facts+=(--model "$model" "$PARAMETERS" "$KV_BYTES_PER_TOKEN")

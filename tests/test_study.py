@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -294,7 +295,8 @@ def test_reproduce_small_refuses_wrong_settings(settings):
 def test_a_failed_run_of_the_study_is_named_and_the_others_go_on(tmp_path):
     """The launcher's own job control, with a train.sh and run_eval.sh that only note their calls."""
     tree = tmp_path / "tree"
-    (tree / "launchers").mkdir(parents=True)
+    for folder in ("methods", "models"):
+        shutil.copytree(LAUNCHERS / folder, tree / "launchers" / folder)
     for name in ("common.sh", "reproduce_small.sh", "ablation.sh"):
         (tree / "launchers" / name).write_bytes((LAUNCHERS / name).read_bytes())
     (tree / "launchers" / "install.py").write_text("")
