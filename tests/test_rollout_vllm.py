@@ -369,6 +369,15 @@ def test_ranks_share_engines_in_equal_groups_or_not_at_all(monkeypatch):
     assert (vllm_setup.placement(1), vllm_setup.placement(2)) == ("uni", "mp")
 
 
+def test_every_worker_has_cores_of_its_own(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 2, 7})
+    assert vllm_setup.worker_cores(2) == "2,7|5"
+    with pytest.raises(
+        UsageError, match="tensor parallel size is 4, but this process may use only 3 CPU cores"
+    ):
+        vllm_setup.worker_cores(4)
+
+
 def test_the_checkpoints_dtype_is_kept(world):
     config = vllm_setup.read_config(str(world.folder), False)
     assert vllm_setup.model_dtype("auto", config) == "float32"
