@@ -23,7 +23,7 @@ def test_every_test_that_a_page_cites_exists(page):
         assert re.search(rf"^def {name}\(", (ROOT / file).read_text("utf-8"), re.MULTILINE), (file, name)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "vllm.md"])
 def test_every_file_that_a_page_names_exists(page):
     text = (ROOT / "docs" / page).read_text("utf-8")
     named = set(re.findall(r"\b((?:bench|opsd|tests|launchers)/[\w/]+\.(?:py|sh))\b", text))
