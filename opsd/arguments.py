@@ -95,6 +95,9 @@ class ModelArguments:
     skip_nonfinite: int = option(
         0, "how many steps with a NaN or infinite loss or gradient to leave out", range=NOT_NEGATIVE
     )
+    merge_step: int = field(
+        default=100, metadata={"help": "checkpoint that --save_total_limit never deletes: the one to merge"}
+    )
 
 
 GROUPS = (MethodArguments, RolloutArguments, ModelArguments)
