@@ -244,7 +244,7 @@ def test_a_local_copy_of_the_data_is_the_same_experiment():
         ("small opsd --max_steps many", {}, "--max_steps many: give one number"),
         ("small opsd --save_steps=30", {}, "--save_steps 30 never saves checkpoint-100"),
         ("small opsd --save-steps 30", {}, "--save_steps 30 never saves checkpoint-100"),
-        ("small opsd --save_steps 0.3", {}, "--save_steps 0.3 never saves checkpoint-100"),
+        ("small opsd --save_steps 0.5", {}, "--save_steps 0.5 never saves checkpoint-100"),
         ("small opsd --save_strategy no", {}, "--save_strategy no may never save checkpoint-100"),
         ("small opsd --save-strategy=epoch", {}, "--save_strategy epoch may never save checkpoint-100"),
         ("small opsd", {"MERGE_STEP": "90"}, "--save_steps 25 never saves checkpoint-90"),
