@@ -62,6 +62,7 @@ BOUNDS: dict[str, tuple[float, float, bool, bool]] = {
     "save_steps": (0.0, math.inf, False, False),
     "logging_steps": (0.0, math.inf, False, False),
     "save_total_limit": (1, math.inf, True, False),
+    "merge_step": (1, math.inf, True, False),
     "dataloader_num_workers": (0, math.inf, True, False),
     "ddp_timeout": (0, math.inf, False, False),
     "seed": (0, 2**32 - 1, True, True),
@@ -188,6 +189,9 @@ class ModelArguments:
     )
     skip_nonfinite: int = field(
         default=0, metadata={"help": "how many steps with a NaN or infinite loss or gradient to leave out"}
+    )
+    merge_step: int = field(
+        default=100, metadata={"help": "the checkpoint to merge: --save_total_limit never deletes it"}
     )
 
 

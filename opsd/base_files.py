@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd.errors import ArtefactError, refuse_unasked_code
-from opsd.manifest import TOKENIZER_FILES
+from opsd.run_identity import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.base_files import first_line
+from opsd.adapter import run_manifest_of
+from opsd.base_files import base_folder, first_line
 from opsd.errors import ArtefactError, UsageError, refuse_unasked_code
 from opsd.eval_config import MAX_MODEL_LEN, EvalConfig
-from opsd.manifest import SENTINEL_NAME, check_merged, weights_identity
-from opsd.provenance import file_sha256
+from opsd.provenance import cached_sha256
+from opsd.run_identity import SENTINEL_NAME, base_differences, check_merged, model_identity
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ class ModelFacts:
     """What an evaluation needs to know of its model, and records.
 
     Attributes:
-        identity: names the weights: a SHA-256 over a local folder's files, the commit of a hub model.
+        identity: a SHA-256 over the files that decide the model's output, wherever they lie.
         adapter_identity: the same for the adapter, None without one.
         max_model_len: tokens of prompt + completion that this run may use.
         manifest: which training run a merged folder came from (None for any other model).
@@ -83,16 +84,16 @@ def check_model(config: EvalConfig) -> ModelFacts:
     model_config = _load_model_config(config)
     _check_causal(config.base_model, model_config)
     manifest = None
-    if not local:
-        identity = f"hub:{config.base_model}@{getattr(model_config, '_commit_hash', None)}"
-    elif (folder / SENTINEL_NAME).exists():
-        merged = check_merged(folder)
+    if local and (folder / SENTINEL_NAME).exists():
+        merged = check_merged(folder, hashes=True)
         identity = merged["identity"]
         manifest = _manifest_identity(merged)
     else:
+        folder = base_folder(config.base_model, getattr(model_config, "_commit_hash", config.revision))
         _check_weights(folder)
-        identity = _folder_identity(folder)
-    adapter_identity = _check_adapter(config) if config.adapter is not None else None
+        files = {path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()}
+        identity = model_identity({path.name: cached_sha256(path) for path in files})
+    adapter_identity = _check_adapter(config, folder) if config.adapter is not None else None
     return ModelFacts(identity, adapter_identity, _max_model_len(config, model_config), manifest)
 
 
@@ -222,11 +223,6 @@ def _check_safetensors(file: Path) -> None:
         raise ArtefactError(f"{file} holds no tensors; copy or download it again")
 
 
-def _folder_identity(folder: Path) -> str:
-    files = {path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()}
-    return weights_identity({path.name: {"sha256": file_sha256(path)} for path in files})
-
-
 def _adapter_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -243,15 +239,21 @@ def _adapter_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_adapter(config: EvalConfig) -> str:
+def _check_adapter(config: EvalConfig, base: Path) -> str:
     folder = Path(config.adapter)
     settings = _adapter_settings(folder)
     _check_safetensors(folder / "adapter_model.safetensors")
+    manifest = run_manifest_of(folder)
     trained_on = settings.get("base_model_name_or_path")
-    if trained_on and str(trained_on) != config.base_model:
+    if manifest is not None:
+        if wrong := base_differences(manifest, config.base_model, base):
+            raise ArtefactError(
+                f"{folder} was trained on another base model: {wrong[0]}; evaluate it on that one"
+            )
+    elif trained_on and str(trained_on) != config.base_model:
         logger.warning("the adapter was trained on %s and is evaluated on %s", trained_on, config.base_model)
     names = ("adapter_config.json", "adapter_model.safetensors")
-    return weights_identity({name: {"sha256": file_sha256(folder / name)} for name in names})
+    return model_identity({name: cached_sha256(folder / name) for name in names})
 
 
 def _manifest_identity(merged: dict[str, Any]) -> dict[str, Any]:

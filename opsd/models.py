@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd.errors import ArtefactError, UsageError, refuse_unasked_code
-from opsd.manifest import TOKENIZER_FILES
+from opsd.run_identity import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch

@@ -172,8 +172,8 @@ def started_differently(w: World) -> Path:
     """A run folder as training with another learning rate and other data left it."""
     from opsd import training
     from opsd.arguments import parse_arguments
-    from opsd.manifest import write_manifest
     from opsd.models import load_config, load_tokenizer
+    from opsd.run_identity import write_manifest
 
     given = train(w, learning_rate=0.001, train_dataset=w.rows(ROW, ROW))
     arguments, method, rollout, options = parse_arguments(given)

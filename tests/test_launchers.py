@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import merge_lora
-from opsd.manifest import SENTINEL_NAME, check_merged
+from opsd.run_identity import SENTINEL_NAME, check_merged
 from tests.test_merge_lora import TARGETS, tiny_base, train_nothing
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,8 +17,8 @@ import pytest
 
 from opsd import checkpoints
 from opsd.errors import ArtefactError
-from opsd.manifest import check_merged, read_manifest
 from opsd.results import load_result
+from opsd.run_identity import check_merged, read_manifest
 from opsd.step_records import read_metrics
 from tests.forked_runs import Job, run_elsewhere, train_argv
 from tests.test_launchers import LAUNCHERS, SETTINGS, load_install

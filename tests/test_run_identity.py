@@ -1,4 +1,4 @@
-"""opsd/manifest.py and opsd/provenance.py: what a run was, and which merged folders count as whole."""
+"""opsd/run_identity.py and opsd/provenance.py: what a run was, and which merged folders count as whole."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from opsd import manifest as m
 from opsd import provenance
+from opsd import run_identity as m
 from opsd.errors import ArtefactError
 
 ARGUMENTS = {
