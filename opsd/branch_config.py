@@ -89,14 +89,6 @@ class BranchConfig:
         return Path(self.output_dir)
 
 
-# What two runs must share for one to go on with the other's continuations. The rest is how fast they are
-# drawn and how they are analysed. Model, adapter and data are compared by content, not by name.
-SAMPLING_FIELDS = (
-    "num_problems", "num_positions", "top_k", "continuations", "rollout_temperature", "rollout_top_p",
-    "rollout_top_k", "max_new_tokens", "score_temperature", "seed",
-)  # fmt: skip
-
-
 def check_config(config: BranchConfig) -> None:
     """Refuse settings that no model could make right, before anything is loaded.
 

@@ -297,8 +297,7 @@ class OPSDTrainer(Trainer):
     # --- checkpoints
 
     def _save_checkpoint(self, model, trial):
-        """Save, mark as whole, and only then delete the oldest: a kill in between leaves one to resume
-        from."""
+        """Save, mark as complete, and only then delete the oldest: a kill in between leaves one to resume."""
         run_folder, limit = Path(self.args.output_dir), self.args.save_total_limit
         checkpoint = run_folder / f"checkpoint-{self.state.global_step}"
         self.args.save_total_limit = None
@@ -310,8 +309,15 @@ class OPSDTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             mark_complete(checkpoint)
-            rotate(run_folder, limit)
+            rotate(run_folder, limit, keep=self.options.merge_step)
         self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Restore both by way of the CPU: a rank's device may be "cpu:1", which torch.load does not know."""
+        if checkpoint is None:
+            return
+        for name, owner in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            owner.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
 
 
 def _positions(items: list[int]) -> dict[str, Tensor]:

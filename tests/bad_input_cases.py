@@ -25,7 +25,7 @@ import pytest
 
 from opsd.checkpoints import mark_complete
 from opsd.errors import run_cli
-from tests.test_merge_lora import tiny_base, train_nothing
+from tests.test_merge_lora import scale_weights, tiny_base, train_nothing
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -172,8 +172,8 @@ def started_differently(w: World) -> Path:
     """A run folder as training with another learning rate and other data left it."""
     from opsd import training
     from opsd.arguments import parse_arguments
-    from opsd.manifest import write_manifest
     from opsd.models import load_config, load_tokenizer
+    from opsd.run_identity import write_manifest
 
     given = train(w, learning_rate=0.001, train_dataset=w.rows(ROW, ROW))
     arguments, method, rollout, options = parse_arguments(given)
@@ -396,13 +396,13 @@ CASES: list[Case] = [
     Case("merging without --adapter", MERGE, lambda w: merge(w, adapter=None), 2, ("--adapter missing",)),
     Case("merging: a flag that does not exist", MERGE, lambda w: merge(w, "--fast"), 2, ("--fast", "merge_lora.py --help")),
     Case("merging: no such checkpoint", MERGE, lambda w: merge(w, adapter=w.run / "checkpoint-75"), 3, ("checkpoint-75", "holds checkpoint-100")),
-    adapter("a half-written checkpoint", half_written, "no marker"),
+    adapter("a half-written checkpoint", half_written, "no .complete marker"),
     adapter("a cut adapter", lambda r: cut(r / "checkpoint-100" / "adapter_model.safetensors"), "damaged"),
     adapter("an adapter as a pickle", adapter_pickled, "pickled", "not loaded"),
     adapter("an adapter that is no LoRA", lambda r: adapter_of_kind(r, "IA3"), "IA3", "not LORA"),
     adapter("with a torn manifest", lambda r: cut(r / "manifest.json"), "manifest", "not valid JSON"),
-    Case("merging into a base of another name", MERGE, lambda w: merge(w, base_model=shutil.copytree(w.base, w.new / "other")), 3, ("trained on", "--accept_base_name")),
-    Case("merging into a base of other sizes", MERGE, lambda w: merge(w, "--accept_base_name", base_model=tiny_base(w.new / "wide", intermediate_size=80)), 3, ("32 x 80", "wrong base model")),
+    Case("merging into a base with other weights", MERGE, lambda w: merge(w, "--accept_base_name", base_model=w.copy(w.base, scale_weights)), 3, ("another base model", "SHA-256", "pass that one")),
+    Case("merging into a base of other sizes", MERGE, lambda w: merge(w, base_model=tiny_base(w.new / "wide", intermediate_size=80)), 3, ("32 x 80", "wrong base model")),
     Case("merging: no such base", MERGE, lambda w: merge(w, "--accept_base_name", base_model="./none"), 3, ("./none", "does not exist")),
     Case("merging into a folder with other files", MERGE, lambda w: merge(w, output=w.file("thesis.tex", "years").parent), 2, ("thesis.tex", "choose another")),
     Case("merging over the checkpoint itself", MERGE, lambda w: merge(w, output=w.run), 2, ("would replace", "choose another")),

@@ -18,8 +18,8 @@ import pytest
 
 import merge_lora
 from opsd.arguments import parse_arguments
-from opsd.manifest import SENTINEL_NAME, check_merged
 from opsd.objectives import METHODS as OBJECTIVES
+from opsd.run_identity import SENTINEL_NAME, check_merged
 from tests.test_merge_lora import TARGETS, tiny_base, train_nothing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,6 +277,14 @@ def test_gpu_models_say_so_where_there_are_too_few_gpus(tmp_path, visible, words
     assert words in done.stderr
 
 
+# What `train.sh small pwopsd --learning_rate 5e-6` trains with, beside the defaults.
+SMALL = (
+    *("--train_dataset", str(ROOT / "testbed" / "data" / "train.jsonl"), "--max_completion_length", "160"),
+    *("--learning_rate", "5e-6", "--bf16", "False", "--gradient_checkpointing", "False", "--rollout", "hf"),
+    *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "4"),
+)
+
+
 # A whole chain with a stand-in for the trainer: `python ea_opsd_train.py …` writes down its words and ends
 # with TRAINER_EXIT; every other program is the real one.
 @pytest.fixture
@@ -299,7 +307,7 @@ def chain(tmp_path):
     outputs = tmp_path / "out puts"
 
     def start(name: str = "tiny_pwopsd", *arguments: str, **settings: str):
-        (outputs / name / "checkpoint-100").is_dir() or train_nothing(base, outputs / name)
+        (outputs / name / "checkpoint-100").is_dir() or train_nothing(base, outputs / name, *SMALL)
         return launch(
             "train.sh",
             "small",
@@ -318,7 +326,7 @@ def chain(tmp_path):
     start.outputs, start.log = outputs, log
     start.merged = outputs / "tiny_pwopsd_merged"
     start.merge = lambda: merge_lora.merge(
-        str(base), train_nothing(base, outputs / "tiny_pwopsd"), outputs / "tiny_pwopsd_merged"
+        str(base), train_nothing(base, outputs / "tiny_pwopsd", *SMALL), outputs / "tiny_pwopsd_merged"
     )
     start.trainings = lambda: log.read_bytes().count(b"ea_opsd_train.py") if log.exists() else 0
     return start
@@ -369,7 +377,7 @@ def test_another_cells_merged_folder_is_refused(chain):
     chain.merge()
     done = chain("tiny_pwopsd", *SAME, "--position_w_min", "1")
     assert done.returncode == 3
-    assert "position_w_min is 0.25, expected '1'" in done.stderr
+    assert "position_w_min is 0.25, expected 1.0" in done.stderr
     assert chain.trainings() == 0
     check_merged(chain.merged, hashes=True)
 
