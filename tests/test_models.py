@@ -114,7 +114,7 @@ def base_of(form: str, folder: Path) -> tuple[Path, Tokenizer]:
 
 
 def test_each_base_models_folder_keeps_spaces_and_has_one_beginning(form: str, tmp_path: Path) -> None:
-    """DSR1's came back as 'Compute36+35'; the ids of the other two were not tokenizer.json's."""
+    """DSR1's came back as 'Compute36+35'; Qwen3's ids were not tokenizer.json's."""
     folder, raw = base_of(form, tmp_path / "base")
     tokenizer = load_tokenizer(str(folder))
     problem, solution = "Compute 36+35.\n\n(a)  naïve", "It is\t71: $\\boxed{71}$."
@@ -136,7 +136,7 @@ def test_each_base_models_folder_keeps_spaces_and_has_one_beginning(form: str, t
         with pytest.raises(ArtefactError, match=r'(turns|splits) "Let x = 36\+35.* into '):
             check_round_trip(own, raw, str(folder))
     else:
-        assert form == "olmo3-v5", "transformers mends this class now: load_tokenizer may trust it"
+        assert form.startswith("olmo3"), "transformers mends this class now: load_tokenizer may trust it"
 
 
 def merged_and_judged(form: str, tmp_path: Path, engine: str) -> None:
