@@ -594,7 +594,7 @@ def test_wrong_flags_are_told_before_anything_is_loaded(tmp_path, monkeypatch, f
     [
         ({"model_name_or_path": "./nowhere"}, "./nowhere does not exist"),
         ({"dataset": "./nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"adapter": "./nowhere"}, "'nowhere' holds no adapter_config.json"),
+        ({"adapter": "./nowhere"}, "no checkpoint at nowhere; train first"),
     ],
 )
 def test_missing_files_exit_with_3(tmp_path, capsys, flags, message):
