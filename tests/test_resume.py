@@ -279,6 +279,19 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(
     assert checkpoints.remove_incomplete(run) == []
 
 
+def test_of_a_linked_checkpoint_the_link_is_removed(tmp_path: Path) -> None:
+    """One that lies on another disk: it wedged the rotation and every resume."""
+    run = a_run(tmp_path / "run", 1, 2, 3)
+    for name in ("checkpoint-1", "checkpoint-3"):
+        (run / name).rename(tmp_path / f"disk-{name}")
+        (run / name).symlink_to(tmp_path / f"disk-{name}")
+    (run / "checkpoint-3" / ".complete").unlink()
+    assert checkpoints.remove_incomplete(run) == [run / "checkpoint-3"]
+    assert checkpoints.rotate(run, 1) == [run / "checkpoint-1"]
+    assert [path.name for _, path in checkpoints.checkpoints(run)] == ["checkpoint-2"]
+    assert (tmp_path / "disk-checkpoint-3" / "adapter_model.safetensors").is_file()
+
+
 def test_nothing_to_resume_from_and_nothing_asked(tmp_path: Path) -> None:
     assert checkpoints.resolve_resume(tmp_path, "auto") is None
     assert checkpoints.resolve_resume(tmp_path, None) is None
