@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from opsd.arguments import command_line, parse_arguments
+from opsd.arguments import parse_arguments
 from opsd.errors import run_cli
 
 logger = logging.getLogger("ea_opsd_train")
@@ -21,7 +21,7 @@ logger = logging.getLogger("ea_opsd_train")
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, load, train. Returns the exit code."""
-    training, method, rollout, options = parse_arguments(command_line() if argv is None else argv)
+    training, method, rollout, options = parse_arguments(sys.argv[1:] if argv is None else argv)
     _set_up_logging(training)
     from opsd.training import train
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -239,8 +238,3 @@ def _training_arguments(values: dict):
         return TrainingArguments(**values)
     except (ValueError, ImportError) as error:
         raise UsageError(f"the Trainer refuses its flags: {error}") from error
-
-
-def command_line() -> list[str]:
-    """This process's arguments, without the program's name."""
-    return sys.argv[1:]
