@@ -106,7 +106,9 @@ def test_two_tensor_parallel_workers_give_the_texts_of_one(
 ) -> None:
     """The command with worker processes of vLLM ("mp"), as the paper evaluates on 4 GPUs; seeded samples."""
     config = config_of(world, tmp_path / "two.json", engine="vllm", tensor_parallel_size=2)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # vLLM gives its workers ten minutes to load and five for a step, which a busy machine may need.
+    patience = {"VLLM_ENGINE_READY_TIMEOUT_S": "3600", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **patience}
     done = subprocess.run(command_of(config), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert load_result(config.output)["results"] == reference["results"]
