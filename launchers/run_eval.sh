@@ -17,7 +17,6 @@
 #   WAIT=1           the second worker waits instead, and finds the finished JSON
 #   HOSTLABEL        this worker's name in the log's name (default worker)
 #   ENGINE           vllm or hf (default: the model's)
-#   DATA_PARALLEL    copies of the model that share the samples out (default 1)
 #   VAL_N, NUM_SAMPLES, MAX_NEW_TOKENS, MAX_MODEL_LEN   as the flags of evaluate_math.py (default: the paper's)
 #   DATASET_PATH     a local file or folder that stands in for DATASET; DATASET may then be any name
 #   BASE_MODEL_PATH  a local copy of the base model
@@ -75,10 +74,10 @@ check_arguments() {
   is_count "$TP" || usage "the tensor parallel size '$TP' is not a positive whole number"
   [[ -z "$SEED" || "$SEED" =~ ^(0|[1-9][0-9]{0,17})$ ]] || usage "the seed '$SEED' is not a whole number from 0"
   if [[ "$ENGINE" == hf && "$TP" != 1 ]]; then
-    usage "ENGINE=hf takes no tensor parallel size ('$TP'); use DATA_PARALLEL, or ENGINE=vllm"
+    usage "ENGINE=hf takes no tensor parallel size ('$TP'); use ENGINE=vllm"
   fi
   local name
-  for name in DATA_PARALLEL VAL_N NUM_SAMPLES MAX_NEW_TOKENS MAX_MODEL_LEN; do
+  for name in VAL_N NUM_SAMPLES MAX_NEW_TOKENS MAX_MODEL_LEN; do
     [[ -z "${!name:-}" ]] || is_count "${!name}" || die 2 "$name=${!name}: give a positive whole number"
   done
 }
@@ -151,7 +150,6 @@ FLAGS=(
   --replace
 )
 [[ -z "${DATASET_PATH:-}" ]] || FLAGS+=(--dataset_path "$(portable "$DATASET_PATH")")
-[[ -z "${DATA_PARALLEL:-}" ]] || FLAGS+=(--data_parallel_size "$DATA_PARALLEL")
 FLAGS+=(${EVAL_FLAGS[@]+"${EVAL_FLAGS[@]}"})
 for name in VAL_N NUM_SAMPLES MAX_NEW_TOKENS MAX_MODEL_LEN; do
   [[ -z "${!name:-}" ]] || FLAGS+=("--${name,,}" "${!name}")

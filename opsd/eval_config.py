@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -31,7 +32,6 @@ class EvalConfig:
             model was built for, whichever is less.
         val_n: samples a problem.
         num_samples: only the benchmark's first so many problems; None takes all.
-        data_parallel_size: copies of the model, one process each, that share the samples out.
         hf_batch_size: completions at once in the transformers engine.
         time_limit: seconds for one parse or comparison in grading.
     """
@@ -55,7 +55,6 @@ class EvalConfig:
     seed: int = 0
     engine: str = "vllm"
     tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
     hf_batch_size: int = 32
     grading_workers: int | None = None
@@ -96,20 +95,19 @@ def check_config(config: EvalConfig) -> None:
         "num_samples",
         "max_model_len",
         "tensor_parallel_size",
-        "data_parallel_size",
         "hf_batch_size",
         "grading_workers",
     )
     if config.seed < 0:
         raise UsageError(f"--seed is {config.seed}, but must be at least 0")
     refuse_no_share(config, "gpu_memory_utilization")
-    if not config.time_limit > 0:
-        raise UsageError(f"--time_limit is {config.time_limit}, but must be more than 0 seconds")
+    if not 0 < config.time_limit < math.inf:
+        raise UsageError(f"--time_limit is {config.time_limit}, but must be a number of seconds above 0")
     refuse_unknown(config, engine=ENGINES)
     if config.engine == "hf" and config.tensor_parallel_size > 1:
         raise UsageError(
-            "--tensor_parallel_size needs --engine vllm; with --engine hf use --data_parallel_size, which "
-            "runs whole copies of the model"
+            f"--tensor_parallel_size is {config.tensor_parallel_size}, but --engine hf uses one GPU; use "
+            "--engine vllm, or evaluate other cells on the other GPUs"
         )
     _check_output(config)
 
@@ -170,7 +168,6 @@ def parser() -> argparse.ArgumentParser:
     flag("seed", int, "every (seed, problem, sample) has its own hashed seed")
     flag("engine", str, "what samples: vllm or hf (transformers)")
     flag("tensor_parallel_size", int, "GPUs that share one copy of the model (vllm)")
-    flag("data_parallel_size", int, "copies of the model, one process each, that share the samples out")
     flag("gpu_memory_utilization", float, "share of each GPU's memory for vllm")
     flag("hf_batch_size", int, "completions at once with --engine hf")
     flag("grading_workers", int, "processes that grade; None = the cores, at most 8")

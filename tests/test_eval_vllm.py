@@ -1,4 +1,4 @@
-"""evaluate_math --engine vllm on the real engine: its figures, kills, copies, adapters, and its death."""
+"""evaluate_math --engine vllm on the real engine: its figures, kills, adapters, and its death."""
 
 from __future__ import annotations
 
@@ -97,15 +97,6 @@ def test_the_killed_command_continues(world: Path, tmp_path: Path) -> None:
     assert load_result(config.output) == result
     whole = evaluate(replace(config, output=str(tmp_path / "whole.json")), show=False)
     assert without_timing(whole) == without_timing(result)
-
-
-@pytest.mark.slow
-def test_two_copies_give_the_result_of_one_process(
-    world: Path, tmp_path: Path, reference: dict[str, Any]
-) -> None:
-    result = result_of(world, tmp_path / "out" / "r.json", data_parallel_size=2)
-    assert without_timing(result) == without_timing(reference)
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["r.json"]
 
 
 def test_an_engine_that_dies_loses_nothing_that_was_finished(

@@ -20,7 +20,7 @@ from opsd.errors import ArtefactError, UsageError
 from opsd.eval_config import EvalConfig
 from opsd.evaluation import evaluate
 from opsd.grading import extract_boxed
-from opsd.journal import Journal, LineReader
+from opsd.journal import Journal, read_lines
 from opsd.results import load_result
 from tests import eval_world
 
@@ -478,11 +478,11 @@ def test_another_engine_may_continue_and_is_recorded(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = interrupted(world, tmp_path / "r.json")
-    records = [line for line in LineReader(config.journal_path).read() if "regime" not in line]
-    header = LineReader(config.journal_path).read()[0]
+    header, *records = read_lines(config.journal_path)[0]
     config.journal_path.unlink()
     with Journal(config.journal_path, header["regime"]) as journal:
-        journal.extend({**record, "engine": "vllm"} for record in records)
+        for record in records:
+            journal.append({**record, "engine": "vllm"})
     result = run_config(config)
     assert result["engine"] == "hf+vllm"
     assert "continued with hf" in caplog.text
@@ -490,7 +490,7 @@ def test_another_engine_may_continue_and_is_recorded(
 
 def test_a_second_run_on_the_same_output_is_refused(world: Path, tmp_path: Path) -> None:
     config = interrupted(world, tmp_path / "r.json")
-    regime = LineReader(config.journal_path).read()[0]["regime"]
+    regime = read_lines(config.journal_path)[0][0]["regime"]
     with Journal(config.journal_path, regime), pytest.raises(UsageError, match="another process"):
         run_config(config)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from opsd import journal as journal_module
 from opsd.errors import ArtefactError, UsageError
-from opsd.journal import Journal, LineReader, decode_line, differences, encode_line
+from opsd.journal import Journal, decode_line, differences, encode_line
 
 REGIME = {"base_model": "m", "temperature": 1.0, "seed": 3, "val_n": 4}
 RECORDS = [{"problem": i, "sample": 0, "text": f"line {i}\n\u2028 \x00 é 数 {'x' * i}"} for i in range(5)]
@@ -158,25 +158,6 @@ def test_the_disk_is_synchronised_in_batches(tmp_path: Path, monkeypatch: pytest
             journal.append({"i": index})
         assert len(synced) == opening + 2
     assert len(synced) == opening + 3
-
-
-def test_a_reader_follows_a_growing_journal(tmp_path: Path) -> None:
-    path = tmp_path / "j.jsonl"
-    with Journal(path, REGIME) as journal:
-        reader = LineReader(path)
-        assert len(reader.read()) == 1
-        journal.append({"i": 0})
-        journal.append({"i": 1})
-        assert reader.read() == [{"i": 0}, {"i": 1}]
-        assert reader.read() == []
-        line = encode_line({"i": 2})
-        with open(path, "ab") as file:
-            file.write(line[:10])
-            file.flush()
-            assert reader.read() == []
-            file.write(line[10:])
-            file.flush()
-        assert reader.read() == [{"i": 2}]
 
 
 def test_a_journal_deleted_between_open_and_lock_is_opened_anew(

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every character that a careless shell would act upon.
 HOSTILE = "a b'c\"d $(touch pwned) `touch pwned` ;*&|<>"
 SETTINGS = (
-    "BASE_MODEL_PATH CUDA_VISIBLE_DEVICES DATASET_PATH DATA_PARALLEL DRY_RUN ENGINE EVAL_FLAGS EVAL_ROOT "
+    "BASE_MODEL_PATH CUDA_VISIBLE_DEVICES DATASET_PATH DRY_RUN ENGINE EVAL_FLAGS EVAL_ROOT "
     "HOSTLABEL MAX_MODEL_LEN MAX_NEW_TOKENS NUM_SAMPLES OUTPUT_ROOT PYTHON STACK VAL_N VENV WAIT"
 )
 # Stands in for evaluate_math.py: says what it was given, and finishes when it may.
@@ -159,12 +159,10 @@ def test_environment_and_extra_flags(checkout: Path) -> None:
         VAL_N="4",
         MAX_NEW_TOKENS="99",
         NUM_SAMPLES="7",
-        DATA_PARALLEL="2",
     )
     assert done.returncode == 0, done.stderr
     (run,) = runs(checkout)
     assert (flag(run, "engine"), flag(run, "val_n"), flag(run, "num_samples")) == ("hf", "4", "7")
-    assert flag(run, "data_parallel_size") == "2"
     assert run["flags"][-2:] == ["--top_p", "0.9"]
     # The last of two equal flags holds: the model's own length comes first.
     lengths = [run["flags"][i + 1] for i, word in enumerate(run["flags"]) if word == "--max_new_tokens"]
