@@ -12,6 +12,7 @@ from typing import Any
 
 from opsd.errors import OneLineParser, UsageError, refuse_below_one, refuse_no_share, refuse_unknown
 from opsd.grading import DEFAULT_TIME_LIMIT_S
+from opsd.result_names import PAPER_MAX_NEW_TOKENS
 from opsd.rollout import Sampling, check_sampling
 
 ENGINES = ("vllm", "hf")
@@ -48,7 +49,7 @@ class EvalConfig:
     top_k: int = 0
     min_p: float = 0.0
     presence_penalty: float = 0.0
-    max_new_tokens: int = 38912
+    max_new_tokens: int = PAPER_MAX_NEW_TOKENS
     max_model_len: int | None = None
     val_n: int = 12
     num_samples: int | None = None

@@ -141,16 +141,18 @@ def regime_of_run(
 
 
 def existing_result(output: Path, regime: dict[str, Any], *, replace: bool) -> dict[str, Any] | None:
-    """The finished result at `output` if it is this very run's; None if there is none (any more).
+    """Return the finished result at `output` if it is this very run's; None if there is none (any more).
 
     Raises:
-        UsageError: another run's result, or a damaged one, stands there and `replace` is off. Every differing
-            field is named.
+        UsageError: another run's result, or a damaged one, stands there and `replace` is off, or it has more
+            problems than this run. Every differing field is named.
     """
     if not output.exists():
         return None
+    problems = 0
     try:
         result = load_result(output)
+        problems = result["num_problems"]
         different = [f"{name}: (absent) there" for name in REGIME_FIELDS if name not in result]
         different += regime_differences(regime, result)
     except ArtefactError as error:
@@ -162,6 +164,11 @@ def existing_result(output: Path, regime: dict[str, Any], *, replace: bool) -> d
         raise UsageError(
             f"{output} is not this run's result ({reason}); choose another --output, move it away, or give "
             "--replace to have it set aside under a new name"
+        )
+    if problems > regime["num_problems"]:
+        raise UsageError(
+            f"{output} has {problems} problems, which a run of {regime['num_problems']} does not replace; "
+            "choose another --output"
         )
     logger.warning("%s is not this run's result (%s); it is kept as %s", output, reason, set_aside(output))
     return None

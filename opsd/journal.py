@@ -71,11 +71,17 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One readable phrase per field that differs between two regimes, a missing field included."""
+    """Return a phrase per field that differs between two regimes, a missing field included.
+
+    Where both state `model_identity`, the path of the model (`base_model`) does not matter.
+    """
     absent = "(absent)"
+    names = set(old) | set(new)
+    if None not in (old.get("model_identity"), new.get("model_identity")):
+        names.discard("base_model")
     return [
         f"{name}: {printable(old.get(name, absent), 120)} there, {printable(new.get(name, absent), 120)} now"
-        for name in sorted(set(old) | set(new))
+        for name in sorted(names)
         if old.get(name, absent) != new.get(name, absent)
     ]
 
@@ -157,6 +163,12 @@ class Journal:
                     f"another process is writing the journal {self.path}; wait for it, or choose another "
                     "--output"
                 ) from None
+            except OSError as error:
+                file.close()
+                raise ArtefactError(
+                    f"the journal {self.path} cannot be locked ({error.strerror}); use a file system "
+                    "with locks"
+                ) from error
             # Between open and lock the previous owner may have finished and deleted the file: then the lock
             # is on a file that nobody finds any more.
             try:

@@ -44,7 +44,7 @@ def table(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
                     f"{result[key]:.1f} %"
                     for key in ("average_at_n_pct", "pass_at_n_pct", "majority_vote_at_n_pct")
                 ),
-                f"{100 * result['format_rate']:.1f} %",
+                f"{result['format_rate']:.1f} %",
                 f"{100 * result['truncation_share']:.1f} %",
                 f"{result['mean_completion_tokens']:.0f}",
             )
