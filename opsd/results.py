@@ -170,18 +170,12 @@ def build_result(
 def write_result(path: Path | str, result: Mapping[str, Any]) -> None:
     """Write `result` whole. NaN and infinities raise ValueError."""
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-    if not _encodable(text):
-        # A lone surrogate has no UTF-8 form; as an escape it survives.
-        text = json.dumps(result, indent=2, ensure_ascii=True, allow_nan=False)
-    atomic_write_text(path, text + "\n")
-
-
-def _encodable(text: str) -> bool:
     try:
-        text.encode("utf-8")
+        text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        # A lone surrogate has no UTF-8 form; as an escape it survives.
+        text = json.dumps(result, indent=2, allow_nan=False)
+    atomic_write_text(path, text + "\n")
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -299,11 +293,6 @@ def predicted_answer(generation: Mapping[str, Any]) -> str | None:
 
 
 # -- regimes -------------------------------------------------------------------------------------------------
-
-
-def regime_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of REGIME_FIELDS that `result` states."""
-    return {name: result[name] for name in REGIME_FIELDS if name in result}
 
 
 def regime_differences(

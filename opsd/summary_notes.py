@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from opsd.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
@@ -106,39 +105,9 @@ def _training_notes(run: Run) -> list[str]:
     return notes
 
 
-@dataclass(frozen=True)
-class Footnotes:
-    """The notes of a table's cells, each text once.
-
-    Attributes:
-        texts: note k stands at k - 1.
-        of_cell: by id of the row and column, the numbers of a cell's notes.
-    """
-
-    texts: list[str]
-    of_cell: dict[tuple[int, str], list[int]]
-
-    def numbers(self, row: Row, columns: Sequence[str]) -> list[int]:
-        """Return the numbers of the notes of a row's cells in `columns`."""
-        return sorted({number for name in columns for number in self.of_cell.get((id(row), name), [])})
-
-    def mark(self, row: Row, columns: Sequence[str]) -> str:
-        """Return ` [1, 3]`, nothing without notes."""
-        numbers = self.numbers(row, columns)
-        return f" [{', '.join(map(str, numbers))}]" if numbers else ""
-
-    def said(self, row: Row, columns: Sequence[str]) -> str:
-        """Return the notes themselves, one after the other."""
-        return "; ".join(self.texts[number - 1] for number in self.numbers(row, columns))
-
-
-def footnotes(table: Table) -> Footnotes:
-    """Collect the notes of every cell of `table`."""
+def table_notes(table: Table) -> dict[tuple[Row, str], list[str]]:
+    """Return the notes of every cell of `table` by row and column."""
     mixed = len(set(map(_grading, table.runs))) > 1
-    notes = Footnotes([], {})
-    for row in table.rows:
-        for name in (name for name in table.columns if name in row.cells):
-            found = cell_notes(row, name, mixed_grading=mixed)
-            notes.texts.extend(note for note in found if note not in notes.texts)
-            notes.of_cell[id(row), name] = [notes.texts.index(note) + 1 for note in found]
-    return notes
+    return {
+        (row, name): cell_notes(row, name, mixed_grading=mixed) for row in table.rows for name in row.cells
+    }

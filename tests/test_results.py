@@ -19,7 +19,6 @@ from opsd.results import (
     predicted_answer,
     problem_record,
     regime_differences,
-    regime_of,
     set_aside,
     write_result,
 )
@@ -292,7 +291,6 @@ def test_spellings_of_one_regime():
     assert regime_differences(REGIME, same) == []
     without = {key: value for key, value in REGIME.items() if key != "seed"}
     assert regime_differences(REGIME, without) == ["seed: 1 != None"]
-    assert regime_of({**REGIME, "results": []}) == REGIME
 
 
 def test_the_path_of_a_model_counts_only_where_its_identity_is_unknown():
