@@ -131,7 +131,8 @@ def _step(folder: Path) -> int | None:
 
 
 def _run_manifest(folder: Path) -> dict[str, Any] | None:
-    for place in (folder, folder.resolve().parent):
+    # The checkpoint may be a link to a folder on another disk.
+    for place in (folder, folder.absolute().parent, folder.resolve().parent):
         if (place / MANIFEST_NAME).is_file():
             return read_manifest(place)
     return None

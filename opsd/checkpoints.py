@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from pathlib import Path
 
 from opsd.errors import ArtefactError
-from opsd.files import atomic_write_json, fsync_tree
+from opsd.files import atomic_write_json, fsync_tree, remove_folder
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def remove_incomplete(run_folder: Path) -> list[Path]:
     """Delete the checkpoints that a kill left half-written and return them. Whole ones are never touched."""
     removed = [path for _, path in checkpoints(run_folder) if incompleteness(path) is not None]
     for path in removed:
-        shutil.rmtree(path)
+        remove_folder(path)
     return removed
 
 
@@ -100,7 +99,7 @@ def rotate(run_folder: Path, limit: int | None) -> list[Path]:
     for path in surplus:
         # Without its marker a folder that a kill leaves half deleted does not pass for a checkpoint.
         (path / MARKER).unlink()
-        shutil.rmtree(path)
+        remove_folder(path)
     return surplus
 
 

@@ -20,7 +20,7 @@ from opsd.files import atomic_write_text, partial_name, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.manifest import read_manifest, run_manifest, write_manifest
 from opsd.models import load_causal_lm, load_config, load_tokenizer
-from opsd.objectives import METHODS, Hyperparameters
+from opsd.objectives import METHODS
 from opsd.provenance import dataset_fingerprint
 from opsd.step_records import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.tables import load_table
@@ -47,7 +47,6 @@ FREE_TO_CHANGE = {
 def train(
     training: TrainingArguments,
     method: MethodArguments,
-    hyper: Hyperparameters,
     rollout: RolloutArguments,
     options: ModelArguments,
 ) -> int:
@@ -97,7 +96,7 @@ def train(
         processing_class=tokenizer,
         train_dataset=problems,
         method=METHODS[method.method],
-        hyper=hyper,
+        hyper=method,
         loss_scope=method.loss_scope,
         engine=engine,
         head=head,
