@@ -67,6 +67,7 @@ OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {
     "prompt_style": (str,),
     "grading": (dict,),
     "training_run": (dict,),
+    "truncation_share": _NUMBER,
 }
 GROUND_TRUTH_KEYS = ("ground_truth", "answer", "gt_answer")
 # 500 problems x 12 samples x 38,912 tokens are below 1 GB of text.
@@ -232,6 +233,9 @@ def _fault(result: Mapping[str, Any]) -> str | None:
             return f"{name} is {printable(value, 60)!r}, but must be of type {types[-1].__name__}"
     if (version := result.get("schema_version")) not in (None, SCHEMA_VERSION):
         return f"schema_version is {version}, but {SCHEMA_VERSION} is the newest that this checkout reads"
+    killed = (result.get("grading") or {}).get("killed", 0)
+    if not isinstance(killed, int):
+        return f"grading.killed is {printable(killed, 60)!r}, but must be a count"
     records, val_n = result["results"], result["val_n"]
     if not records or len(records) != result["num_problems"]:
         return f"num_problems is {result['num_problems']}, but `results` holds {len(records)}"

@@ -76,7 +76,7 @@ def cell_notes(row: Row, dataset: str, *, mixed_grading: bool) -> list[str]:
     if dataset in BENCHMARKS and facts["num_problems"] != BENCHMARKS[dataset].size:
         notes.append(f"{facts['num_problems']} of {BENCHMARKS[dataset].size} problems")
     notes += [note for run in runs for note in _training_notes(run)]
-    killed = sum(int((run.facts.get("grading") or {}).get("killed") or 0) for run in runs)
+    killed = sum((run.facts.get("grading") or {}).get("killed", 0) for run in runs)
     if killed:
         notes.append(f"{killed} parses or comparisons were killed at their limit and count as not equal")
     shares = [run.facts.get("truncation_share") or 0 for run in runs]

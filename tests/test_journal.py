@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -106,6 +107,25 @@ def test_another_regime_is_refused_with_every_differing_field(tmp_path: Path) ->
 def test_regimes_are_compared_as_json() -> None:
     assert differences({"a": 1, "b": None}, {"b": None, "a": 1}) == []
     assert len(differences({"a": None}, {})) == 1
+
+
+def test_a_moved_model_is_the_same_run_where_both_state_its_identity(tmp_path: Path) -> None:
+    regime = {**REGIME, "model_identity": "abc"}
+    with Journal(tmp_path / "j.jsonl", regime) as journal:
+        journal.append(RECORDS[0])
+    with Journal(tmp_path / "j.jsonl", {**regime, "base_model": "moved/m"}) as journal:
+        assert journal.records == RECORDS[:1]
+    with pytest.raises(UsageError, match="model_identity"):
+        Journal(tmp_path / "j.jsonl", {**regime, "model_identity": "other"})
+
+
+def test_a_file_system_without_locks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(journal_module.fcntl, "flock", without_locks)
+    with pytest.raises(ArtefactError, match=r"cannot be locked \(No locks available\)"):
+        Journal(tmp_path / "j.jsonl", REGIME)
 
 
 def test_a_tuple_in_the_regime_is_no_difference(tmp_path: Path) -> None:

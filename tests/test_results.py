@@ -182,6 +182,8 @@ def cut_generations(text: str) -> str:
             lambda text: text.replace('"majority_vote_correct": true', '"majority_vote_correct": 1', 1),
             "entry 0",
         ),
+        (lambda text: text.replace('"engine": "hf"', '"grading": {"killed": "x"}'), "grading.killed is 'x'"),
+        (lambda text: text.replace('"engine": "hf"', '"grading": [1]'), "grading is "),
         (cut_generations, r"entry 2 of `results` \(problem 2\) has 1 of 3 generations"),
     ],
 )
