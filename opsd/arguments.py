@@ -95,8 +95,8 @@ class ModelArguments:
     skip_nonfinite: int = option(
         0, "how many steps with a NaN or infinite loss or gradient to leave out", range=NOT_NEGATIVE
     )
-    merge_step: int = field(
-        default=100, metadata={"help": "checkpoint that --save_total_limit never deletes: the one to merge"}
+    merge_step: int = option(
+        100, "step of the checkpoint to merge; --save_total_limit never deletes it", range=AT_LEAST_ONE
     )
 
 

@@ -24,7 +24,7 @@ METRICS_NAME = "metrics.jsonl"
 
 
 def read_metrics(run_folder: Path) -> list[dict]:
-    """Read the logged steps of a run, in order; an incomplete last line is left out."""
+    """The logged steps of a run, in order; a torn last line is left out."""
     path = run_folder / METRICS_NAME
     if not path.exists():
         return []
@@ -38,7 +38,7 @@ def read_metrics(run_folder: Path) -> list[dict]:
 
 
 class MetricsFile(TrainerCallback):
-    """Append each log to metrics.jsonl; a resumed run first removes the steps that it will log again."""
+    """Appends each log to metrics.jsonl; on resuming, first drops what the resumed steps will log again."""
 
     def __init__(self, run_folder: Path):
         self.run_folder = run_folder

@@ -20,7 +20,8 @@ import pytest
 
 from opsd import checkpoints, files
 from opsd.journal import Journal
-from opsd.manifest import SENTINEL_NAME, file_list, read_sentinel, write_sentinel
+from opsd.manifest import SENTINEL_NAME, file_list, read_sentinel, write_manifest, write_sentinel
+from tests.test_manifest import a_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Path and shutil call these through the module, so that patching the module is enough.
@@ -77,7 +78,12 @@ def _save(folder: Path) -> None:
         checkpoints.mark_complete(_checkpoint(folder, 1))
 
 
+def _run(folder: Path) -> None:
+    write_manifest(folder, a_manifest())
+
+
 def _run_of_two(folder: Path) -> None:
+    _run(folder)
     for step in (1, 2):
         checkpoints.mark_complete(_checkpoint(folder, step))
 
@@ -152,7 +158,7 @@ WAYS = {
         _read_folder,
         (FOLDERS[0], None, FOLDERS[1]),
     ),
-    "a marked checkpoint": Way(nothing, _save, _whole, ([], ["checkpoint-1"])),
+    "a marked checkpoint": Way(_run, _save, _whole, ([], ["checkpoint-1"])),
     "rotated checkpoints": Way(
         _run_of_two,
         lambda f: (checkpoints.rotate(f, 1), checkpoints.remove_incomplete(f)),
@@ -320,13 +326,6 @@ def test_an_error_leaves_the_old_and_nothing_temporary(
             way.write(tmp_path)
     assert way.read(tmp_path) == way.allowed[0]
     assert not list(tmp_path.rglob(f"*{files.PARTIAL_MARK}*"))
-
-
-def test_a_partial_of_a_living_process_stays(tmp_path: Path) -> None:
-    partial = tmp_path / files.partial_name(tmp_path / "f").name.replace(str(os.getpid()), str(os.getppid()))
-    partial.write_text("being written")
-    assert files.remove_all_partials(tmp_path) == []
-    assert partial.exists()
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ OWN = {
     "pwopsd": "--jsd_token_clip 0.05 --position_w_min 0.25 --position_tau 0.30 --position_s 0.10 "
     "--position_global_reduction False",
 }
-SMALL = by_name(
+SMALL_WORLD = by_name(
     shlex.split(
         "--max_completion_length 160 --learning_rate 1e-3 --bf16 False --gradient_checkpointing False "
         "--use_cpu True --rollout hf"
@@ -125,7 +125,7 @@ def test_every_launcher_states_the_protocols_cell(name, method):
         "per_device_train_batch_size": str(per_device),
         "gradient_accumulation_steps": str(accumulation),
     }
-    only = SMALL if name == "small" else {"vllm_gpu_memory_utilization": share}
+    only = SMALL_WORLD if name == "small" else {"vllm_gpu_memory_utilization": share}
     assert flags(train) == SHARED | by_name(OWN[method].split()) | cell | only
     expected = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "WANDB_PROJECT": "pwopsd"}
     if name == "small":
@@ -219,7 +219,7 @@ def test_a_local_copy_of_the_data_is_the_same_experiment():
     (_, train), _ = dry_run("train.sh", "qwen3_4b_base", "pwopsd", PWOPSD_TRAIN_DATASET="my data.parquet")
     assert flags(train)["train_dataset"] == "my data.parquet"
     (_, train), _ = dry_run("train.sh", "small", "pwopsd", PWOPSD_TRAIN_DATASET="the/big-one")
-    assert flags(train)["train_dataset"] == SMALL["train_dataset"]
+    assert flags(train)["train_dataset"] == SMALL_WORLD["train_dataset"]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_local_copy_of_the_data_is_the_same_experiment():
         ("small opsd --max_steps many", {}, "--max_steps many: give one number"),
         ("small opsd --save_steps=30", {}, "--save_steps 30 never saves checkpoint-100"),
         ("small opsd --save-steps 30", {}, "--save_steps 30 never saves checkpoint-100"),
-        ("small opsd --save_steps 0.3", {}, "--save_steps 0.3 never saves checkpoint-100"),
+        ("small opsd --save_steps 0.5", {}, "--save_steps 0.5 never saves checkpoint-100"),
         ("small opsd --save_strategy no", {}, "--save_strategy no may never save checkpoint-100"),
         ("small opsd --save-strategy=epoch", {}, "--save_strategy epoch may never save checkpoint-100"),
         ("small opsd", {"MERGE_STEP": "90"}, "--save_steps 25 never saves checkpoint-90"),

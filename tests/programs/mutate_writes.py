@@ -2,7 +2,7 @@
 
     python -m tests.programs.mutate_writes
 
-Each mutant is a copy of opsd/ and the files of TESTS in which one statement is `pass`. Prints a line a
+Each mutant is a copy of opsd/ and tests/ in which one statement is `pass`. Prints a line a
 mutant; exit code 1 where the tests pass without a statement.
 """
 
@@ -60,11 +60,9 @@ def main() -> int:
     survivors, count = [], 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "opsd", copy / "opsd", ignore=ignore)
-        (copy / "tests").mkdir()
-        for name in ("tests/__init__.py", *TESTS, "pyproject.toml"):
-            shutil.copy(ROOT / name, copy / name)
+        for name in ("opsd", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
         if not passes(copy):
             raise SystemExit("the tests fail without a mutation")
         for name in FILES:
