@@ -1,7 +1,7 @@
 """Sample a benchmark from a model, grade the answers, write the result.
 
     python evaluate_math.py --base_model Qwen/Qwen3-4B --dataset aime25 --tensor_parallel_size 4 --seed 1 \\
-        --output eval_results/qwen3_4b_base_base_aime25_38k_seed1.json
+        --output eval_results/qwen3_4b_base_aime25_38k_seed1.json
 
 Every flag has the paper's value as its default: 12 samples a problem, temperature 1.0, top_p 0.95, top_k and
 min_p off, thinking on, at most 38,912 new tokens. A killed run continues where it stopped when the same

@@ -27,7 +27,7 @@ from opsd.results import ground_truth, load_result, predicted_answer, write_resu
 DEFAULT_PATTERN = "eval_results/*.json"
 BEFORE = "majority_vote_before_recompute"
 PROBLEM_BEFORE = "majority_vote_correct_before_recompute"
-SHARE, PERCENT = "majority_vote_at_n", "majority_vote_at_n_pct"
+COUNT, PERCENT = "majority_vote_at_n", "majority_vote_at_n_pct"
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def apply_recount(result: dict[str, Any], grades: list[ProblemGrade]) -> bool:
             record["majority_vote_correct"] = grade.majority_correct
             changed = True
     count, problems = sum(grade.majority_correct for grade in grades), len(grades)
-    share = count / problems if problems else 0.0
-    new = {SHARE: count if _holds_counts(result) else share, PERCENT: 100 * share}
+    new = {COUNT: count, PERCENT: 100 * count / max(problems, 1)}
     # Files differ in the last digits of a percentage, which is no change of the vote.
     if any(not _close(result.get(key), value) for key, value in new.items()):
         result.setdefault(BEFORE, {key: result.get(key) for key in new})
@@ -90,14 +89,6 @@ def apply_recount(result: dict[str, Any], grades: list[ProblemGrade]) -> bool:
 
 def _close(old: Any, new: float) -> bool:
     return isinstance(old, (int, float)) and not isinstance(old, bool) and abs(old - new) <= 0.005
-
-
-def _holds_counts(result: dict[str, Any]) -> bool:
-    """Whether this file's `majority_vote_at_n` is a number of problems instead of a share."""
-    share, percent, problems = result.get(SHARE), _old_pct(result), len(result["results"])
-    if not isinstance(share, (int, float)) or percent is None or problems <= 1:
-        return False
-    return abs(share - percent / 100) > 0.005 and abs(share - percent / 100 * problems) < 0.5
 
 
 def table(rows: list[tuple[Path, Recount]]) -> str:

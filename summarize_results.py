@@ -5,8 +5,9 @@ sample standard deviation of Avg@n over the evaluation seeds, and the equal-weig
 The paper's own numbers stand below, labelled as such. Pass@n, Maj@n and bootstrap intervals over problems
 follow, then the commands that would fill the cells that are missing.
 
-Runs of different regimes are never averaged: they are refused with the differing fields named. A damaged or
-foreign file is reported and skipped, and the exit code is then 1.
+Runs of different regimes are never averaged: each sampling regime has a table of its own, which states it in
+a line, and footnotes mark the cells that are not the paper's. A damaged or foreign file and a cell of unlike
+runs are left out with a line on stderr, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import csv
 import glob
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -35,9 +37,23 @@ from opsd.summary import (
     row_title,
 )
 from opsd.summary_commands import missing_commands
+from opsd.summary_notes import regime_line, table_notes
 
 DEFAULT_PATTERN = "eval_results/*_38k*.json"
 PAPER_NUMBERS = Path(__file__).resolve().parent / "opsd" / "paper_numbers.json"
+CSV_COLUMNS = [
+    "source",
+    "model",
+    "method",
+    "benchmark",
+    "metric",
+    "mean",
+    "deviation",
+    "values",
+    "low95",
+    "high95",
+    "notes",
+]
 DASH = "—"
 METRIC_TITLES = {"average": "Avg", "pass": "Pass", "majority": "Maj"}
 
@@ -59,15 +75,35 @@ def with_interval(statistic: Statistic | None) -> str:
     return f"{statistic.mean:.2f} [{statistic.interval[0]:.2f}, {statistic.interval[1]:.2f}]"
 
 
-def grid(table: Table, metric: str, text: Callable[[Statistic | None], str]) -> list[list[str]]:
-    """Header and rows of one metric of one table."""
+class Notes:
+    """The notes of a table's cells, numbered in the order in which they first occur."""
+
+    def __init__(self, table: Table) -> None:
+        self._cells = table_notes(table)
+        self.texts = list(dict.fromkeys(text for texts in self._cells.values() for text in texts))
+
+    def of(self, row: Row, columns: Sequence[str]) -> list[str]:
+        """Return the notes of the row's cells in `columns`."""
+        found = {text for name in columns for text in self._cells.get((row, name), [])}
+        return [text for text in self.texts if text in found]
+
+    def mark(self, row: Row, columns: Sequence[str]) -> str:
+        """Return ` [1, 3]`, nothing for cells without notes."""
+        numbers = ", ".join(str(self.texts.index(text) + 1) for text in self.of(row, columns))
+        return f" [{numbers}]" if numbers else ""
+
+
+def grid(table: Table, metric: str, text: Callable[[Statistic | None], str], notes: Notes) -> list[list[str]]:
+    """Return header and rows of one metric of one table, cells with the numbers of their notes."""
     name = f"{METRIC_TITLES[metric]}@{table.val_n}"
     mean = [f"{name}, mean of {len(table.averaged)}"] if table.averaged else []
     lines = [["method", *map(benchmark_title, table.columns), *mean]]
     for row in table.rows:
-        cells = [row.cells[c].statistic(metric) if c in row.cells else None for c in table.columns]
-        means = [row.average(metric, table.averaged)] if table.averaged else []
-        lines.append([row_title(row), *map(text, [*cells, *means])])
+        cells = [(row.cells[c].statistic(metric) if c in row.cells else None, (c,)) for c in table.columns]
+        if table.averaged:
+            cells.append((row.average(metric, table.averaged), table.averaged))
+        texts = [text(value) + (notes.mark(row, columns) if value else "") for value, columns in cells]
+        lines.append([row_title(row), *texts])
     return lines
 
 
@@ -85,83 +121,83 @@ def paper_lines(table: Table, numbers: dict) -> list[list[str]]:
     return lines
 
 
-def sections(table: Table, numbers: dict) -> list[tuple[str, list[list[str]]]]:
-    """(title, lines) of everything that is said about one model."""
-    name = f"@{table.val_n}"
-    main = grid(table, "average", with_deviation) + paper_lines(table, numbers)
+def sections(table: Table, numbers: dict) -> list[tuple[str, list[list[str]], list[str]]]:
+    """Return (title, lines, notes) of everything that is said about one model in one regime."""
+    name, notes = f"@{table.val_n}", Notes(table)
+    below = [regime_line(table), *(f"[{number}] {text}" for number, text in enumerate(notes.texts, 1))]
+    main = grid(table, "average", with_deviation, notes) + paper_lines(table, numbers)
+    interval = grid(table, "average", with_interval, notes)
     return [
-        (f"{table.model}: Avg{name}, mean ± sample standard deviation over seeds (percent)", main),
-        (
-            f"{table.model}: Avg{name} with 95 % bootstrap interval over problems",
-            grid(table, "average", with_interval),
-        ),
-        (f"{table.model}: Pass{name}", grid(table, "pass", with_deviation)),
-        (f"{table.model}: Maj{name}", grid(table, "majority", with_deviation)),
+        (f"{table.model}: Avg{name}, mean ± sample standard deviation over seeds (percent)", main, below),
+        (f"{table.model}: Avg{name} with 95 % bootstrap interval over problems", interval, below),
+        (f"{table.model}: Pass{name}", grid(table, "pass", with_deviation, notes), below),
+        (f"{table.model}: Maj{name}", grid(table, "majority", with_deviation, notes), below),
     ]
 
 
 # -- formats -------------------------------------------------------------------------------------------------
 
 
-def markdown(title: str, lines: list[list[str]]) -> str:
+def markdown(title: str, lines: list[list[str]], notes: list[str]) -> str:
     escaped = [[printable(cell).replace("|", "\\|") for cell in line] for line in lines]
-    rows = [f"| {' | '.join(line)} |" for line in escaped]
-    return "\n".join([f"### {printable(title)}\n", rows[0], f"|{' --- |' * len(lines[0])}", *rows[1:]]) + "\n"
-
-
-def latex(title: str, lines: list[list[str]]) -> str:
-    special = {char: f"\\{char}" for char in "&%_#${}"}
-    special |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-
-    def escape(cell: str) -> str:
-        return cell.translate(str.maketrans(special)).replace("±", "$\\pm$").replace(DASH, "--")
-
-    body = [" & ".join(escape(printable(cell)) for cell in line) + " \\\\" for line in lines]
-    columns = "l" + "c" * (len(lines[0]) - 1)
+    header, *rows = [f"| {' | '.join(line)} |" for line in escaped]
+    rule = f"|{' --- |' * len(lines[0])}"
     return "\n".join(
-        [
-            f"% {printable(title)}",
-            f"\\begin{{tabular}}{{{columns}}}",
-            "\\toprule",
-            body[0],
-            "\\midrule",
-            *body[1:],
-            "\\bottomrule",
-            "\\end{tabular}\n",
-        ]
+        [f"### {printable(title)}\n", header, rule, *rows, *(f"\n{printable(n)}" for n in notes), ""]
     )
+
+
+def latex(title: str, lines: list[list[str]], notes: list[str]) -> str:
+    from pandas import DataFrame
+
+    def tabular(lines: list[list[str]], columns: str) -> str:
+        header, *body = [[printable(cell) for cell in line] for line in lines]
+        text = DataFrame(body, columns=header).to_latex(index=False, escape=True, column_format=columns)
+        return text.replace("±", "$\\pm$").replace(DASH, "--")
+
+    table = tabular(lines, "l" + "c" * (len(lines[0]) - 1))
+    return f"% {printable(title)}\n{table}\n" + tabular([[note] for note in notes], "p{\\textwidth}")
 
 
 def csv_text(tables: Sequence[Table], numbers: dict) -> str:
-    """One line for each statistic, in percent."""
+    """Return one line for each statistic, in percent."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["source", "model", "method", "benchmark", "metric", "mean", "deviation", "values", "low95", "high95"]
-    )
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
 
     def safe(text: str) -> str:
         # A spreadsheet takes a text that begins like this for a formula.
         return printable(f"'{text}" if text.startswith(("=", "+", "-", "@")) else text)
 
-    def write(row: Row, column: str, metric: str, s: Statistic | None) -> None:
-        if s is not None:
-            deviation = "" if s.deviation is None else f"{s.deviation:.4f}"
-            low, high = (f"{bound:.4f}" for bound in s.interval)
-            known = ["ours", safe(row.model), safe(row_title(row)), safe(column), metric]
-            writer.writerow([*known, f"{s.mean:.4f}", deviation, s.count, low, high])
+    def write(*known: str, **figures: object) -> None:
+        writer.writerow(dict(zip(CSV_COLUMNS, map(safe, known), strict=False)) | figures)
 
     for table in tables:
-        for row in table.rows:
-            for metric in METRICS:
-                for column, cell in row.cells.items():
-                    write(row, column, metric, cell.statistic(metric))
-                if table.averaged:
-                    write(row, f"mean of {len(table.averaged)}", metric, row.average(metric, table.averaged))
+        regime, notes = regime_line(table), Notes(table)
+        mean_title = f"mean of {len(table.averaged)}"
+        for row, metric in itertools.product(table.rows, METRICS):
+            cells = [(name, (name,), cell.statistic(metric)) for name, cell in row.cells.items()]
+            if table.averaged:
+                cells.append((mean_title, table.averaged, row.average(metric, table.averaged)))
+            for title, columns, s in cells:
+                if s is not None:
+                    said = safe(" ".join([regime, *notes.of(row, columns)]))
+                    figures = {
+                        "mean": s.mean,
+                        "deviation": s.deviation,
+                        "low95": s.interval[0],
+                        "high95": s.interval[1],
+                    }
+                    texts = {name: f"{value:.4f}" for name, value in figures.items() if value is not None}
+                    write(
+                        "ours", row.model, row_title(row), title, metric, values=s.count, notes=said, **texts
+                    )
         for title, cells, mean in paper_row(numbers, table.model):
             for column, (value, deviation) in zip(numbers["benchmarks"], cells, strict=True):
-                writer.writerow(["paper", table.model, title, column, "average", value, deviation, 3, "", ""])
-            writer.writerow(["paper", table.model, title, "mean of 4", "average", mean, "", "", "", ""])
+                write(
+                    "paper", table.model, title, column, "average", mean=value, deviation=deviation, values=3
+                )
+            write("paper", table.model, title, "mean of 4", "average", mean=mean)
     return buffer.getvalue()
 
 
@@ -205,10 +241,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"no file matches {' '.join(args.patterns)!r}")
     skipped: list[str] = []
     runs = collect(paths, skipped.append)
+    numbers = json.loads(PAPER_NUMBERS.read_text("utf-8"))
+    tables = build_tables(runs, skipped.append)
     for message in skipped:
         print(f"skipped: {printable(message)}", file=sys.stderr)
-    numbers = json.loads(PAPER_NUMBERS.read_text("utf-8"))
-    tables = build_tables(runs)
     text = render(tables, numbers, args.format, args.seeds)
     if not args.output:
         print(text, end="")

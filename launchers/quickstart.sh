@@ -76,14 +76,18 @@ if ((base_in_background)); then
   trap - EXIT
 fi
 
-run "$VENV_PYTHON" "$REPO_ROOT/testbed/compare.py" \
-  "$EVAL_ROOT/${BASE_NAME}_small_38k_seed$SEED.json" "$EVAL_ROOT/${RUN_NAME}_small_38k_seed$SEED.json"
+result_of() { # NAME
+  result_stem "$1" small "$SEED" --max_new_tokens "${MAX_NEW_TOKENS:-160}" ${NUM_SAMPLES:+--num_samples "$NUM_SAMPLES"}
+}
+BASE_RESULT="$EVAL_ROOT/$(result_of "$BASE_NAME").json"
+TRAINED_RESULT="$EVAL_ROOT/$(result_of "$RUN_NAME").json"
+run "$VENV_PYTHON" "$REPO_ROOT/testbed/compare.py" "$BASE_RESULT" "$TRAINED_RESULT"
 if [[ "$DRY_RUN" != 1 ]]; then
   printf '\n%s\n' "Where it is:"
   printf '  %-22s%s\n' \
     "adapter checkpoints" "$OUTPUT_ROOT/$RUN_NAME/checkpoint-*" \
     "metrics, completions" "$OUTPUT_ROOT/$RUN_NAME/metrics.jsonl, completions/" \
     "merged model" "$OUTPUT_ROOT/${RUN_NAME}_merged" \
-    "every sample, graded" "$EVAL_ROOT/*_small_38k_seed$SEED.json"
+    "every sample, graded" "$BASE_RESULT, $TRAINED_RESULT"
   say "done in $((SECONDS - started)) s after installation"
 fi

@@ -9,15 +9,15 @@
 #   TP           GPUs that share one copy of the model (default 4 with vllm, 1 with hf)
 #   SEED         a whole number from 0; without one the samples are seed 0's and the name holds no seed
 #
-# Writes eval_results/METHOD_NAME_DATASET_38k_seedSEED.json (no _DATASET for math500, no _seedSEED without one),
-# and all output also to eval_results/logs/. A killed evaluation is continued by the same command. A finished JSON
+# Writes eval_results/METHOD_NAME_DATASET_38k_seedSEED.json (no _DATASET for math500, no _seedSEED without one; 38k
+# is 38,912 new tokens, other lengths and the first K problems have other names: opsd/result_names.py), and all
+# output also to eval_results/logs/. A killed evaluation is continued by the same command. A finished JSON
 # of the very same run is left as it is; one of another regime or model is set aside under a new name, never
 # deleted. Two workers on one cell: the first does it, the second says so and exits 0 at once.
 #
 #   WAIT=1           the second worker waits instead, and finds the finished JSON
 #   HOSTLABEL        this worker's name in the log's name (default worker)
 #   ENGINE           vllm or hf (default: the model's)
-#   DATA_PARALLEL    copies of the model that share the samples out (default 1)
 #   VAL_N, NUM_SAMPLES, MAX_NEW_TOKENS, MAX_MODEL_LEN   as the flags of evaluate_math.py (default: the paper's)
 #   DATASET_PATH     a local file or folder that stands in for DATASET; DATASET may then be any name
 #   BASE_MODEL_PATH  a local copy of the base model
@@ -75,10 +75,11 @@ check_arguments() {
   is_count "$TP" || usage "the tensor parallel size '$TP' is not a positive whole number"
   [[ -z "$SEED" || "$SEED" =~ ^(0|[1-9][0-9]{0,17})$ ]] || usage "the seed '$SEED' is not a whole number from 0"
   if [[ "$ENGINE" == hf && "$TP" != 1 ]]; then
-    usage "ENGINE=hf takes no tensor parallel size ('$TP'); use DATA_PARALLEL, or ENGINE=vllm"
+    usage "ENGINE=hf takes no tensor parallel size ('$TP'); use ENGINE=vllm"
   fi
   local name
-  for name in DATA_PARALLEL VAL_N NUM_SAMPLES MAX_NEW_TOKENS MAX_MODEL_LEN; do
+  [[ -z "${DATA_PARALLEL:-}" ]] || die 2 "DATA_PARALLEL=$DATA_PARALLEL: unknown; start one worker for each GPU instead"
+  for name in VAL_N NUM_SAMPLES MAX_NEW_TOKENS MAX_MODEL_LEN; do
     [[ -z "${!name:-}" ]] || is_count "${!name}" || die 2 "$name=${!name}: give a positive whole number"
   done
 }
@@ -94,16 +95,24 @@ check_merged_folder() {
 # Only one worker at a time on this cell. The lock goes with the process that holds it, however that ends; the
 # evaluation inherits it, so that it outlives a killed launcher.
 take_lock() {
+  local code=0
   mkdir -p -- "$EVAL_ROOT/logs" "$EVAL_ROOT/.locks" || die 3 "cannot write in $EVAL_ROOT"
   exec 9>"$EVAL_ROOT/.locks/$STEM.lock"
   if ! command -v flock >/dev/null; then
     say "no flock here: a second worker on this cell is stopped by the evaluation's own lock"
-  elif [[ "${WAIT:-0}" == 1 ]]; then
-    flock -n 9 || { say "another worker is on $STEM; waiting for it"; flock 9; }
-  elif ! flock -n 9; then
+    return
+  fi
+  flock -n 9 || code=$?
+  if ((code == 1)) && [[ "${WAIT:-0}" != 1 ]]; then
     say "another worker is on $STEM; nothing to do here (WAIT=1 waits for it)"
     exit 0
+  elif ((code == 1)); then
+    say "another worker is on $STEM; waiting for it"
+    code=0
+    flock 9 || code=$?
   fi
+  # 1 is a lock that another holds; anything else means that nobody can lock here.
+  ((code == 0)) || die 3 "$EVAL_ROOT/.locks cannot be locked (flock: exit code $code); set EVAL_ROOT to a file system with locks"
 }
 
 METHOD_NAME="${1:-}"
@@ -137,10 +146,14 @@ elif [[ -n "${BASE_MODEL_PATH:-}" ]]; then
 else
   EVALUATED="${BASE_MODEL#"$REPO_ROOT"/}"
 fi
-STEM="$METHOD_NAME"
-[[ "$DATASET" == math500 ]] || STEM+="_$DATASET"
-STEM+="_38k${SEED:+_seed$SEED}"
-
+MORE=()
+[[ -z "${DATASET_PATH:-}" ]] || MORE+=(--dataset_path "$(portable "$DATASET_PATH")")
+MORE+=(${EVAL_FLAGS[@]+"${EVAL_FLAGS[@]}"})
+for name in VAL_N NUM_SAMPLES MAX_NEW_TOKENS MAX_MODEL_LEN; do
+  [[ -z "${!name:-}" ]] || MORE+=("--${name,,}" "${!name}")
+done
+MORE+=("$@")
+STEM="$(result_stem "$METHOD_NAME" "$DATASET" "$SEED" ${MORE[@]+"${MORE[@]}"})" || exit $?
 FLAGS=(
   --base_model "$EVALUATED"
   --dataset "$DATASET"
@@ -149,14 +162,8 @@ FLAGS=(
   --tensor_parallel_size "$TP"
   --seed "${SEED:-0}"
   --replace
+  ${MORE[@]+"${MORE[@]}"}
 )
-[[ -z "${DATASET_PATH:-}" ]] || FLAGS+=(--dataset_path "$(portable "$DATASET_PATH")")
-[[ -z "${DATA_PARALLEL:-}" ]] || FLAGS+=(--data_parallel_size "$DATA_PARALLEL")
-FLAGS+=(${EVAL_FLAGS[@]+"${EVAL_FLAGS[@]}"})
-for name in VAL_N NUM_SAMPLES MAX_NEW_TOKENS MAX_MODEL_LEN; do
-  [[ -z "${!name:-}" ]] || FLAGS+=("--${name,,}" "${!name}")
-done
-FLAGS+=("$@")
 
 cd -- "$REPO_ROOT"
 if [[ "$DRY_RUN" == 1 ]]; then

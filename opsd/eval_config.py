@@ -21,6 +21,7 @@ from opsd.options import (
     option,
     take,
 )
+from opsd.result_names import PAPER_MAX_NEW_TOKENS
 from opsd.rollout import Sampling, check_sampling
 
 # The paper's model length; a model built for fewer positions sets the limit itself.
@@ -55,7 +56,7 @@ class EvalConfig:
     top_k: int = option(0, "likeliest tokens that stay; 0 or -1 = off", kind=_top_k)
     min_p: float = option(0.0, "smallest probability relative to the likeliest token's; 0 = off")
     presence_penalty: float = option(0.0, "subtracted from the logit of tokens already generated")
-    max_new_tokens: int = option(38912, "a sample that reaches it is truncated")
+    max_new_tokens: int = option(PAPER_MAX_NEW_TOKENS, "a sample that reaches it is truncated")
     max_model_len: int | None = option(
         None,
         f"prompt + completion, tokens; None = {MAX_MODEL_LEN} or the model's own, whichever is less",
@@ -68,9 +69,6 @@ class EvalConfig:
     seed: int = option(0, "every (seed, problem, sample) has its own hashed seed", range=NOT_NEGATIVE)
     engine: str = option("vllm", "what samples; hf is transformers", choices=("vllm", "hf"))
     tensor_parallel_size: int = option(1, "GPUs that share one copy of the model (vllm)", range=AT_LEAST_ONE)
-    data_parallel_size: int = option(
-        1, "copies of the model, one process each, that share the samples out", range=AT_LEAST_ONE
-    )
     gpu_memory_utilization: float = option(0.9, "share of each GPU's memory for vllm", range=PROPER_SHARE)
     hf_batch_size: int = option(32, "completions at once with --engine hf", range=AT_LEAST_ONE)
     grading_workers: int | None = option(
@@ -112,8 +110,8 @@ def check_config(config: EvalConfig) -> None:
     check_sampling(config.sampling())
     if config.engine == "hf" and config.tensor_parallel_size > 1:
         raise UsageError(
-            "--tensor_parallel_size needs --engine vllm; with --engine hf use --data_parallel_size, which "
-            "runs whole copies of the model"
+            f"--tensor_parallel_size is {config.tensor_parallel_size}, but --engine hf uses one GPU; use "
+            "--engine vllm, or evaluate other cells on the other GPUs"
         )
     _check_output(config)
 

@@ -43,8 +43,6 @@ from opsd.seeds import evaluation_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from opsd.rollout import Engine
-
 logger = logging.getLogger(__name__)
 
 
@@ -100,18 +98,15 @@ def evaluate(config: EvalConfig, *, replace: bool = False, show: bool = True) ->
     return result
 
 
-def prepare(config: EvalConfig, *, facts: ModelFacts | None = None) -> Plan:
-    """Check model and benchmark, render the prompts, and make sure that prompt and completion fit.
-
-    Args:
-        facts: what a check of this very model gave a moment ago, to save hashing its weights again.
+def prepare(config: EvalConfig) -> Plan:
+    """Check model and benchmark, render the prompts, and check that prompt and completion fit.
 
     Raises:
         UsageError, ArtefactError: see `evaluate`.
     """
     benchmark = load_benchmark(config.dataset, dataset_path=config.dataset_path)
     problems = benchmark.problems[: config.num_samples]
-    facts = facts or check_model(config)
+    facts = check_model(config)
     tokenizer = load_tokenizer(
         config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
@@ -149,16 +144,18 @@ def regime_of_run(
 
 
 def existing_result(output: Path, regime: dict[str, Any], *, replace: bool) -> dict[str, Any] | None:
-    """The finished result at `output` if it is this very run's; None if there is none (any more).
+    """Return the finished result at `output` if it is this very run's; None if there is none (any more).
 
     Raises:
-        UsageError: another run's result, or a damaged one, stands there and `replace` is off. Every differing
-            field is named.
+        UsageError: another run's result, or a damaged one, stands there and `replace` is off, or it has more
+            problems than this run. Every differing field is named.
     """
     if not output.exists():
         return None
+    problems = 0
     try:
         result = load_result(output)
+        problems = result["num_problems"]
         different = [f"{name}: (absent) there" for name in REGIME_FIELDS if name not in result]
         different += regime_differences(regime, result)
     except ArtefactError as error:
@@ -170,6 +167,11 @@ def existing_result(output: Path, regime: dict[str, Any], *, replace: bool) -> d
         raise UsageError(
             f"{output} is not this run's result ({reason}); choose another --output, move it away, or give "
             "--replace to have it set aside under a new name"
+        )
+    if problems > regime["num_problems"]:
+        raise UsageError(
+            f"{output} has {problems} problems, which a run of {regime['num_problems']} does not replace; "
+            "choose another --output"
         )
     logger.warning("%s is not this run's result (%s); it is kept as %s", output, reason, set_aside(output))
     return None
@@ -184,10 +186,7 @@ def _remove_useless_journal(config: EvalConfig, regime: dict[str, Any]) -> None:
 
 
 def sample(
-    engine: Engine,
-    plan: Plan,
-    pending: Sequence[tuple[int, int]],
-    on_sample: Callable[[dict[str, Any]], None],
+    plan: Plan, pending: Sequence[tuple[int, int]], on_sample: Callable[[dict[str, Any]], None]
 ) -> None:
     """Draw the `pending` (problem, sample) pairs; `on_sample` gets each journal record as it finishes."""
     config = plan.config
@@ -212,25 +211,15 @@ def sample(
             }
         )
 
-    engine.generate(requests, config.sampling(), on_finish=finish)
-
-
-def sample_here(
-    plan: Plan, pending: Sequence[tuple[int, int]], on_sample: Callable[[dict[str, Any]], None]
-) -> None:
-    """`sample` with an engine of this process, which is closed afterwards."""
-    engine = build_engine(plan.config, plan.facts, plan.tokenizer)
+    engine = build_engine(config, plan.facts, plan.tokenizer)
     try:
-        sample(engine, plan, pending, on_sample)
+        engine.generate(requests, config.sampling(), on_finish=finish)
     finally:
         engine.close()
 
 
 def _sample_and_grade(plan: Plan, journal: Journal, *, show: bool, started: float) -> dict[str, Any]:
-    from opsd.eval_copies import absorb_leftovers, sample_in_copies
-
     config = plan.config
-    absorb_leftovers(journal)
     grader = Grader(workers=config.grading_workers, time_limit_s=config.time_limit)
     with grader, Scoreboard(plan.problems, val_n=config.val_n, grader=grader, show=show) as board:
         engines = {record["engine"] for record in journal.records}
@@ -245,9 +234,8 @@ def _sample_and_grade(plan: Plan, journal: Journal, *, show: bool, started: floa
 
         if pending:
             engines.add(config.engine)
-            draw = sample_in_copies if config.data_parallel_size > 1 else sample_here
             try:
-                draw(plan, pending, keep)
+                sample(plan, pending, keep)
             except BaseException:
                 total = len(plan.problems) * config.val_n
                 board.write(

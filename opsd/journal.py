@@ -14,7 +14,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,50 +47,41 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
     return json.loads(payload) if intact else None
 
 
-class LineReader:
-    """Reads the complete lines of a journal from where the last `read` stopped; another process may append.
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read the data of every complete line, and how many bytes these lines take.
 
-    Attributes:
-        offset: bytes of the file that are read and intact. What follows is a line still being written.
+    Raises:
+        ArtefactError: a complete line is damaged; the message names it.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offset = 0
-        self.number = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """The data of the lines that became complete since the last call.
-
-        Raises:
-            ArtefactError: a complete line is damaged; the message names it.
-        """
-        found = []
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.number += 1
-                data = decode_line(line)
-                if data is None:
-                    raise ArtefactError(
-                        f"line {self.number} of the journal {self.path} is damaged (its checksum does not "
-                        "match), which a killed run does not explain; to keep what precedes it: "
-                        f"head -n {self.number - 1} JOURNAL > REPAIRED, move it into place and run again, "
-                        "or delete the journal to start over"
-                    )
-                self.offset += len(line)
-                found.append(data)
-        return found
+    found, intact = [], 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            data = decode_line(line)
+            if data is None:
+                raise ArtefactError(
+                    f"line {number} of the journal {path} is damaged (its checksum does not match), which a "
+                    f"killed run does not explain; to keep what precedes it: head -n {number - 1} JOURNAL > "
+                    "REPAIRED, move it into place and run again, or delete the journal to start over"
+                )
+            intact += len(line)
+            found.append(data)
+    return found, intact
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One readable phrase per field that differs between two regimes, a missing field included."""
+    """Return a phrase per field that differs between two regimes, a missing field included.
+
+    Where both state `model_identity`, the path of the model (`base_model`) does not matter.
+    """
     absent = "(absent)"
+    names = set(old) | set(new)
+    if None not in (old.get("model_identity"), new.get("model_identity")):
+        names.discard("base_model")
     return [
         f"{name}: {printable(old.get(name, absent), 120)} there, {printable(new.get(name, absent), 120)} now"
-        for name in sorted(set(old) | set(new))
+        for name in sorted(names)
         if old.get(name, absent) != new.get(name, absent)
     ]
 
@@ -141,12 +132,6 @@ class Journal:
         if self._unsynced >= SYNC_LINES or time.monotonic() - self._synced_at >= SYNC_SECONDS:
             self.sync()
 
-    def extend(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add several samples and synchronise the disk."""
-        for record in records:
-            self._write(record)
-        self.sync()
-
     def sync(self) -> None:
         """Make everything appended so far survive a power cut."""
         os.fsync(self._file.fileno())
@@ -169,11 +154,10 @@ class Journal:
         self._file.flush()
 
     def _load(self) -> None:
-        reader = LineReader(self.path)
-        lines = reader.read()
-        self.dropped_bytes = os.path.getsize(self.path) - reader.offset
+        lines, intact = read_lines(self.path)
+        self.dropped_bytes = os.path.getsize(self.path) - intact
         if self.dropped_bytes:
-            os.truncate(self.path, reader.offset)
+            os.truncate(self.path, intact)
         if not lines:
             self._write({"format": FORMAT, "regime": self.regime})  # synchronised with the first sample
             return

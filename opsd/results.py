@@ -1,7 +1,8 @@
 """The result file of one evaluation: per-sample records first, aggregates as functions of them.
 
-The keys are those of the authors' files (docs/evaluation.md lists them), so that files of earlier runs can be
-read, graded again and put into one table with new ones. A file is written whole or not at all.
+Keys and units are those of the authors' files (docs/evaluation.md lists them), so that files of earlier runs
+can be read, graded again and put into one table with new ones. `schema_version` is this project's addition:
+the authors' files have none. A file is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import ArtefactError, UsageError
+from opsd.errors import ArtefactError, printable
 from opsd.files import atomic_write_text
 from opsd.grading import NO_ANSWER, ProblemGrade
 
+# 2 has the authors' units. This project's first files state no version, hold shares under the same keys, and
+# are the only ones without a version that hold FIRST_FILES_KEY.
+SCHEMA_VERSION = 2
+FIRST_FILES_KEY = "truncation_share"
 # What must be equal for two results to be the same run. Fields that a file of an earlier run lacks are not
 # compared (see `regime_differences`).
 REGIME_FIELDS = (
@@ -38,22 +42,36 @@ REGIME_FIELDS = (
     "seed",
     "num_problems",
 )
-# Fields of a regime that every result has, those of earlier runs included (`seed` may be null or absent).
-REQUIRED_FIELDS = (
-    "base_model",
-    "dataset",
-    "temperature",
-    "top_p",
-    "max_new_tokens",
-    "val_n",
-    "num_problems",
-    "results",
-)
+_WHOLE, _NUMBER = (int,), (int, float)
+# Types of the keys that every result has, those of earlier runs included.
+REQUIRED_FIELDS: dict[str, tuple[type, ...]] = {
+    "base_model": (str,),
+    "dataset": (str,),
+    "temperature": _NUMBER,
+    "top_p": _NUMBER,
+    "max_new_tokens": _WHOLE,
+    "val_n": _WHOLE,
+    "num_problems": _WHOLE,
+    "results": (list,),
+}
+# Types of the keys that may be absent or null.
+OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {
+    "schema_version": _WHOLE,
+    "seed": _WHOLE,
+    "enable_thinking": (bool,),
+    "top_k": _NUMBER,
+    "min_p": _NUMBER,
+    "presence_penalty": _NUMBER,
+    "model_identity": (str,),
+    "dataset_fingerprint": (str,),
+    "prompt_style": (str,),
+    "grading": (dict,),
+    "training_run": (dict,),
+    "truncation_share": _NUMBER,
+}
 GROUND_TRUTH_KEYS = ("ground_truth", "answer", "gt_answer")
 # 500 problems x 12 samples x 38,912 tokens are below 1 GB of text.
 MAX_RESULT_BYTES = 4 * 2**30
-LENGTH_TAG = "38k"
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 # -- building ------------------------------------------------------------------------------------------------
@@ -100,41 +118,36 @@ def problem_record(
 
 
 def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The top-level figures of `results`.
+    """Return the top-level figures of `results`.
 
-    `pass_at_n`, `average_at_n`, `majority_vote_at_n`, `format_rate` and `truncation_share` are shares in
-    [0, 1]; the `_pct` keys are the same in percent. Avg@n is the share of correct samples, Pass@n the share
-    of problems with one, Maj@n the share of problems whose vote is correct.
+    `pass_at_n` and `majority_vote_at_n` count problems, `average_at_n` and `formatted_count` samples; the
+    `_pct` keys and `format_rate` are percent, `truncation_share` is a share in [0, 1].
     """
     generations = [generation for record in results for generation in record["generations"]]
     problems, samples = len(results), len(generations)
-
-    def share(count: int, total: int) -> float:
-        return count / total if total else 0.0
-
-    passed = share(sum(bool(record["pass_at_n"]) for record in results), problems)
-    average = share(sum(bool(generation["correct"]) for generation in generations), samples)
-    majority = share(sum(bool(record["majority_vote_correct"]) for record in results), problems)
+    passed = sum(any(g["correct"] for g in record["generations"]) for record in results)
+    correct = sum(generation["correct"] for generation in generations)
+    majority = sum(bool(record.get("majority_vote_correct")) for record in results)
     formatted = sum(predicted_answer(generation) is not None for generation in generations)
     return {
         "num_problems": problems,
         "total_solutions": samples,
         "pass_at_n": passed,
-        "pass_at_n_pct": 100 * passed,
-        "average_at_n": average,
-        "average_at_n_pct": 100 * average,
+        "pass_at_n_pct": 100 * passed / max(problems, 1),
+        "average_at_n": correct,
+        "average_at_n_pct": 100 * correct / max(samples, 1),
         "majority_vote_at_n": majority,
-        "majority_vote_at_n_pct": 100 * majority,
+        "majority_vote_at_n_pct": 100 * majority / max(problems, 1),
         "formatted_count": formatted,
-        "format_rate": share(formatted, samples),
-        "truncation_share": share(sum(bool(g.get("truncated")) for g in generations), samples),
+        "format_rate": 100 * formatted / max(samples, 1),
+        "truncation_share": sum(bool(g.get("truncated")) for g in generations) / max(samples, 1),
     }
 
 
 def build_result(
     *, regime: Mapping[str, Any], results: Sequence[Mapping[str, Any]], **extra: Any
 ) -> dict[str, Any]:
-    """The whole result: regime, aggregates, then `extra` (versions, engine, grading, identity), then records.
+    """Return the whole result: regime, aggregates, `extra` (versions, engine, grading), records.
 
     Args:
         regime: a value for every field of REGIME_FIELDS but num_problems, which is counted.
@@ -149,27 +162,21 @@ def build_result(
         raise ValueError(f"regime has {sorted(regime)}, needs {sorted(expected)}")
     figures = aggregate(results)
     head = {name: regime[name] for name in REGIME_FIELDS if name in expected} | figures
-    if hidden := sorted({*head, "results", "date"} & set(extra)):
+    if hidden := sorted({*head, "schema_version", "results", "date"} & set(extra)):
         raise ValueError(f"extra keys hide the schema's: {hidden}")
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**head, "date": date, **extra, "results": list(results)}
+    return {"schema_version": SCHEMA_VERSION, **head, "date": date, **extra, "results": list(results)}
 
 
 def write_result(path: Path | str, result: Mapping[str, Any]) -> None:
     """Write `result` whole. NaN and infinities raise ValueError."""
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-    if not _encodable(text):
-        # A lone surrogate has no UTF-8 form; as an escape it survives.
-        text = json.dumps(result, indent=2, ensure_ascii=True, allow_nan=False)
-    atomic_write_text(path, text + "\n")
-
-
-def _encodable(text: str) -> bool:
     try:
-        text.encode("utf-8")
+        text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        # A lone surrogate has no UTF-8 form; as an escape it survives.
+        text = json.dumps(result, indent=2, allow_nan=False)
+    atomic_write_text(path, text + "\n")
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -177,6 +184,8 @@ def _encodable(text: str) -> bool:
 
 def load_result(path: Path | str) -> dict[str, Any]:
     """Read and check a result file of this project or of the authors' release.
+
+    Counts and percentages have the units of `aggregate` whichever schema the file has.
 
     Raises:
         ArtefactError: it is missing, over MAX_RESULT_BYTES, torn, not strict JSON, or not a result file.
@@ -187,15 +196,10 @@ def load_result(path: Path | str) -> dict[str, Any]:
         raise ArtefactError(f"{path} is not a result file: its top level is not an object")
     if missing := [name for name in REQUIRED_FIELDS if name not in result]:
         raise ArtefactError(f"{path} is not a result file: it lacks {', '.join(missing)}")
-    records = result["results"]
-    if not isinstance(records, list) or len(records) != result["num_problems"]:
-        raise ArtefactError(
-            f"{path} is damaged: num_problems is {result['num_problems']!r}, but `results` holds "
-            f"{len(records) if isinstance(records, list) else type(records).__name__}"
-        )
-    for index, record in enumerate(records):
-        if problem := _fault(record):
-            raise ArtefactError(f"{path} is damaged: entry {index} of `results` {problem}")
+    if fault := _fault(result):
+        raise ArtefactError(f"{path} is damaged: {fault}; move it away and evaluate again")
+    if result.get("schema_version") is None and FIRST_FILES_KEY in result:
+        _convert_shares(result)
     return result
 
 
@@ -203,27 +207,55 @@ def _strict_json(path: Path) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a JSON value")
 
+    def finite(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else refuse(printable(text, 40))
+
     try:
         size = path.stat().st_size
         if size > MAX_RESULT_BYTES:
             raise ArtefactError(
                 f"{path} has {size:,} bytes; result files are read up to {MAX_RESULT_BYTES:,}"
             )
-        return json.loads(path.read_bytes(), parse_constant=refuse)
+        return json.loads(path.read_bytes(), parse_constant=refuse, parse_float=finite)
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged: {error}; move it away and evaluate again") from error
 
 
-def _fault(record: Any) -> str | None:
-    """What is wrong with one entry of `results`, if anything."""
+def _fault(result: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with a result, if anything."""
+    for name, types in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items():
+        value = result.get(name)
+        if value is None and name in OPTIONAL_FIELDS:
+            continue
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            return f"{name} is {printable(value, 60)!r}, but must be of type {types[-1].__name__}"
+    if (version := result.get("schema_version")) not in (None, SCHEMA_VERSION):
+        return f"schema_version is {version}, but {SCHEMA_VERSION} is the newest that this checkout reads"
+    killed = (result.get("grading") or {}).get("killed", 0)
+    if not isinstance(killed, int):
+        return f"grading.killed is {printable(killed, 60)!r}, but must be a count"
+    records, val_n = result["results"], result["val_n"]
+    if not records or len(records) != result["num_problems"]:
+        return f"num_problems is {result['num_problems']}, but `results` holds {len(records)}"
+    faults = (_record_fault(record, val_n) for record in records)
+    return next((f"entry {index} of `results` {fault}" for index, fault in enumerate(faults) if fault), None)
+
+
+def _record_fault(record: Any, val_n: int) -> str | None:
+    """Say what is wrong with one entry of `results`, if anything."""
     if not isinstance(record, dict) or not isinstance(record.get("generations"), list):
         return "has no list of generations"
+    if val_n < 1 or len(record["generations"]) != val_n:
+        problem = printable(record.get("problem_id"), 60)
+        return f"(problem {problem}) has {len(record['generations'])} of {val_n} generations"
     try:
         ground_truth(record)
     except KeyError:
-        return f"has no answer as text under {', '.join(GROUND_TRUTH_KEYS)}"
+        return f"has no answer as text or number under {', '.join(GROUND_TRUTH_KEYS)}"
+    if not isinstance(record.get("majority_vote_correct", False), (bool, type(None))):
+        return "has a `majority_vote_correct` that is not true or false"
     for generation in record["generations"]:
         if not isinstance(generation, dict) or not isinstance(
             generation.get("predicted_answer"), (str, type(None))
@@ -234,13 +266,24 @@ def _fault(record: Any) -> str | None:
     return None
 
 
+def _convert_shares(result: dict[str, Any]) -> None:
+    """Give one of this project's first files, in place, the units that `aggregate` has now."""
+    counts = aggregate(result["results"])
+    changed = ("pass_at_n", "average_at_n", "majority_vote_at_n", "format_rate")
+    result.update({name: counts[name] for name in changed if name in result})
+    before = result.get("majority_vote_before_recompute")
+    if isinstance(before, dict) and isinstance(before.get("majority_vote_at_n"), (int, float)):
+        before["majority_vote_at_n"] = round(before["majority_vote_at_n"] * len(result["results"]))
+    result["schema_version"] = SCHEMA_VERSION
+
+
 def ground_truth(record: Mapping[str, Any]) -> str:
-    """The gold answer of one entry of `results`, under whichever of GROUND_TRUTH_KEYS it stands."""
+    """Return the gold answer of one entry as text, `27.0` for the number 27.0; KeyError without one."""
     for key in GROUND_TRUTH_KEYS:
         value = record.get(key)
         if isinstance(value, str):
             return value
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
     raise KeyError("ground_truth")
 
@@ -253,51 +296,26 @@ def predicted_answer(generation: Mapping[str, Any]) -> str | None:
     return answer
 
 
-# -- names and regimes ---------------------------------------------------------------------------------------
-
-
-def result_path(
-    method_name: str, dataset: str, seed: int | None = None, *, folder: Path | str = "eval_results"
-) -> Path:
-    """Where the result of one cell lies: `<method_name>[_<dataset>]_38k[_seed<N>].json`.
-
-    math500 does not stand in the name. Raises UsageError for a name that is not a plain file name.
-    """
-    for name in (method_name, dataset):
-        if not _RUN_NAME.fullmatch(name):
-            raise UsageError(f"{name!r} cannot be part of a file name; use letters, digits, '.', '_' and '-'")
-    if seed is not None and seed < 0:
-        raise UsageError(f"the seed must be at least 0, not {seed}")
-    middle = "" if dataset == "math500" else f"_{dataset}"
-    suffix = "" if seed is None else f"_seed{seed}"
-    return Path(folder) / f"{method_name}{middle}_{LENGTH_TAG}{suffix}.json"
-
-
-def method_name_of(path: Path | str, dataset: str) -> str | None:
-    """The `<method_name>` in the name of a result file of `dataset`; None when the name has another form."""
-    match = re.fullmatch(rf"(.+)_{LENGTH_TAG}(?:_seed\d+)?\.json", Path(path).name)
-    if match is None:
-        return None
-    return match[1] if dataset == "math500" else match[1].removesuffix(f"_{dataset}")
-
-
-def regime_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of REGIME_FIELDS that `result` states."""
-    return {name: result[name] for name in REGIME_FIELDS if name in result}
+# -- regimes -------------------------------------------------------------------------------------------------
 
 
 def regime_differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], *, ignore: Sequence[str] = ()
 ) -> list[str]:
-    """A line `field: ours != theirs` for every regime field that differs.
+    """Return a line `field: ours != theirs` for every regime field that differs.
 
     Both may be whole results or regimes. A field that only one of them states is passed over, because files
-    of earlier runs lack some; but a seed that is absent is no seed. Numbers are compared as numbers; -1 and 0
-    both mean that top_k is off.
+    of earlier runs lack some; but a seed that is absent is no seed. Where both state `model_identity`, the
+    path of the model does not matter. Numbers are compared as numbers; -1 and 0 both mean that top_k is off.
     """
     differences = []
+    identified = None not in (ours.get("model_identity"), theirs.get("model_identity"))
     for name in REGIME_FIELDS:
-        if name in ignore or (name != "seed" and (name not in ours or name not in theirs)):
+        if (
+            name in ignore
+            or (name == "base_model" and identified)
+            or (name != "seed" and (name not in ours or name not in theirs))
+        ):
             continue
         a, b = ours.get(name), theirs.get(name)
         if _canonical(name, a) != _canonical(name, b):

@@ -1,8 +1,7 @@
 """From result files to the cells of the paper's table: runs, seed statistics, bootstrap intervals.
 
 A cell is one model, method and benchmark; its runs differ in the evaluation seed and, for a study, in the
-training seed (`_t<N>` at the end of the run's name) and in nothing else. What differs otherwise is refused,
-and so is a table whose rows or columns were sampled in different regimes.
+training seed (`_t<N>` at the end of the run's name) and in nothing else. A table holds one sampling regime.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ import numpy as np
 
 from opsd.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.errors import ArtefactError
-from opsd.results import LENGTH_TAG, load_result, method_name_of, regime_differences, regime_of
+from opsd.result_names import parse_name
+from opsd.results import load_result, regime_differences
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 METHODS = ("opsd", "eopd", "reopold", "pwopsd")
@@ -49,17 +49,22 @@ class Run:
     """One result file.
 
     Attributes:
-        shares: by metric, one value in [0, 1] for each problem; no entry where the file lacks the metric.
+        name: the `<method_name>` of the file's name.
         training_seed: from `_t<N>` in the run's name, None without.
+        first: the number behind `_first`, None in the name of a whole benchmark's result.
+        facts: all top-level keys but `results`, `dataset` by this project's name.
+        shares: by metric, one value in [0, 1] for each problem; no entry where the file lacks the metric.
     """
 
     path: Path
+    name: str
     model: str
     method: str
     training_seed: int | None
+    first: int | None
     dataset: str
     seed: int | None
-    regime: dict[str, Any]
+    facts: dict[str, Any]
     shares: dict[str, np.ndarray]
 
     def percent(self, metric: str) -> float:
@@ -83,12 +88,11 @@ def load_run(path: Path) -> Run:
     """
     result = load_result(path)
     dataset = _HUB_NAMES.get(result["dataset"], result["dataset"])
-    method_name = method_name_of(path, dataset)
-    if method_name is None:
-        raise ArtefactError(f"{path} is not named <method_name>[_<dataset>]_{LENGTH_TAG}[_seed<N>].json")
-    records = result["results"]
-    if not records or not all(record["generations"] for record in records):
-        raise ArtefactError(f"{path} holds no problem, or a problem without samples")
+    parsed = parse_name(path, dataset)
+    if parsed is None:
+        raise ArtefactError(f"{path} is not named <method_name>[_<dataset>]_<length>[_seed<N>].json")
+    name, first = parsed
+    records = result.pop("results")
     correct = [[generation["correct"] for generation in record["generations"]] for record in records]
     shares = {
         "average": np.array([sum(row) / len(row) for row in correct]),
@@ -97,10 +101,9 @@ def load_run(path: Path) -> Run:
     votes = [record.get("majority_vote_correct") for record in records]
     if all(isinstance(vote, bool) for vote in votes):
         shares["majority"] = np.array([float(vote) for vote in votes])
-    seed = result.get("seed")
-    model, method, training_seed = split_name(method_name)
-    regime = regime_of(result) | {"dataset": dataset}
-    return Run(path, model, method, training_seed, dataset, seed, regime, shares)
+    model, method, training_seed = split_name(name)
+    facts = result | {"dataset": dataset}
+    return Run(path, name, model, method, training_seed, first, dataset, result.get("seed"), facts, shares)
 
 
 @dataclass(frozen=True)
@@ -158,15 +161,15 @@ class Cell:
         return 100 * per_problem[draw].mean(axis=1)
 
 
-def _refuse_different(runs: Sequence[Run], *, ignore: Sequence[str], why: str = "averaged") -> None:
-    """Raises ArtefactError when two runs that would be averaged (or compared) have different regimes."""
+def _refuse_different(runs: Sequence[Run], *, ignore: Sequence[str]) -> None:
+    """Raise ArtefactError when two runs that would be averaged have different regimes."""
     for run in runs[1:]:
         # A seed that is absent is compared like any other, so it is left out by name.
-        differences = regime_differences(runs[0].regime, run.regime, ignore=ignore)
+        differences = regime_differences(runs[0].facts, run.facts, ignore=ignore)
         if differences:
             raise ArtefactError(
-                f"{runs[0].path} and {run.path} are not {why}, their regimes differ: "
-                f"{'; '.join(differences)}; give a PATTERN that leaves one of them out"
+                f"{runs[0].path} and {run.path} are not averaged, their regimes differ: "
+                f"{'; '.join(differences)}"
             )
 
 
@@ -174,11 +177,11 @@ class Row:
     """One model and method: a cell for each benchmark that has one.
 
     Runs with a training seed in their name and runs without one are different rows: which seed the latter had
-    is not known here, and it may be one of the former.
+    is not known here, and it may be one of the former. So are runs of a benchmark's `first` problems.
     """
 
-    def __init__(self, model: str, method: str, runs: Sequence[Run]) -> None:
-        self.model, self.method = model, method
+    def __init__(self, model: str, method: str, runs: Sequence[Run], *, first: int | None = None) -> None:
+        self.model, self.method, self.first = model, method, first
         datasets = dict.fromkeys(run.dataset for run in runs)
         self.cells = {name: Cell([run for run in runs if run.dataset == name]) for name in datasets}
 
@@ -224,37 +227,64 @@ class Table:
         return [run for row in self.rows for cell in row.cells.values() for run in cell.runs]
 
 
-def build_tables(runs: Sequence[Run]) -> list[Table]:
-    """One table for each model.
+def build_tables(runs: Sequence[Run], on_skip: Callable[[str], None]) -> list[Table]:
+    """Return one table for each model and sampling regime.
 
     One that holds a benchmark of the paper has a column for each of its four and, for a model that the
-    launchers know, a row for each method, even without a result. Any other holds what there is.
-
-    Raises:
-        ArtefactError: runs that would be averaged, or stand in one table, were sampled in different regimes.
+    launchers know, a row for each method, even without a result. Any other holds what there is. A cell whose
+    runs are no repetitions of one another (other weights, other problems, one run twice) is left out, with a
+    message to `on_skip`.
     """
-    tables = []
-    for model in dict.fromkeys(run.model for run in runs):
-        ours = [run for run in runs if run.model == model]
-        datasets = sorted({run.dataset for run in ours}, key=_benchmark_order)
-        of_the_paper = bool(set(datasets) & set(PAPER_BENCHMARKS))
-        averaged = PAPER_BENCHMARKS if of_the_paper else tuple(datasets)
-        columns = (*averaged, *(name for name in datasets if name not in averaged))
-        expected = METHODS if of_the_paper and model in model_tags() else ()
-        names = [(method, False) for method in expected]
-        names += sorted({(run.method, run.training_seed is not None) for run in ours} - set(names))
-        names.sort(key=lambda name: _method_order(name[0]))
-        rows = [Row(model, method, _select(ours, method, seeded)) for method, seeded in names]
+    groups: list[list[Run]] = []
+    ignored = ("seed", *OF_THE_BENCHMARK, *OF_THE_MODEL)
+    models = list(dict.fromkeys(run.model for run in runs))
+    for run in sorted(runs, key=lambda run: models.index(run.model)):
+        for group in groups:
+            different = (regime_differences(other.facts, run.facts, ignore=ignored) for other in group)
+            if group[0].model == run.model and not any(different):
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    sound = [_repetitions(group, on_skip) for group in groups]
+    return [_table(group[0].model, group) for group in sound if group]
+
+
+def _repetitions(runs: Sequence[Run], on_skip: Callable[[str], None]) -> list[Run]:
+    """Return the runs of the cells that `Cell` accepts; its complaint about any other goes to `on_skip`."""
+    cells: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        key = (run.method, run.training_seed is None, run.first, run.dataset)
+        cells.setdefault(key, []).append(run)
+    sound = []
+    for cell in cells.values():
+        try:
+            sound += Cell(cell).runs
+        except ArtefactError as error:
+            on_skip(f"{error}; the cell is left out")
+    return sound
+
+
+def _table(model: str, runs: list[Run]) -> Table:
+    datasets = sorted({run.dataset for run in runs}, key=_benchmark_order)
+    of_the_paper = bool(set(datasets) & set(PAPER_BENCHMARKS))
+    averaged = PAPER_BENCHMARKS if of_the_paper else tuple(datasets)
+    columns = (*averaged, *(name for name in datasets if name not in averaged))
+    rows: dict[tuple[str, bool, int | None], list[Run]] = {}
+    for run in runs:
+        rows.setdefault((run.method, run.training_seed is not None, run.first), []).append(run)
+    if of_the_paper and model in model_tags():
         # A method whose runs all name their training seed needs no empty row beside it.
-        rows = [row for row in rows if row.cells or not any(row.method == run.method for run in ours)]
-        _refuse_different(ours, ignore=("seed", *OF_THE_BENCHMARK, *OF_THE_MODEL), why="put into one table")
-        averaged = averaged if len(averaged) > 1 else ()
-        tables.append(Table(model, columns, averaged, rows, int(ours[0].regime["val_n"])))
-    return tables
-
-
-def _select(runs: Sequence[Run], method: str, seeded: bool) -> list[Run]:
-    return [run for run in runs if run.method == method and (run.training_seed is not None) == seeded]
+        there = {method for method, *_ in rows}
+        rows |= {(method, False, None): [] for method in METHODS if method not in there}
+    order = sorted(rows, key=lambda key: (*_method_order(key[0]), key[1], key[2] or 0))
+    return Table(
+        model,
+        columns,
+        averaged if len(averaged) > 1 else (),
+        [Row(model, key[0], rows[key], first=key[2]) for key in order],
+        int(runs[0].facts["val_n"]),
+    )
 
 
 def _benchmark_order(name: str) -> tuple[int, str]:
@@ -279,6 +309,7 @@ def row_title(row: Row) -> str:
     """`PW-OPSD`, its variant and training seeds behind it: `PW-OPSD (flat, 3 training seeds)`."""
     stem = method_stem(row.method)
     notes = [row.method.removeprefix(stem).strip("_").replace("_", " ")] if row.method != stem else []
+    notes += [f"first {row.first} problems"] if row.first else []
     seeds = row.training_seeds
     if seeds:
         notes.append(f"{len(seeds)} training seeds" if len(seeds) > 1 else f"training seed {seeds[0]}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from opsd.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
-from opsd.eval_config import EvalConfig
-from opsd.summary import Table
+from opsd.summary import Row, Table
+from opsd.summary_notes import unlike_paper
 
 # Evaluation seeds of the paper's table in launchers/reproduce_paper.sh.
 PAPER_SEEDS = (1, 2, 3)
@@ -15,7 +16,7 @@ SMALL_MAX_NEW_TOKENS = 160
 
 
 def missing_commands(table: Table, seeds: Sequence[int] | None = None) -> list[str]:
-    """The commands that would fill what is missing in `table`.
+    """Return the commands that would fill what is missing in `table`, quoted for a shell.
 
     Args:
         seeds: the evaluation seeds that each cell should have. None takes the paper's for a table with its
@@ -33,26 +34,37 @@ def missing_commands(table: Table, seeds: Sequence[int] | None = None) -> list[s
                 present = {run.seed for run in runs if run.training_seed == training_seed}
                 suffix = "" if training_seed is None else f"_t{training_seed}"
                 name = _run_name(table.model, row.method) + suffix
-                command = f"{_settings(table, dataset)}bash launchers/run_eval.sh {name} {dataset} {parallel}"
-                commands += [f"{command} {seed}" for seed in seeds if seed not in present]
+                environment, flags = _settings(table, row, dataset)
+                words = ["bash", "launchers/run_eval.sh", name, dataset, str(parallel)]
+                commands += [
+                    " ".join([*environment, shlex.join([*words, str(seed), *flags])])
+                    for seed in seeds
+                    if seed not in present
+                ]
     return commands
 
 
-def _settings(table: Table, dataset: str) -> str:
-    """Settings of run_eval.sh that make a new run one of the table's regime, where its defaults do not."""
-    regime = table.runs[0].regime
-    max_new_tokens = SMALL_MAX_NEW_TOKENS if table.model == "small" else EvalConfig.max_new_tokens
-    settings = {}
-    if regime["val_n"] != EvalConfig.val_n:
-        settings["VAL_N"] = regime["val_n"]
-    if regime["max_new_tokens"] != max_new_tokens:
-        settings["MAX_NEW_TOKENS"] = regime["max_new_tokens"]
-    sizes = {run.regime["num_problems"] for run in table.runs if run.dataset == dataset}
-    if dataset in BENCHMARKS and len(sizes) == 1 and sizes != {BENCHMARKS[dataset].size}:
-        settings["NUM_SAMPLES"] = sizes.pop()
+def _settings(table: Table, row: Row, dataset: str) -> tuple[list[str], list[str]]:
+    """Return variables and flags of run_eval.sh that give a new run the table's regime."""
+    facts = table.runs[0].facts
+    different = unlike_paper(facts)
+    if table.model == "small":
+        different["max_new_tokens"] = facts["max_new_tokens"]
+        if facts["max_new_tokens"] == SMALL_MAX_NEW_TOKENS:
+            del different["max_new_tokens"]
+    variables = {
+        name.upper(): different.pop(name) for name in ("val_n", "max_new_tokens") if name in different
+    }
+    sizes = {
+        run.facts["num_problems"] for run in table.runs if (run.dataset, run.first) == (dataset, row.first)
+    }
+    if row.first or (dataset in BENCHMARKS and len(sizes) == 1 and sizes != {BENCHMARKS[dataset].size}):
+        variables["NUM_SAMPLES"] = row.first or sizes.pop()
     if dataset not in BENCHMARKS:
-        settings["DATASET_PATH"] = "FILE"
-    return "".join(f"{name}={value} " for name, value in settings.items())
+        variables["DATASET_PATH"] = "FILE"
+    flags = ["--no_thinking"] if different.pop("enable_thinking", True) is False else []
+    flags += [word for name, value in different.items() for word in (f"--{name}", str(value))]
+    return [f"{name}={value}" for name, value in variables.items()], ["--", *flags] if flags else []
 
 
 def _run_name(model: str, method: str) -> str:

@@ -41,7 +41,9 @@ def draw(tables: Sequence[Table], numbers: Mapping[str, Any], path: Path) -> Non
             axis.tick_params(labelleft=axis is line[0])
         for spare in line[len(panels) :]:
             spare.set_axis_off()
-        line[0].set_ylabel(plots.plain(table.model), fontsize=9)
+        facts = table.runs[0].facts
+        regime = f"temperature {facts['temperature']:g},\n{facts['max_new_tokens']:,} tokens"
+        line[0].set_ylabel(f"{plots.plain(table.model)}\n{regime}", fontsize=7)
     figure.legend(handles=_legend(with_paper), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     plots.save(figure, path)
 

@@ -44,7 +44,7 @@ def table(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
                     f"{result[key]:.1f} %"
                     for key in ("average_at_n_pct", "pass_at_n_pct", "majority_vote_at_n_pct")
                 ),
-                f"{100 * result['format_rate']:.1f} %",
+                f"{result['format_rate']:.1f} %",
                 f"{100 * result['truncation_share']:.1f} %",
                 f"{result['mean_completion_tokens']:.0f}",
             )
@@ -69,14 +69,14 @@ def table(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison. UsageError where the files are of different benchmarks or sampling."""
     from opsd.errors import UsageError
-    from opsd.results import load_result, regime_differences, regime_of
+    from opsd.results import load_result, regime_differences
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
     parser.add_argument("base", type=Path)
     parser.add_argument("trained", type=Path)
     arguments = parser.parse_args(argv)
     base, trained = load_result(arguments.base), load_result(arguments.trained)
-    different = regime_differences(regime_of(base), regime_of(trained), ignore=OF_THE_MODEL)
+    different = regime_differences(base, trained, ignore=OF_THE_MODEL)
     if different:
         raise UsageError(f"the two files cannot be compared: {'; '.join(different)}")
     print(table(base, trained))

@@ -42,7 +42,9 @@ LONG_SEED = 42
 HIGHEST_RATE = 1e-4
 KEPT_METRICS = ("loss/divergence", "student/entropy", "teacher/entropy", "rollout/completion_tokens")
 _RUN = re.compile(r"small_(?P<cell>[a-z_]+?)(?:_lr(?P<rate>[0-9.e-]+)|_t(?P<seed>\d+))?")
-_RESULT = re.compile(r"(?P<run>.+?)_(?P<benchmark>small|small_hard)_38k_seed(?P<seed>\d+)\.json")
+_RESULT = re.compile(
+    r"(?P<run>.+?)_(?P<benchmark>small|small_hard)_(?:38k|160)(?:_first\d+)?_seed(?P<seed>\d+)\.json"
+)
 
 
 def output_root() -> Path:
@@ -134,9 +136,7 @@ def result_record(path: Path) -> dict[str, Any] | None:
         "val_n": result["val_n"],
         "model_identity": result["model_identity"],
         "adapter_step": training.get("adapter_step"),
-        **{
-            name: round(100 * result[name], 4) for name in ("average_at_n", "pass_at_n", "majority_vote_at_n")
-        },
+        **{name: round(result[f"{name}_pct"], 4) for name in METRICS},
         "truncated": round(100 * result["truncation_share"], 4),
         "tokens": round(result["mean_completion_tokens"], 2),
         "num_correct": [record["num_correct"] for record in result["results"]],
@@ -176,10 +176,15 @@ def chosen_rate(scores: dict[float, float]) -> float:
 
 
 def collect() -> int:
-    """Write both record files."""
+    """Write both record files. ArtefactError where one evaluation has two result files."""
+    from opsd.errors import ArtefactError
+
     training = training_records()
-    results = [result_record(path) for path in sorted(eval_root().glob("small_*_38k_seed*.json"))]
+    results = [result_record(path) for path in sorted(eval_root().glob("small_*_seed*.json"))]
     results = [record for record in results if record is not None]
+    keys = [(record["run"], record["benchmark"], record["seed"]) for record in results]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ArtefactError(f"{eval_root()} holds two results of {twice[0]}; move one of them away")
     write_records("training.jsonl", training)
     write_records("results.jsonl", results)
     print(f"{RECORDS}: {len(training)} runs, {len(results)} evaluations")

@@ -39,10 +39,10 @@ def test_every_setting_has_a_flag_and_every_flag_a_setting():
 def test_flags_reach_the_settings():
     config = parsed(
         *("--adapter", "a", "--num_samples", "5", "--engine", "vllm", "--tensor_parallel_size", "2"),
-        *("--data_parallel_size", "4", "--top_k", "-1", "--no_thinking", "--dataset_path", "d.jsonl"),
+        *("--top_k", "-1", "--no_thinking", "--dataset_path", "d.jsonl"),
     )
     assert (config.adapter, config.num_samples, config.dataset_path) == ("a", 5, "d.jsonl")
-    assert (config.tensor_parallel_size, config.data_parallel_size) == (2, 4)
+    assert config.tensor_parallel_size == 2
     # vLLM's and the authors' spelling of "off".
     assert (config.top_k, config.enable_thinking) == (0, False)
     assert parse_config(NEEDED)[1] is False
@@ -66,13 +66,15 @@ def test_flags_reach_the_settings():
         (["--max_new_tokens", "0"], "max_new_tokens"),
         (["--max_model_len", "0"], "--max_model_len is 0"),
         (["--tensor_parallel_size", "0"], "--tensor_parallel_size is 0"),
-        (["--data_parallel_size", "0"], "--data_parallel_size is 0"),
+        (["--data_parallel_size", "2"], "unrecognized arguments: --data_parallel_size"),
         (["--gpu_memory_utilization", "0"], "--gpu_memory_utilization is 0"),
         (["--gpu_memory_utilization", "1.1"], "--gpu_memory_utilization is 1.1"),
         (["--time_limit", "0"], "--time_limit is 0"),
+        (["--time_limit", "inf"], "--time_limit is inf"),
+        (["--time_limit", "nan"], "--time_limit is nan"),
         (["--grading_workers", "0"], "--grading_workers is 0"),
         (["--engine", "tgi"], "--engine is 'tgi'"),
-        (["--engine", "hf", "--tensor_parallel_size", "2"], "--tensor_parallel_size needs --engine vllm"),
+        (["--engine", "hf", "--tensor_parallel_size", "2"], "--tensor_parallel_size is 2, but --engine hf"),
         (["--output", "r.txt"], "must end in .json"),
         (["--temp", "1"], "--temp"),
         (["--unknown"], "--unknown"),

@@ -1,4 +1,4 @@
-"""evaluate_math --engine vllm on the real engine: its figures, kills, copies, adapters, and its death."""
+"""evaluate_math --engine vllm on the real engine: its figures, kills, adapters, and its death."""
 
 from __future__ import annotations
 
@@ -112,15 +112,6 @@ def test_two_tensor_parallel_workers_give_the_texts_of_one(
     done = subprocess.run(command_of(config), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert load_result(config.output)["results"] == reference["results"]
-
-
-@pytest.mark.slow
-def test_two_copies_give_the_result_of_one_process(
-    world: Path, tmp_path: Path, reference: dict[str, Any]
-) -> None:
-    result = result_of(world, tmp_path / "out" / "r.json", data_parallel_size=2)
-    assert without_timing(result) == without_timing(reference)
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["r.json"]
 
 
 def test_an_engine_that_dies_loses_nothing_that_was_finished(

