@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import ArtefactError, UsageError
+from opsd.errors import MALFORMED, ArtefactError, UsageError
 from opsd.grading import extract_boxed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -204,10 +204,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise ArtefactError(f"{path} is not a {', '.join(readers)} file")
     try:
         rows = readers[path.suffix.lower()](path)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, csv.Error, *MALFORMED) as error:
         raise ArtefactError(f"{path} is damaged: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ArtefactError(f"{path} holds something else than objects with columns")
+    for number, row in enumerate(rows):
+        try:
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ArtefactError(
+                f"row {number} of {path} is not text ({error}); repair its \\u escapes"
+            ) from error
     return rows
 
 

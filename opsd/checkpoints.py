@@ -55,6 +55,8 @@ def incompleteness(checkpoint: Path) -> str | None:
         return f"it has no {MARKER} marker: saving it was interrupted"
     except (ValueError, KeyError, TypeError):
         return f"its {MARKER} marker is damaged"
+    if not isinstance(sizes, dict) or not sizes.keys() >= set(REQUIRED):
+        return f"its {MARKER} marker is damaged"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd.base_files import first_line
-from opsd.errors import ArtefactError, UsageError, refuse_unasked_code
+from opsd.errors import MALFORMED, ArtefactError, UsageError, refuse_unasked_code
 from opsd.eval_config import MAX_MODEL_LEN, EvalConfig
 from opsd.manifest import SENTINEL_NAME, check_merged, weights_identity
 from opsd.provenance import file_sha256
@@ -54,7 +54,7 @@ def load_tokenizer(config: EvalConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ArtefactError(
             f"the tokenizer of {config.base_model!r} cannot be loaded: {first_line(error)}; "
             "put the tokenizer's files into the model's folder"
@@ -156,7 +156,7 @@ def _load_model_config(config: EvalConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(
             config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         refuse_unasked_code(config.base_model, error)
         where = "" if Path(config.base_model).is_dir() else "no folder has that name, and as a hub id "
         raise ArtefactError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd.errors import ArtefactError, UsageError, refuse_unasked_code
+from opsd.errors import MALFORMED, ArtefactError, UsageError, refuse_unasked_code
 from opsd.manifest import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def load_config(
     _check_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *MALFORMED) as error:
         refuse_unasked_code(name, error)
         raise ArtefactError(
             f"the configuration of {name!r} cannot be loaded ({_brief(error)}); {HUB_HINT}"
@@ -60,7 +60,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ArtefactError(
             f"the tokenizer of {name!r} cannot be loaded ({_brief(error)}); {HUB_HINT}"
         ) from error

@@ -14,14 +14,13 @@ import torch
 
 from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
 from opsd.checkpoints import NAME, remove_incomplete, resolve_resume
-from opsd.data import Problems, check_positions, check_rows, encode_problems
+from opsd.data import Problems, check_positions, encode_problems
 from opsd.errors import ArtefactError, UsageError
 from opsd.files import atomic_write_text, partial_name, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.manifest import read_manifest, run_manifest, write_manifest
 from opsd.models import load_causal_lm, load_config, load_tokenizer
 from opsd.objectives import METHODS, Hyperparameters
-from opsd.provenance import dataset_fingerprint
 from opsd.step_records import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.tables import load_table
 from opsd.vllm_setup import local_model, require_vllm
@@ -69,11 +68,11 @@ def train(
     load = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model_name_or_path, **load)
     tokenizer = load_tokenizer(options.model_name_or_path, **load)
-    rows, problems = _load_problems(training, rollout, options, tokenizer)
+    problems = _load_problems(training, rollout, options, tokenizer)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     check_positions(problems, max_completion_length=rollout.max_completion_length, positions=positions)
     _check_batches(problems, training)
-    manifest = _manifest(training, method, rollout, options, config, rows, problems)
+    manifest = _manifest(training, method, rollout, options, config, problems)
     _check_same_run(output_dir, manifest, resume)
     if resume is not None and int(NAME.fullmatch(resume.name)[1]) >= training.max_steps:
         logger.info("%s is already the last step of %d; nothing to train", resume, training.max_steps)
@@ -166,18 +165,20 @@ def _load_problems(
     rollout: RolloutArguments,
     options: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
-):
+) -> Problems:
+    import datasets
+
+    if training.disable_tqdm:
+        datasets.disable_progress_bars()
+    # The first rank of each machine encodes; the others find its file.
     with training.main_process_first(desc="loading the dataset"):
         rows = load_table(options.train_dataset, revision=options.dataset_revision)
-    check_rows(rows, options.train_dataset)
-    problems = encode_problems(
-        rows,
-        tokenizer,
-        source=options.train_dataset,
-        max_prompt_length=options.max_length - rollout.max_completion_length,
-        show_progress=training.process_index == 0 and not training.disable_tqdm,
-    )
-    return rows, problems
+        return encode_problems(
+            rows,
+            tokenizer,
+            source=options.train_dataset,
+            max_prompt_length=options.max_length - rollout.max_completion_length,
+        )
 
 
 def _check_batches(problems: Problems, training: TrainingArguments) -> None:
@@ -191,7 +192,7 @@ def _check_batches(problems: Problems, training: TrainingArguments) -> None:
         )
 
 
-def _manifest(training, method, rollout, options, config, rows, problems: Problems) -> dict:
+def _manifest(training, method, rollout, options, config, problems: Problems) -> dict:
     # The parallel layout has its own fields; the Trainer's derived ones say nothing about the experiment.
     arguments = {**training.to_sanitized_dict(), **vars(method), **vars(rollout), **vars(options)}
     return run_manifest(
@@ -202,7 +203,7 @@ def _manifest(training, method, rollout, options, config, rows, problems: Proble
         arguments=arguments,
         dataset=options.train_dataset,
         dataset_rows=len(problems),
-        dataset_sha256=dataset_fingerprint(rows),
+        dataset_sha256=problems.sha256,
         world_size=training.world_size,
         per_device_batch=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
@@ -279,7 +280,10 @@ def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftMod
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=list(options.lora_target_modules),
+        # PEFT's keyword works as a word alone; in a list it would be a module's name.
+        target_modules="all-linear"
+        if options.lora_target_modules == ["all-linear"]
+        else options.lora_target_modules,
         task_type="CAUSAL_LM",
         revision=options.model_revision,
     )

@@ -178,9 +178,9 @@ def started_differently(w: World) -> Path:
     given = train(w, learning_rate=0.001, train_dataset=w.rows(ROW, ROW))
     arguments, method, rollout, options = parse_arguments(given)
     tokenizer = load_tokenizer(options.model_name_or_path)
-    rows, problems = training._load_problems(arguments, rollout, options, tokenizer)
+    problems = training._load_problems(arguments, rollout, options, tokenizer)
     config = load_config(options.model_name_or_path)
-    manifest = training._manifest(arguments, method, rollout, options, config, rows, problems)
+    manifest = training._manifest(arguments, method, rollout, options, config, problems)
     return w.copy(w.run, lambda folder: write_manifest(folder, manifest))
 
 
