@@ -63,6 +63,8 @@ BENCHMARKS = {
         Benchmark(name="small_hard", local="testbed/data/heldout_hard.jsonl", size=256, remedy=_TESTBED),
     )
 }
+# In characters. To encode 50 million of them takes 19 GB and five minutes.
+LONGEST_PROBLEM = 1_000_000
 PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "hmmt25")
 
 
@@ -137,6 +139,11 @@ def _problem(index: int, fields: Mapping[str, Any], source: str) -> Problem:
     if not isinstance(text, str) or not text.strip():
         columns = ", ".join(map(str, fields))
         raise ArtefactError(f"row {index} of {source} has no text in column `problem` (columns: {columns})")
+    if len(text) > LONGEST_PROBLEM:
+        raise ArtefactError(
+            f"row {index} of {source} has a problem of {len(text)} characters, more than a model can read; "
+            f"give problems of at most {LONGEST_PROBLEM}"
+        )
     answer = answer_text(fields.get("answer"))
     if not answer and isinstance(fields.get("solution"), str):
         answer = extract_boxed(fields["solution"]) or ""
@@ -212,9 +219,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             json.dumps(row, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
-            raise ArtefactError(
-                f"row {number} of {path} is not text ({error}); repair its \\u escapes"
-            ) from error
+            raise ArtefactError(f"row {number} of {path} is not text ({error}); repair it") from error
     return rows
 
 

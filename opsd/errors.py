@@ -15,7 +15,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 
-# What a parser or a chat template raises on content that is not what it should be; depth gives RecursionError.
+# What a parser or a chat template raises on bad content; deep nesting gives a RecursionError.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # Refusals of the operating system that the user can mend, whatever was being written or read.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)

@@ -125,8 +125,8 @@ def _encode_as_text(tokenizer: PreTrainedTokenizerBase, message: str, rendered: 
     before, found, after = rendered.partition(message)
     if not found or message in after:
         raise ArtefactError(
-            f"the chat template of {tokenizer.name_or_path!r} changes or repeats a message with the text of a "
-            f"control token ({message[:80]!r}); remove the row"
+            f"the chat template of {tokenizer.name_or_path!r} does not insert a message as it is, but the "
+            f"message spells a control token ({message[:80]!r}); remove the row"
         )
     control, plain = _control_tokens(tokenizer)
     head, tail = control.split(before)[-1], control.split(after, maxsplit=1)[0]

@@ -276,14 +276,13 @@ def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftMod
         attn_implementation=options.attn_implementation,
     )
     set_seed(training.seed)  # the adapter's initial values are the seed's, whatever drew numbers before
+    targets = list(options.lora_target_modules)
     lora = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        # PEFT's keyword works as a word alone; in a list it would be a module's name.
-        target_modules="all-linear"
-        if options.lora_target_modules == ["all-linear"]
-        else options.lora_target_modules,
+        # PEFT's keyword all-linear is a word; in a list it would be the name of a module.
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
         revision=options.model_revision,
     )
