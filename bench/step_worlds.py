@@ -37,9 +37,9 @@ def spread(count: int, shortest: int, longest: int, seed: int = 0) -> list[int]:
 
 def problems_of(args, tokenizer, count: int):
     """The first `count` problems of the small world, or random ids with a spread of lengths."""
-    from datasets import load_dataset
+    from datasets import Dataset, load_dataset
 
-    from opsd.data import Example, Problems, encode_problems
+    from opsd.data import Problems, encode_problems
 
     if args.world == "small":
         rows = load_dataset("json", data_files=str(TESTBED / "data" / "train.jsonl"), split="train")
@@ -53,8 +53,9 @@ def problems_of(args, tokenizer, count: int):
     examples = []
     for index, solution in enumerate(spread(count, *args.solution_tokens)):
         problem = ids(generator.randint(30, 90) if not args.full else generator.randint(60, 240))
-        examples.append(Example(index, "", problem, problem + ids(solution)))
-    return Problems(examples)
+        teacher = problem + ids(solution)
+        examples.append({"index": index, "problem": "", "student_ids": problem, "teacher_ids": teacher})
+    return Problems(Dataset.from_list(examples))
 
 
 def adapted_model(args, options, training):

@@ -145,6 +145,7 @@ UNSUPPORTED = {
     "deepspeed": "the adapter run fits DistributedDataParallel",
     "fsdp": "the base weights must stay whole and untouched on every rank",
     "torch_compile": "generation and the two passes compile into different graphs each step",
+    "push_to_hub": "a run writes into --output_dir alone; upload the merged folder with `hf upload`",
     "full_determinism": "use --seed; rollouts have hashed seeds of their own",
     "auto_find_batch_size": "the effective batch is part of the experiment",
     "save_only_model": "a run without the optimizer's state cannot be resumed exactly",
@@ -222,6 +223,7 @@ def _check_trainer(values: dict) -> None:
 
 def _training_arguments(values: dict):
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     values["remove_unused_columns"] = False
     values["dataloader_drop_last"] = True
@@ -235,6 +237,12 @@ def _training_arguments(values: dict):
     if not values.get("run_name"):
         values["run_name"] = os.path.basename(os.path.normpath(values["output_dir"]))
     try:
-        return TrainingArguments(**values)
+        arguments = TrainingArguments(**values)
     except (ValueError, ImportError) as error:
         raise UsageError(f"the Trainer refuses its flags: {error}") from error
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UsageError(f"--report_to {' '.join(arguments.report_to)}: {error}") from error
+    return arguments

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from opsd.benchmarks import answer_text
-from opsd.data import check_rows
+from opsd.data import LEFT_OUT, check_columns, has_text, warn_of_rows
 from opsd.errors import ArtefactError
 from opsd.grading import extract_boxed
 from opsd.prompts import encode_student, encode_teacher
@@ -79,14 +79,19 @@ def load_problems(
 
     The answer is the column `answer`, else the content of the last box of `solution`.
 
+    Rows without text are left out with one counted warning.
+
     Raises:
-        ArtefactError: no such dataset, a missing column or text, or a problem without an answer.
+        ArtefactError: no such dataset, a missing column, no row with text, or a problem without an answer.
     """
     rows = load_table(dataset)
-    check_rows(rows, dataset)
+    check_columns(rows, dataset)
     rows = rows.select(range(min(len(rows), num_problems or len(rows))))
-    problems = []
+    problems, left_out = [], []
     for index, row in enumerate(rows):
+        if not has_text(row["problem"], row["solution"]):
+            left_out.append(index)
+            continue
         answer = answer_text(row.get("answer")) or extract_boxed(row["solution"])
         if not answer:
             raise ArtefactError(
@@ -102,6 +107,9 @@ def load_problems(
                 encode_teacher(tokenizer, row["problem"], row["solution"]),
             )
         )
+    warn_of_rows(left_out, len(rows), LEFT_OUT["empty"])
+    if not problems:
+        raise ArtefactError(f"no row of {dataset!r} has text in problem and solution; clean the dataset")
     return problems
 
 

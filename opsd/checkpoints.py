@@ -65,6 +65,8 @@ def incompleteness(
         step, files = marker["step"], {name: dict(entry) for name, entry in marker["files"].items()}
     except (ArtefactError, KeyError, TypeError, ValueError, AttributeError):
         return f"its {MARKER} marker is damaged or an earlier version's"
+    if not files.keys() >= set(REQUIRED):
+        return f"its {MARKER} marker is damaged or an earlier version's"
     if only is None and checkpoint.name != f"checkpoint-{step}":
         return f"it was saved as checkpoint-{step}"
     for name in files if only is None else only:

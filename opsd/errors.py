@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import select
 import sys
 import unicodedata
 from collections.abc import Callable
 
+# What a parser or a chat template raises on bad content; deep nesting gives a RecursionError.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # Refusals of the operating system that the user can mend, whatever was being written or read.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -63,26 +67,51 @@ def run_cli(main: Callable[[], int | None]) -> int:
     """Run an entry point and turn the user's mistakes into one line on stderr and an exit code.
 
     Returns the exit code: what `main` returns (None counts as 0), 2 for a `UsageError`, 3 for an
-    `ArtefactError` or where the disk is full or permission is missing, 130 for an interrupt from the
-    keyboard.
+    `ArtefactError` or where the disk is full, a file grows over `ulimit -f` or permission is missing, 130 for
+    an interrupt from the keyboard, 141 without a line where nobody reads the output any more (`| head`).
     """
     try:
-        return main() or 0
+        try:
+            return main() or 0
+        finally:
+            # What is buffered fails here rather than while the interpreter ends.
+            sys.stdout.flush()
     except (UsageError, ArtefactError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        where = printable(error.filename) if error.filename else "the system does not say where"
-        if error.errno in NO_ROOM:
-            print(
-                f"error: the disk is full ({where}); free some and run the same command again",
-                file=sys.stderr,
-            )
-        elif error.errno in NO_PERMISSION:
-            print(f"error: no permission ({where}): {error.strerror}; choose another place", file=sys.stderr)
-        else:
+        if error.errno == errno.EPIPE and _reader_gone():
+            return 141
+        reason = _reason(error)
+        if reason is None:
             raise
+        print(f"error: {reason}", file=sys.stderr)
         return ArtefactError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _reason(error: OSError) -> str | None:
+    where = printable(error.filename) if error.filename else "the system does not say where"
+    if error.errno in NO_ROOM:
+        return f"the disk is full ({where}); free some and run the same command again"
+    if error.errno == errno.EFBIG:
+        return f"a file is larger than this shell allows ({where}); raise `ulimit -f` and run it again"
+    if error.errno in NO_PERMISSION:
+        return f"no permission ({where}): {error.strerror}; choose another place"
+    return None
+
+
+def _reader_gone() -> bool:
+    """Whether the other end of stdout or stderr is closed; the streams are then led into nothing.
+
+    A broken pipe to a worker process is another matter, and keeps its traceback.
+    """
+    ends = select.poll()
+    for descriptor in (1, 2):
+        ends.register(descriptor, 0)
+    gone = [descriptor for descriptor, event in ends.poll(0) if event & select.POLLERR]
+    for descriptor in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(gone)

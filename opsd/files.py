@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
+import resource
 import shutil
 import socket
 import time
@@ -83,11 +85,10 @@ def fsync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn "no room" and "no permission" while `target` is written, which reach us in three libraries' words,
-    into one clear line.
+    """Turn what three libraries say when `target` cannot be written into one clear line.
 
     Raises:
-        ArtefactError: the disk is full, or the place cannot be written.
+        ArtefactError: the disk is full, a file grows over `ulimit -f`, or permission is missing.
     """
     from safetensors import SafetensorError
 
@@ -102,6 +103,11 @@ def disk_errors(target: Path) -> Iterator[None]:
             raise ArtefactError(
                 f"the disk of {target.parent} is full: {target.name} was not written; free some space and "
                 "run the same command again"
+            ) from error
+        limited = archive and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+        if number == errno.EFBIG or "file too large" in words or limited:
+            raise ArtefactError(
+                f"a file of {target} is larger than this shell allows; raise `ulimit -f` and run it again"
             ) from error
         if number in NO_PERMISSION or "permission denied" in words:
             raise ArtefactError(f"no permission to write {target}; choose another place") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd.adapter import read_adapter
-from opsd.errors import ArtefactError, UsageError, printable, refuse_unasked_code
+from opsd.errors import MALFORMED, ArtefactError, UsageError, printable, refuse_unasked_code
 from opsd.files import atomic_write_json
 from opsd.run_identity import TOKENIZER_FILES, read_json_object
 
@@ -319,10 +319,17 @@ def _explained(what: str, name: str, *more: type[Exception]) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
     from safetensors import SafetensorError
 
-    kinds = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError)
     try:
         yield
-    except (*kinds, SafetensorError, HfHubHTTPError, StrictDataclassError, *more) as error:
+    except (
+        OSError,
+        RuntimeError,
+        *MALFORMED,
+        SafetensorError,
+        HfHubHTTPError,
+        StrictDataclassError,
+        *more,
+    ) as error:
         refuse_unasked_code(name, error)
         remedy = "copy or download it again" if Path(name).exists() else HUB_HINT
         raise ArtefactError(

@@ -7,10 +7,16 @@ prompt.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from opsd.errors import ArtefactError
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+
+from opsd.errors import MALFORMED, ArtefactError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,24 +68,71 @@ def _render(tokenizer: PreTrainedTokenizerBase, message: str, *, enable_thinking
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned "
             "model, or put a chat_template.jinja beside its tokenizer.json"
         )
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=enable_thinking,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+        )
+    except (TemplateError, *MALFORMED) as error:
+        raise ArtefactError(
+            f"the chat template of {tokenizer.name_or_path!r} fails on a user's message "
+            f"({type(error).__name__}: {printable(error, 200)}); repair its chat_template.jinja"
+        ) from error
 
 
-def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: list[str]) -> list[list[int]]:
-    """Token ids of rendered prompts, many at once.
+@lru_cache(maxsize=4)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str], Tokenizer]:
+    """(what spells a control token, a copy of the tokenizer that encodes these spellings as text).
 
-    The template has written the special tokens already; a second beginning-of-sequence would shift the rest.
+    Control tokens are the special ones and every other added token with punctuation: `<think>` and
+    `<tool_call>` are not special in Qwen3, but a model acts on them. Added words and runs of spaces are text.
     """
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special or re.search(r"[^\w\s]", token.content)}
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["added_tokens"] = [t for t in backend["added_tokens"] if t["content"] not in names]
+    spelled = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.compile(spelled or "(?!)"), Tokenizer.from_str(json.dumps(backend))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
-    return encode_rendered(tokenizer, [rendered])[0]
+def spells_control_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether `text` contains the spelling of a control token, such as `<|im_end|>` or `<think>`."""
+    return _control_tokens(tokenizer)[0].search(text) is not None
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[str], rendered: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of prompts, many at once. A control token that a message spells out is encoded as text.
+
+    The template has written its own control tokens already, a beginning-of-sequence among them.
+
+    Raises:
+        ArtefactError: such a message is not in its rendered prompt exactly once.
+    """
+    ids = tokenizer(list(rendered), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    for row, message in enumerate(messages):
+        if spells_control_token(tokenizer, message):
+            ids[row] = _encode_as_text(tokenizer, message.strip(), rendered[row])
+    return ids
+
+
+def _encode_as_text(tokenizer: PreTrainedTokenizerBase, message: str, rendered: str) -> list[int]:
+    # A tokenizer cuts at its control tokens and encodes each stretch between them alone. So the stretch that
+    # holds the message reaches from the template's last control token before it to the first one after it.
+    before, found, after = rendered.partition(message)
+    if not found or message in after:
+        raise ArtefactError(
+            f"the chat template of {tokenizer.name_or_path!r} does not insert a message as it is, but the "
+            f"message spells a control token ({message[:80]!r}); remove the row"
+        )
+    control, plain = _control_tokens(tokenizer)
+    head, tail = control.split(before)[-1], control.split(after, maxsplit=1)[0]
+    outer = [before.removesuffix(head), after.removeprefix(tail)]
+    left, right = tokenizer(outer, add_special_tokens=False)["input_ids"]
+    return [*left, *plain.encode(head + message + tail, add_special_tokens=False).ids, *right]
 
 
 def render_student(tokenizer: PreTrainedTokenizerBase, problem: str) -> str:
@@ -101,16 +154,18 @@ def render_evaluation(
 
 def encode_student(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
     """Token ids of `render_student`."""
-    return _encode(tokenizer, render_student(tokenizer, problem))
+    return encode_prompts(tokenizer, [student_message(problem)], [render_student(tokenizer, problem)])[0]
 
 
 def encode_teacher(tokenizer: PreTrainedTokenizerBase, problem: str, solution: str) -> list[int]:
     """Token ids of `render_teacher`."""
-    return _encode(tokenizer, render_teacher(tokenizer, problem, solution))
+    message, rendered = teacher_message(problem, solution), render_teacher(tokenizer, problem, solution)
+    return encode_prompts(tokenizer, [message], [rendered])[0]
 
 
 def encode_evaluation(
     tokenizer: PreTrainedTokenizerBase, problem: str, *, enable_thinking: bool = True
 ) -> list[int]:
     """Token ids of `render_evaluation`."""
-    return _encode(tokenizer, render_evaluation(tokenizer, problem, enable_thinking=enable_thinking))
+    rendered = render_evaluation(tokenizer, problem, enable_thinking=enable_thinking)
+    return encode_prompts(tokenizer, [evaluation_message(problem)], [rendered])[0]

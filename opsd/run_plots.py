@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd import plots
-from opsd.errors import ArtefactError, UsageError, printable
+from opsd.errors import MALFORMED, ArtefactError, UsageError, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,8 +96,24 @@ class Run:
     series: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
 
 
+def read_metrics(run_folder: Path) -> list[dict[str, float | None]]:
+    """Return the logged steps of a run, in order; none where it has not logged yet.
+
+    What follows the last newline is a line that is being written, or that a kill cut short: it is left out,
+    with a warning.
+
+    Raises:
+        ArtefactError: a line is not a logged step.
+    """
+    path = run_folder / METRICS_NAME
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if lines.pop():
+        logger.warning("%s: the last line is incomplete and left out", printable(path))
+    return [_row(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
 def load_run(folder: Path) -> Run:
-    """The logged steps of a run. Of a run in progress the line being written is left out, with a warning.
+    """Return the logged steps of a run as series.
 
     Raises:
         ArtefactError: no such folder, no metrics.jsonl in it, no logged step in that, or a damaged line.
@@ -107,13 +123,8 @@ def load_run(folder: Path) -> Run:
     path = folder / METRICS_NAME
     if not path.is_file():
         raise ArtefactError(f"{str(folder)!r} holds no {METRICS_NAME}: no run has logged a step there")
-    lines = path.read_bytes().split(b"\n")
-    # What follows the last newline is a line that is being written, or that a kill cut short.
-    if lines.pop():
-        logger.warning("%s: the last line is incomplete and left out", printable(path))
     run = Run(folder.resolve().name)
-    for number, line in enumerate(lines, start=1):
-        row = _row(line, path, number)
+    for row in read_metrics(folder):
         for key, value in row.items():
             if key != "step":
                 steps, values = run.series.setdefault(key, ([], []))
@@ -127,13 +138,13 @@ def load_run(folder: Path) -> Run:
 def _row(line: bytes, path: Path, number: int) -> dict[str, float | None]:
     try:
         row = json.loads(line)
-    except ValueError:
-        row = None
-    numeric = isinstance(row, dict) and all(
-        value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-        for value in row.values()
-    )
-    if not numeric or not isinstance(row.get("step"), int):
+        # A name with half a surrogate pair cannot be drawn; steps beyond 2**53 are no exact numbers.
+        good = type(row["step"]) is int and 0 <= row["step"] < 2**53
+        for name, value in row.items():
+            good &= bool(name.encode()) and (value is None or (value is not True and math.isfinite(value)))
+    except MALFORMED:
+        good = False
+    if not good:
         raise ArtefactError(
             f"line {number} of {str(path)!r} is damaged: {line.decode('utf-8', 'replace')[:60]!r} is no "
             "logged step; delete the line, or train anew"

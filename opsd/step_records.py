@@ -13,6 +13,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from opsd.files import atomic_write_text
+from opsd.run_plots import METRICS_NAME, read_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,25 +21,9 @@ if TYPE_CHECKING:
     from opsd.data import Example
     from opsd.rollout import Completion
 
-METRICS_NAME = "metrics.jsonl"
-
-
-def read_metrics(run_folder: Path) -> list[dict]:
-    """The logged steps of a run, in order; a torn last line is left out."""
-    path = run_folder / METRICS_NAME
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
 
 class MetricsFile(TrainerCallback):
-    """Appends each log to metrics.jsonl; on resuming, first drops what the resumed steps will log again."""
+    """Append each log to metrics.jsonl; on resuming, first drop what the resumed steps will log again."""
 
     def __init__(self, run_folder: Path):
         self.run_folder = run_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd.errors import ArtefactError
+from opsd.errors import MALFORMED, ArtefactError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,22 +26,19 @@ def load_table(source: str, *, split: str = "train", revision: str | None = None
         ArtefactError: nothing there, not readable, or the hub cannot be reached.
     """
     path = Path(source)
-    if path.exists():
-        return _load_local(path, split)
-    if path.suffix in BUILDERS or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ArtefactError(
-            f"{source!r} does not exist; give an existing file or folder, or a hub id owner/name"
-        )
-    return _load_hub(source, split, revision)
+    rows = _load_local(path, split) if path.exists() else _load_hub(source, split, revision)
+    try:
+        rows.data.validate(full=True)
+    except ValueError as error:
+        raise ArtefactError(f"{source!r} cannot be used: {error}; repair it and save it as UTF-8") from error
+    return rows
 
 
 def _load_local(path: Path, split: str) -> Dataset:
     import datasets
 
-    if path.is_dir() and (path / "dataset_dict.json").exists():
-        return datasets.load_from_disk(str(path))[split]
-    if path.is_dir() and (path / "state.json").exists():
-        return datasets.load_from_disk(str(path))
+    if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return _load_saved(path, split)
     files = sorted(p for p in path.rglob("*") if p.suffix in BUILDERS) if path.is_dir() else [path]
     if path.is_dir():
         files = [p for p in files if split in p.name] or files
@@ -67,7 +64,25 @@ def _load_local(path: Path, split: str) -> Dataset:
         ) from error
 
 
+def _load_saved(path: Path, split: str) -> Dataset:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, *MALFORMED) as error:
+        raise ArtefactError(f"{path} cannot be read ({error}); save it again with save_to_disk") from error
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise ArtefactError(f"{path} has no split {split!r}, only {', '.join(saved)}; give one's own folder")
+    return saved[split]
+
+
 def _load_hub(source: str, split: str, revision: str | None) -> Dataset:
+    if Path(source).suffix in BUILDERS or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ArtefactError(
+            f"{source!r} does not exist; give an existing file or folder, or a hub id owner/name"
+        )
     import datasets
     import huggingface_hub
     import requests

@@ -95,9 +95,7 @@ class OPSDTrainer(Trainer):
         if not positions:
             return [], None
         self._step_started = time.perf_counter()
-        groups = [
-            [self.train_dataset.examples[p] for p in batch["positions"].tolist()] for batch in positions
-        ]
+        groups = [[self.train_dataset.example(p) for p in batch["positions"].tolist()] for batch in positions]
         completions = self._roll_out([example for group in groups for example in group])
         batches, taken = [], 0
         for group in groups:

@@ -15,13 +15,13 @@ import torch
 
 from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
 from opsd.checkpoints import NAME, check_run, remove_incomplete, resolve_resume
-from opsd.data import Problems, check_positions, check_rows, encode_problems
+from opsd.data import Problems, check_positions, encode_problems
 from opsd.errors import ArtefactError, UsageError
 from opsd.files import atomic_write_text, lock_file, partial_name, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
 from opsd.objectives import METHODS
-from opsd.provenance import dataset_fingerprint, weights_sha256
+from opsd.provenance import weights_sha256
 from opsd.run_identity import (
     MANIFEST_NAME,
     differences,
@@ -83,11 +83,11 @@ def _train(
     load = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model_name_or_path, **load)
     tokenizer = load_tokenizer(options.model_name_or_path, **load)
-    rows, problems = _load_problems(training, rollout, options, tokenizer)
+    problems = _load_problems(training, rollout, options, tokenizer)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     check_positions(problems, max_completion_length=rollout.max_completion_length, positions=positions)
     _check_batches(problems, training)
-    manifest = _manifest(training, method, rollout, options, config, rows, problems)
+    manifest = _manifest(training, method, rollout, options, config, problems)
     _check_same_run(output_dir, manifest, resume)
     if resume is not None and int(NAME.fullmatch(resume.name)[1]) >= training.max_steps:
         logger.info("%s is already the last step of %d; nothing to train", resume, training.max_steps)
@@ -180,18 +180,20 @@ def _load_problems(
     rollout: RolloutArguments,
     options: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
-):
+) -> Problems:
+    import datasets
+
+    if training.disable_tqdm:
+        datasets.disable_progress_bars()
+    # The first rank of each machine encodes; the others find its file.
     with training.main_process_first(desc="loading the dataset"):
         rows = load_table(options.train_dataset, revision=options.dataset_revision)
-    check_rows(rows, options.train_dataset)
-    problems = encode_problems(
-        rows,
-        tokenizer,
-        source=options.train_dataset,
-        max_prompt_length=options.max_length - rollout.max_completion_length,
-        show_progress=training.process_index == 0 and not training.disable_tqdm,
-    )
-    return rows, problems
+        return encode_problems(
+            rows,
+            tokenizer,
+            source=options.train_dataset,
+            max_prompt_length=options.max_length - rollout.max_completion_length,
+        )
 
 
 def _check_batches(problems: Problems, training: TrainingArguments) -> None:
@@ -205,7 +207,7 @@ def _check_batches(problems: Problems, training: TrainingArguments) -> None:
         )
 
 
-def _manifest(training, method, rollout, options, config, rows, problems: Problems) -> dict:
+def _manifest(training, method, rollout, options, config, problems: Problems) -> dict:
     revision = getattr(config, "_commit_hash", None)
     # The main process hashes the weights and leaves the hash to the others in the user's cache.
     with training.main_process_first(desc="hashing the base model's weights"):
@@ -219,7 +221,7 @@ def _manifest(training, method, rollout, options, config, rows, problems: Proble
         arguments=run_arguments(training, method, rollout, options),
         dataset=options.train_dataset,
         dataset_rows=len(problems),
-        dataset_sha256=dataset_fingerprint(rows),
+        dataset_sha256=problems.sha256,
         world_size=training.world_size,
         per_device_batch=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
@@ -289,11 +291,13 @@ def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftMod
         attn_implementation=options.attn_implementation,
     )
     set_seed(training.seed)  # the adapter's initial values are the seed's, whatever drew numbers before
+    targets = list(options.lora_target_modules)
     lora = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=list(options.lora_target_modules),
+        # PEFT's keyword all-linear is a word; in a list it would be the name of a module.
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
         revision=options.model_revision,
     )

@@ -152,6 +152,14 @@ def ships_code(folder: Path) -> None:
     (folder / "novel.py").write_text("raise SystemExit('code of the model was run')\n")
 
 
+def deep(file: Path) -> None:
+    file.write_text('{"a":' * 200_000 + "1" + "}" * 200_000)
+
+
+def template(folder: Path, text: str) -> None:
+    (folder / "chat_template.jinja").write_text(text)
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
@@ -178,10 +186,19 @@ def started_differently(w: World) -> Path:
     given = train(w, learning_rate=0.001, train_dataset=w.rows(ROW, ROW))
     arguments, method, rollout, options = parse_arguments(given)
     tokenizer = load_tokenizer(options.model_name_or_path)
-    rows, problems = training._load_problems(arguments, rollout, options, tokenizer)
+    problems = training._load_problems(arguments, rollout, options, tokenizer)
     config = load_config(options.model_name_or_path)
-    manifest = training._manifest(arguments, method, rollout, options, config, rows, problems)
+    manifest = training._manifest(arguments, method, rollout, options, config, problems)
     return w.copy(w.run, lambda folder: write_manifest(folder, manifest))
+
+
+def marker_of(run: Path, text: str) -> None:
+    (run / "checkpoint-100" / ".complete").write_text(text)
+
+
+def logged(w: World, text: str) -> list[str]:
+    """A run's folder with such a metrics.jsonl."""
+    return [str(w.file("metrics.jsonl", text).parent)]
 
 
 def adapter_pickled(run: Path) -> None:
@@ -351,6 +368,9 @@ CASES: list[Case] = [
     number("fsdp", "full_shard", "not supported"),
     number("vllm_tensor_parallel_size", "0", "0"),
     number("optim", "adam9", "adam9"),
+    number("push_to_hub", "True", "not supported", "hf upload"),
+    number("report_to", "trackio", "pip install trackio"),
+    number("report_to", "wandb", "pip install wandb"),
     Case("no --model_name_or_path", TRAIN, lambda w: train(w, model_name_or_path=None), 2, ("--model_name_or_path", "hub id or the folder")),
     Case("no --output_dir", TRAIN, lambda w: train(w, output_dir=None), 2, ("--output_dir",)),
     Case("--lora_target_modules of another architecture", TRAIN, lambda w: train(w, lora_target_modules="c_attn"), 2, ("c_attn",)),
@@ -361,11 +381,15 @@ CASES: list[Case] = [
     Case("base model: a hub name, HF_HUB_OFFLINE=1, nothing in the cache", TRAIN, lambda w: train(w, model_name_or_path="no-one/nothing-4b"), 3, ("no-one/nothing-4b", "HF_HUB_OFFLINE"), circumstance=offline),
     model("without config.json", lambda f: (f / "config.json").unlink(), "no config.json"),
     model("with a torn config.json", lambda f: cut(f / "config.json"), "configuration"),
+    model("whose config.json is nested 200,000 deep", lambda f: deep(f / "config.json"), "configuration", "recursion"),
+    model("whose tokenizer.json is nested 200,000 deep", lambda f: deep(f / "tokenizer.json"), "tokenizer", "recursion"),
     model("that is an encoder-decoder", lambda f: another_kind(f, "t5"), "t5", "not a causal language model"),
     model("that reads pictures", lambda f: another_kind(f, "vit"), "vit", "not a causal language model"),
     model("that ships code", ships_code, "code of its own", "--trust_remote_code", code=2),
     model("without tokenizer", no_tokenizer, "has no tokenizer", "tokenizer.json"),
     model("whose tokenizer has no chat template", lambda f: (f / "chat_template.jinja").unlink(), "no chat template", "chat_template.jinja"),
+    model("whose chat template raises", lambda f: template(f, "{{ raise_exception('no\\nerror: x') }}"), "chat template", "no\\nerror: x", "repair"),
+    model("whose chat template is no Jinja", lambda f: template(f, "{% if %}"), "chat template", "TemplateSyntaxError", "repair"),
     model("whose tokenizer has no end token", lambda f: edit(f / "tokenizer_config.json", eos_token=None), "no end-of-sequence token", "eos_token"),
     model("without weights", lambda f: (f / "model.safetensors").unlink(), "weights", "cannot be loaded"),
     model("with cut weights", lambda f: cut(f / "model.safetensors"), "weights", "cannot be loaded"),
@@ -377,10 +401,11 @@ CASES: list[Case] = [
     data("torn in the middle of a line", lambda w: w.file("rows.jsonl", '{"problem": "1+1", "sol'), "cannot be read"),
     data("without the column solution", lambda w: w.rows({"problem": "1", "answer": "1"}), "no column solution", "problem, answer"),
     data("without a row", lambda w: w.file("rows.csv", "problem,solution\n"), "no rows"),
-    data("with a null", lambda w: w.rows(ROW, ROW | {"solution": None}), "row 1", "solution is null"),
-    data("with an empty text", lambda w: w.rows(ROW, ROW | {"problem": " "}), "row 1", "problem is empty"),
-    data("with numbers for text", lambda w: w.rows({"problem": 1, "solution": 2}), "row 0", "not text"),
-    data("of rows of 10 MB", lambda w: w.rows(ROW | {"solution": "1" * 10**7}), "at most 1996 tokens", "--max_length"),
+    data("of null and empty texts alone", lambda w: w.rows(ROW | {"solution": None}, ROW | {"problem": " "}), "2 are left out", "null, empty or not text"),
+    data("with numbers for text", lambda w: w.rows({"problem": 1, "solution": 2}), "1 are left out", "not text"),
+    data("of rows of 10 MB", lambda w: w.rows(ROW | {"solution": "1" * 10**7}), "more than 1996 tokens", "--max_length"),
+    data("that is not UTF-8", lambda w: w.file("rows.jsonl", b'{"problem": "a\xff", "solution": "2"}\n'), "rows.jsonl", "Invalid UTF8", "save it as UTF-8"),
+    data("with half a surrogate pair", lambda w: w.file("rows.jsonl", '{"problem": "\\ud800", "solution": "2"}\n'), "rows.jsonl", "surrogate", "repair"),
     data("smaller than one step", lambda w: w.rows(ROW), "takes 2 problems", "has 1", code=2),
     Case("training data: a hub name, HF_HUB_OFFLINE=1, nothing in the cache", TRAIN, lambda w: train(w, train_dataset="no-one/no-problems"), 3, ("no-one/no-problems", "HF_HUB_OFFLINE"), circumstance=offline),
     Case("prompts longer than the model's positions", TRAIN, lambda w: train(w, max_length=9000, train_dataset=w.rows(*[ROW | {"solution": "1" * 2100}] * 2)), 2, ("2048 positions", "lower --max_length")),
@@ -391,12 +416,14 @@ CASES: list[Case] = [
     Case("--output_dir holds a run already", TRAIN, lambda w: train(w, output_dir=w.run), 3, ("checkpoint-100", "--resume_from_checkpoint auto")),
     Case("--resume_from_checkpoint of nothing", TRAIN, lambda w: train(w, resume_from_checkpoint="./none/checkpoint-1"), 3, ("./none/checkpoint-1", "does not exist")),
     Case("--resume_from_checkpoint of a half-written one", TRAIN, lambda w: train(w, resume_from_checkpoint=w.copy(w.run, half_written) / "checkpoint-100"), 3, (".complete", "interrupted")),
+    Case("--resume_from_checkpoint with an empty list in its marker", TRAIN, lambda w: train(w, resume_from_checkpoint=w.copy(w.run, lambda r: marker_of(r, '{"files": []}')) / "checkpoint-100"), 3, ("checkpoint-100", "marker", "auto")),
     Case("resuming with another learning rate and other data", TRAIN, lambda w: train(w, output_dir=started_differently(w), resume_from_checkpoint="auto"), 2, ("learning_rate: 0.001 before, 5e-06 now", "the dataset's content", "another --output_dir")),
     # merging
     Case("merging without --adapter", MERGE, lambda w: merge(w, adapter=None), 2, ("--adapter missing",)),
     Case("merging: a flag that does not exist", MERGE, lambda w: merge(w, "--fast"), 2, ("--fast", "merge_lora.py --help")),
     Case("merging: no such checkpoint", MERGE, lambda w: merge(w, adapter=w.run / "checkpoint-75"), 3, ("checkpoint-75", "holds checkpoint-100")),
     adapter("a half-written checkpoint", half_written, "no .complete marker"),
+    adapter("with an empty list in its marker", lambda r: marker_of(r, '{"files": []}'), "checkpoint-100", "damaged"),
     adapter("a cut adapter", lambda r: cut(r / "checkpoint-100" / "adapter_model.safetensors"), "damaged"),
     adapter("an adapter as a pickle", adapter_pickled, "pickled", "not loaded"),
     adapter("an adapter that is no LoRA", lambda r: adapter_of_kind(r, "IA3"), "IA3", "not LORA"),
@@ -440,6 +467,10 @@ CASES: list[Case] = [
     Case("evaluating a model without chat template", EVALUATE, lambda w: evaluate(w, base_model=w.copy(w.base, lambda f: (f / "chat_template.jinja").unlink())), 3, ("no chat template", "chat_template.jinja")),
     benchmark("that is not there", lambda w: "./no.jsonl", "no.jsonl", "--dataset_path"),
     benchmark("torn", lambda w: w.file("sums.jsonl", '{"problem": "1'), "line 1"),
+    benchmark("that is not UTF-8", lambda w: w.file("sums.jsonl", b'{"problem": "a\xff", "answer": "2"}\n'), "sums.jsonl", "utf-8"),
+    benchmark("with half a surrogate pair", lambda w: w.file("sums.jsonl", '{"problem": "\\ud800", "answer": "2"}\n'), "row 0", "surrogates", "repair"),
+    benchmark("nested 200,000 deep", lambda w: w.file("sums.jsonl", "[" * 200_000), "damaged", "recursion"),
+    benchmark("with a problem of 50 MB", lambda w: w.rows(ROW | {"problem": "1" * 50_000_000, "answer": "2"}), "row 0", "50000000 characters", "at most 1000000"),
     benchmark("without answers", lambda w: w.rows({"problem": "1+1"}), "row 0", "answer"),
     benchmark("without a problem", lambda w: w.file("sums.jsonl", ""), "holds no problem"),
     Case("a file of 8 problems for aime25", EVALUATE, lambda w: evaluate(w, dataset="aime25"), 3, ("8 problems", "30")),
@@ -454,6 +485,8 @@ CASES: list[Case] = [
     plain("summarize_results.py --plot of an unknown kind", "summarize_results", ["--plot", "x.docx"], "x.docx", ".png"),
     plain("recompute_majn.py: no such file", "recompute_majn", ["./none/*.json"], "./none/*.json"),
     plain("recompute_majn.py --workers many", "recompute_majn", ["--workers", "many"], "many"),
+    Case("plot_run.py of a log of 1e999", "plot_run", lambda w: logged(w, '{"step": 1, "loss": 1e999}\n'), 3, ("line 1", "1e999", "delete the line")),
+    Case("plot_run.py of a log of garbage", "plot_run", lambda w: logged(w, "[" * 200_000 + "\n"), 3, ("line 1", "no logged step", "delete the line")),
     plain("prepare_hmmt25.py: no such file", "prepare_hmmt25", ["--source", "./no.jsonl"], "./no.jsonl", code=3),
     Case("prepare_hmmt25.py: another number of problems", "prepare_hmmt25", lambda w: ["--source", str(w.root / "sums.jsonl"), "--output", str(w.new / "h.parquet")], 3, ("8 problems", "30")),
     Case("branch_viability.py --top_k 0", "branch_viability", lambda w: branch(w, top_k=0), 2, ("--top_k is 0", "at least 1")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from opsd.arguments import LORA_TARGETS
+from opsd.errors import run_cli
 from tests.bad_input_cases import (
     CASES,
     DOCUMENT,
@@ -81,6 +84,54 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(whole: World, tmp_path
         libc.umount2(os.fsencode(small), 2)
 
 
+@pytest.mark.parametrize(
+    ("kilobytes", "says"), [(3, "ulimit -f"), (40, "checkpoint-1"), (300, "checkpoint-1")]
+)
+def test_a_file_larger_than_the_shell_allows(whole: World, tmp_path: Path, kilobytes: int, says: str) -> None:
+    """In Python's own writing, in safetensors' and in torch's, which have three words for it."""
+    world = replace(whole, new=tmp_path)
+    given = train(world, lora_r=64, save_steps=1)
+    script = f"import sys; sys.dont_write_bytecode = True; sys.argv = ['t', *{given!r}]; {RUN_TRAINING}"
+    done = shell(f'ulimit -f {kilobytes}; exec "$0" -c "$1"', sys.executable, script)
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert says in error_line(done.stderr)
+    assert "raise `ulimit -f`" in error_line(done.stderr)
+
+
+RUN_TRAINING = (
+    "from opsd.errors import run_cli; from ea_opsd_train import main; raise SystemExit(run_cli(main))"
+)
+
+
+def shell(command: str, *arguments: str) -> subprocess.CompletedProcess:
+    words = ["bash", "-c", f"set -o pipefail; {command}", *arguments]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.parametrize("program", ["plot_run.py", "recompute_majn.py", "merge_lora.py"])
+def test_output_that_nobody_reads(program: str) -> None:
+    """`--help | head`: no word on stderr, and the exit code of a process that SIGPIPE ended."""
+    done = shell('env -u PYTHONUNBUFFERED "$0" "$1" --help | true', sys.executable, program)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_to_another_process_keeps_its_traceback() -> None:
+    def broken() -> None:
+        raise BrokenPipeError(32, "a worker's")
+
+    with pytest.raises(BrokenPipeError):
+        run_cli(broken)
+
+
+def test_all_linear_is_pefts_keyword(whole: World, tmp_path: Path) -> None:
+    argv = lambda w: train(w, lora_target_modules="all-linear", save_steps=1)  # noqa: E731
+    code, said = run_case(Case("all", "ea_opsd_train", argv, 0, ()), replace(whole, new=tmp_path))
+    assert code == 0, said
+    saved = json.loads((tmp_path / "run" / "checkpoint-1" / "adapter_config.json").read_text())
+    assert {name.split(".")[-1] for name in saved["target_modules"]} == set(LORA_TARGETS)
+
+
 def test_a_wrong_method_is_told_before_the_heavy_imports() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / "ea_opsd_train.py"), "--method", "sft"],
@@ -95,8 +146,6 @@ def test_a_wrong_method_is_told_before_the_heavy_imports() -> None:
 
 
 def test_a_defect_of_ours_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    from opsd.errors import run_cli
-
     def broken() -> None:
         raise FileNotFoundError(2, "not the user's")
 

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import opsd.data
 from opsd.arguments import DEFAULT_DATASET, ModelArguments, parse_arguments
-from opsd.data import check_positions, check_rows, encode_problems
+from opsd.data import Example, check_positions, encode_problems
 from opsd.errors import ArtefactError, UsageError
 from opsd.prompts import encode_student, encode_teacher
 from opsd.tables import load_table
-from tests.test_prompts import QWEN3, tokenizer_with
+from tests.test_prompts import OLMO3, QWEN3, tokenizer_with
 
 ROWS = [
     {"problem": f"What is {n}+{n}?", "solution": f"It is {2 * n}: \\boxed{{{2 * n}}}", "source": "made"}
@@ -112,20 +113,92 @@ def table_of(columns: dict) -> datasets.Dataset:
         ({"question": ["a"], "solution": ["b"]}, r"'d' has no column problem \(it has question, solution\)"),
         ({"question": ["a"], "answer": ["b"]}, "has no column problem, solution"),
         ({"problem": [], "solution": []}, "'d' has no rows"),
-        ({"problem": ["a", None], "solution": ["b", "c"]}, "row 1 of 'd': problem is null, not text"),
-        ({"problem": ["a", "b"], "solution": ["c", ""]}, "row 1 of 'd': solution is empty; remove the row"),
-        ({"problem": [" \n\t"], "solution": ["c"]}, "row 0 of 'd': problem is empty"),
-        ({"problem": ["a"], "solution": [3]}, "row 0 of 'd': solution is int, not text"),
-        ({"problem": [["a"]], "solution": ["b"]}, "row 0 of 'd': problem is list, not text"),
+        (
+            {"problem": [" \n\t", "a", None], "solution": ["c", "", "b"]},
+            "no problem of 'd' is usable .3 are left",
+        ),
+        ({"problem": ["a"], "solution": [3]}, "null, empty or not text"),
+        ({"problem": [["a"]], "solution": ["b"]}, "null, empty or not text"),
     ],
 )
-def test_rows_that_cannot_be_trained_on(columns, match):
+def test_tables_that_cannot_be_trained_on(columns, match):
     with pytest.raises(ArtefactError, match=match):
-        check_rows(table_of(columns), "d")
-    with pytest.raises(ArtefactError, match=match):
-        encode_problems(
-            table_of(columns), tokenizer_with(QWEN3), source="d", max_prompt_length=99, show_progress=False
-        )
+        encode_problems(table_of(columns), tokenizer_with(QWEN3), source="d", max_prompt_length=99)
+
+
+def examples_of(problems) -> list[Example]:
+    return [problems.example(position) for position in range(len(problems))]
+
+
+def test_rows_without_text_are_left_out_with_one_counted_warning(caplog):
+    """The others keep their row numbers, which seed their rollouts."""
+    rows = table_of(
+        {
+            "problem": ["a", None, "c", " ", "e", "", "", "", "i"],
+            "solution": ["1", "2", "", "4", "5", *"6789"],
+        }
+    )
+    problems = encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=2000)
+    assert [(e.index, e.problem) for e in examples_of(problems)] == [(0, "a"), (4, "e"), (8, "i")]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "6 of 9 problems are left out: their problem or solution is null, empty or not text "
+        "(rows 1, 2, 3, 5, 6, …)"
+    )
+
+
+def test_a_second_start_and_another_rank_read_the_first_ones_tokens(monkeypatch):
+    """Under the same texts, tokenizer, template and limit; anything else is encoded anew."""
+    encoded = []
+    real = opsd.data.encode_prompts
+    monkeypatch.setattr(opsd.data, "encode_prompts", lambda *given: encoded.append(given) or real(*given))
+    columns = {"problem": ["a b", "c"], "solution": ["d", "e"], "source": ["x", "y"]}
+
+    def start(columns=columns, limit=2000, tokenizer=None):
+        encoded.clear()
+        tokenizer = tokenizer or tokenizer_with(QWEN3)
+        problems = encode_problems(table_of(columns), tokenizer, source="d", max_prompt_length=limit)
+        for e, problem, solution in zip(
+            examples_of(problems), columns["problem"], columns["solution"], strict=True
+        ):
+            assert e.student_ids == encode_student(tokenizer, problem)
+            assert e.teacher_ids == encode_teacher(tokenizer, problem, solution)
+        assert problems.table.data["student_ids"].type.value_type == pa.int32()
+        return bool(encoded)
+
+    assert start()
+    assert not start()
+    assert not start(columns | {"source": ["other", "columns"]})
+    assert start(columns | {"solution": ["d", "E"]}), "another text"
+    assert start(limit=2001)
+    assert start(tokenizer=tokenizer_with(OLMO3)), "another template"
+    extended = tokenizer_with(QWEN3)
+    extended.add_tokens(["a b"])
+    assert start(tokenizer=extended), "another vocabulary"
+    monkeypatch.setattr(opsd.data, "versions", lambda: {"tokenizers": "another"})
+    assert start(), "another version"
+    assert not start()
+
+
+def test_spelled_control_tokens_are_counted(caplog):
+    rows = table_of({"problem": ["a", "b<|im_end|>", "c"], "solution": ["d", "e", "<think>f"]})
+    problems = encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=2000)
+    assert len(problems) == 3
+    assert (
+        "2 of 3 problems spell a control token of the tokenizer, which is encoded as text (rows 1, 2)"
+        in caplog.text
+    )
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    for name, content in (
+        ("a.jsonl", b'{"problem": "a\xff", "solution": "b"}\n'),
+        ("b.jsonl", b'{"problem": "a\\ud800", "solution": "b"}\n'),
+        ("c.csv", b"problem,solution\na\xff,b\n"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ArtefactError, match=f"{name}.* (cannot be read|cannot be used)"):
+            load_table(str(tmp_path / name))
 
 
 def test_problems_are_encoded_behind_both_prompts():
@@ -135,16 +208,16 @@ def test_problems_are_encoded_behind_both_prompts():
         tokenizer,
         source="d",
         max_prompt_length=2000,
-        show_progress=False,
     )
-    assert [example.index for example in problems.examples] == list(range(7))
+    examples = examples_of(problems)
+    assert [example.index for example in examples] == list(range(7))
     assert [problems[position] for position in range(len(problems))] == list(range(7))
-    for example, row in zip(problems.examples, ROWS, strict=True):
+    for example, row in zip(examples, ROWS, strict=True):
         assert example.problem == row["problem"]
         assert example.student_ids == encode_student(tokenizer, row["problem"])
         assert example.teacher_ids == encode_teacher(tokenizer, row["problem"], row["solution"])
-    assert problems.longest_student_prompt == max(len(e.student_ids) for e in problems.examples)
-    assert problems.longest_prompt == max(len(e.teacher_ids) for e in problems.examples)
+    assert problems.longest_student_prompt == max(len(e.student_ids) for e in examples)
+    assert problems.longest_prompt == max(len(e.teacher_ids) for e in examples)
 
 
 def test_long_prompts_are_left_out_whole_with_one_counted_warning(caplog):
@@ -157,9 +230,9 @@ def test_long_prompts_are_left_out_whole_with_one_counted_warning(caplog):
         }
     )
     with caplog.at_level(logging.WARNING):
-        problems = encode_problems(rows, tokenizer, source="d", max_prompt_length=limit, show_progress=False)
-    assert [example.index for example in problems.examples] == [0, 4]
-    assert len(problems.examples[0].teacher_ids) == limit, "exactly at the limit is within it"
+        problems = encode_problems(rows, tokenizer, source="d", max_prompt_length=limit)
+    assert [example.index for example in examples_of(problems)] == [0, 4]
+    assert len(problems.example(0).teacher_ids) == limit, "exactly at the limit is within it"
     (record,) = caplog.records
     assert "3 of 5 problems are left out" in record.getMessage()
     assert f"more than {limit} tokens" in record.getMessage()
@@ -170,16 +243,15 @@ def test_long_prompts_are_left_out_whole_with_one_counted_warning(caplog):
 def test_no_usable_problem_is_an_error():
     rows = table_of({"problem": ["p" * 100], "solution": ["s" * 100]})
     with pytest.raises(
-        ArtefactError, match="no problem of 'd' has prompts of at most 50 tokens; raise --max_length"
+        ArtefactError,
+        match=r"no problem of 'd' is usable \(1 are left out: .* 50 tokens\); .* raise --max_length",
     ):
-        encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=50, show_progress=False)
+        encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=50)
 
 
 def test_positions_of_the_model():
     rows = table_of({"problem": ["p"], "solution": ["s"]})
-    problems = encode_problems(
-        rows, tokenizer_with(QWEN3), source="d", max_prompt_length=2000, show_progress=False
-    )
+    problems = encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=2000)
     fits = problems.longest_prompt + 100
     check_positions(problems, max_completion_length=100, positions=fits)
     check_positions(problems, max_completion_length=100, positions=None)

@@ -13,6 +13,7 @@ from opsd import run_plots
 from opsd.errors import ArtefactError, UsageError, run_cli
 from opsd.objectives import METHODS
 from opsd.run_plots import METHOD_PANELS, PANELS, load_run, load_runs, panels_of, smoothed
+from opsd.step_records import read_metrics
 
 COMMON = {
     "loss": 0.5,
@@ -142,12 +143,6 @@ def test_the_trainer_logs_what_the_panels_show():
         ), key
 
 
-def test_the_log_has_one_name():
-    from opsd import step_records
-
-    assert run_plots.METRICS_NAME == step_records.METRICS_NAME
-
-
 def test_an_unknown_method_metric_is_drawn_under_its_key(tmp_path, monkeypatch):
     figure = drawn(monkeypatch, [log_run(tmp_path / "one", **{"method/novel": 2.0})], tmp_path / "x.png")
     assert panel(figure, "method/novel").lines
@@ -169,12 +164,21 @@ def test_a_run_in_progress_is_drawn_without_the_line_being_written(tmp_path, cap
         '{"step": 7, "loss": true}\n',
         "\n",
         "\x00\x00\n",
+        '{"step": 7, "loss": 1e999}\n',
+        '{"step": 7, "loss": 1' + 400 * "0" + "}\n",
+        '{"step": 1' + 400 * "0" + ', "loss": 1}\n',
+        '{"step": -7, "loss": 1}\n',
+        '{"step": 7, "\\ud800": 1}\n',
+        200_000 * "[" + "\n",
     ],
+    ids=range(13),
 )
 def test_a_damaged_line_is_named(tmp_path, line):
     run = log_run(tmp_path / "one", tail=line)
-    with pytest.raises(ArtefactError, match=r"line 7 of .*metrics\.jsonl' is damaged"):
-        load_run(run)
+    # plot_run.py and a resumed training read it alike.
+    for read in (load_run, read_metrics):
+        with pytest.raises(ArtefactError, match=r"line 7 of .*metrics\.jsonl' is damaged"):
+            read(run)
 
 
 @pytest.mark.parametrize(

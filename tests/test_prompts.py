@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import opsd.prompts as prompts_module
 from opsd.errors import ArtefactError
+from opsd.models import load_tokenizer
 from opsd.prompts import (
     close_open_think,
+    encode_evaluation,
     encode_student,
     encode_teacher,
     evaluation_message,
     render_evaluation,
     render_student,
     render_teacher,
+    spells_control_token,
     student_message,
     teacher_message,
 )
@@ -172,6 +179,94 @@ def test_a_think_in_the_problem_does_not_trigger_the_patch():
     bare = "{%- for message in messages %}{{- message.content }}{%- endfor %}"
     # The message ends with the instruction, so even a template without a generation prompt is safe.
     assert "</think>" not in render_student(tokenizer_with(bare), problem)
+
+
+TEXTS = {
+    "qwen3": ("<|im_end|>\n<|im_start|>assistant", "<think>", "</think>", "a<|endoftext|>b", " <|im_end|> "),
+    "deepseek": (
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "<\uff5cAssistant\uff5c><think>\n",
+        "<\uff5cUser\uff5c>",
+    ),
+    "olmo3": ("<|im_end|>", "<think>", "</think>", "<|im_<|im_end|>end|>"),
+}
+
+
+def tokenizer_on_disk(folder: Path, family: str):
+    """The small world's tokenizer with a family's template and control tokens, saved and loaded again."""
+    base = Path(__file__).resolve().parents[1] / "testbed" / "base_model"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "chat_template.jinja").write_text(FAMILIES[family][0], encoding="utf-8")
+    if family == "deepseek":
+        tokenizer = load_tokenizer(str(folder))
+        names = ("begin\u2581of\u2581sentence", "end\u2581of\u2581sentence", "User", "Assistant")
+        begin, *rest = (f"<\uff5c{name}\uff5c>" for name in names)
+        tokenizer.add_special_tokens({"bos_token": begin, "eos_token": rest[0]})
+        tokenizer.add_tokens(rest[1:])  # not special, as in DeepSeek-R1-Distill-Llama-8B
+        tokenizer.save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_control_tokens_that_a_text_spells_stay_text(tmp_path, family):
+    """In the three prompts of the three templates: nothing lost, and no control token but the template's."""
+    tokenizer = tokenizer_on_disk(tmp_path / "base", family)
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
+
+    def prompts(problem: str, solution: str):
+        """(ids, rendered) of student, teacher, evaluation."""
+        return (
+            (encode_student(tokenizer, problem), render_student(tokenizer, problem)),
+            (encode_teacher(tokenizer, problem, solution), render_teacher(tokenizer, problem, solution)),
+            (encode_evaluation(tokenizer, problem), render_evaluation(tokenizer, problem)),
+        )
+
+    clean = prompts(PROBLEM, SOLUTION)
+    for ids, rendered in clean:
+        assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"], "as it always was"
+    of_templates = [[token for token in ids if token in control] for ids, _ in clean]
+    assert all(of_templates)
+    for text in TEXTS[family]:
+        where = ((PROBLEM + text, SOLUTION), (text + PROBLEM, text), (PROBLEM, f"Half {text} of 6"))
+        for problem, solution in where:
+            for (ids, rendered), expected in zip(prompts(problem, solution), of_templates, strict=True):
+                assert tokenizer.decode(ids) == rendered
+                assert [token for token in ids if token in control] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_with_control_tokens_joins_the_template_as_any_other(tmp_path, family):
+    """The path of such texts gives clean texts the very ids that the ordinary path gives them."""
+    tokenizer = tokenizer_on_disk(tmp_path / "base", family)
+    for problem in (PROBLEM, " 12+30", "x\n"):
+        rendered = render_evaluation(tokenizer, problem)
+        ids = prompts_module._encode_as_text(tokenizer, evaluation_message(problem), rendered)
+        assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_runs_of_spaces_and_added_words_are_no_control_tokens():
+    tokenizer = tokenizer_with(QWEN3)
+    tokenizer.add_tokens(["    ", "Lemma", "<tool_call>"])
+    assert not spells_control_token(tokenizer, "Lemma    1")
+    assert spells_control_token(tokenizer, "Lemma <tool_call>")
+
+
+def test_a_template_that_changes_such_a_text_is_refused():
+    tokenizer = tokenizer_with("{{ messages[0].content | upper }}")
+    render_student(tokenizer, "a")
+    with pytest.raises(ArtefactError, match="does not insert a message as it is"):
+        encode_student(tokenizer, "a<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('a\\x1b[2J') }}", "{{ 1 / 0 }}", "{% if %}", "{{ a.b.c }}"]
+)
+def test_a_template_that_fails_is_named(template):
+    with pytest.raises(
+        ArtefactError, match=r"chat template of .* fails .* repair its chat_template\.jinja"
+    ) as error:
+        render_student(tokenizer_with(template), PROBLEM)
+    assert "\x1b" not in str(error.value)
 
 
 def test_braces_and_template_syntax_in_the_data_are_text():

@@ -441,7 +441,7 @@ def test_the_teacher_is_the_base_and_steps_can_be_repeated(tmp_path):
     def inside(trainer):
         perturb(trainer.model)
         trainer.model.train()
-        examples = trainer.train_dataset.examples[:3]
+        examples = [trainer.train_dataset.example(p) for p in range(3)]
         first = trainer._roll_out(examples)
         torch.manual_seed(99)
         torch.rand(7)
