@@ -1,12 +1,14 @@
 """Merge a LoRA checkpoint into its base model, or check a merged folder:
 
     python merge_lora.py --base_model Qwen/Qwen3-4B --adapter outputs/RUN/checkpoint-100 --output outputs/RUN_merged
-    python merge_lora.py --check outputs/RUN_merged [--run_name RUN] [--step 100] [--hashes] [-- TRAINING FLAGS]
+    python merge_lora.py --check outputs/RUN_merged [--base_model B] [--run_name RUN] [--step 100] [--hashes]
+        [-- FLAGS]
 
 The merged folder holds the weights (safetensors), the base's tokenizer, chat template and generation settings,
 the run's manifest.json and a model card. It is written under a temporary name and renamed whole; the sentinel
-`.ready_for_eval` follows, last of all. `--check` ends with 0 for a whole folder, 1 for a missing or incomplete
-one, 2 for one that this project did not make and 3 for another run's.
+`.ready_for_eval` follows, last of all. `--check` ends with 0 for a complete folder, 1 for a missing or
+incomplete one, 2 for one that this project did not make and 3 for another run's. FLAGS is the whole command
+line of the expected training: a flag that it does not give means its default.
 """  # noqa: E501 - the command that runs it, unbroken
 
 from __future__ import annotations
@@ -23,19 +25,6 @@ from typing import TYPE_CHECKING, Any
 from opsd.adapter import Adapter, check_fits, check_same_base, read_adapter
 from opsd.errors import ArtefactError, OneLineParser, UsageError, run_cli
 from opsd.files import PARTIAL_MARK, atomic_directory, disk_errors
-from opsd.manifest import (
-    FORMAT,
-    MANIFEST_NAME,
-    SENTINEL_NAME,
-    IncompleteMergeError,
-    check_merged,
-    file_list,
-    read_manifest,
-    read_sentinel,
-    versions,
-    write_manifest,
-    write_sentinel,
-)
 from opsd.model_card import model_card
 from opsd.models import (
     COPIED_FILES,
@@ -45,6 +34,20 @@ from opsd.models import (
     load_config,
     load_tokenizer,
     model_folder,
+)
+from opsd.run_identity import (
+    FORMAT,
+    MANIFEST_NAME,
+    SENTINEL_NAME,
+    IncompleteMergeError,
+    check_merged,
+    file_list,
+    read_manifest,
+    read_sentinel,
+    run_arguments,
+    versions,
+    write_manifest,
+    write_sentinel,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ def merge(
         adapter: folder of a LoRA checkpoint.
         out: a link to a folder stays a link; the folder that it leads to is written.
         revision: hub commit of the base; default the one that the run's manifest names.
-        accept_base_name: take `base` although the adapter was trained on a model of another name.
+        accept_base_name: take `base` although a third-party adapter was trained on a model of another name.
 
     Raises:
         UsageError: `out` holds files that are no merged model's, or the adapter is no plain LoRA.
@@ -90,7 +93,6 @@ def merge(
     """
     out = Path(out)
     checkpoint = read_adapter(adapter)
-    check_same_base(checkpoint, base, accept_name=accept_base_name)
     refuse_foreign_folder(out, keep=(Path(base), checkpoint.path))
     if revision is None and checkpoint.manifest is not None:
         revision = checkpoint.manifest.get("base_revision")
@@ -100,6 +102,7 @@ def merge(
     load_tokenizer(str(folder), **load)
     hollow = load_causal_lm(str(folder), dtype="auto", device_map="meta", **load)
     check_fits(checkpoint, {name: tuple(weight.shape) for name, weight in hollow.named_parameters()}, base)
+    check_same_base(checkpoint, base, folder, accept_name=accept_base_name)
     with disk_errors(out):
         _check_room(out, sum(weight.nbytes for weight in hollow.parameters()) + SPARE_BYTES)
         with atomic_directory(out) as temporary:
@@ -220,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="folder of the LoRA checkpoint")
     parser.add_argument("--output", help="folder to write; an earlier merge there is replaced")
     parser.add_argument(
-        "--accept_base_name", action="store_true", help="the base is a copy under another name"
+        "--accept_base_name", action="store_true", help="for third-party adapters: the base is a renamed copy"
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model ships")
     parser.add_argument("--check", metavar="DIR", help="check a merged folder instead of merging")
@@ -232,30 +235,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def flag_values(flags: Sequence[str]) -> dict[str, str]:
-    """`--name value` and `--name=value` pairs of another command line; the last of a name counts."""
-    values: dict[str, str] = {}
-    for position, word in enumerate(flags):
-        if not word.startswith("--"):
-            continue
-        name, equals, value = word[2:].partition("=")
-        following = flags[position + 1] if position + 1 < len(flags) else "--"
-        if not equals:
-            value = "True" if following.startswith("--") else following
-        values[name.replace("-", "_")] = value
-    return values
+def _expected_arguments(words: Sequence[str], folder: str) -> dict[str, Any] | None:
+    """Return every argument of the training that a command line asks for; None for an empty one."""
+    if not words:
+        return None
+    from opsd.arguments import parse_arguments
+
+    # The Trainer wants a GPU for bfloat16, which a check does not need; where a run runs is compared nowhere.
+    return run_arguments(
+        *parse_arguments(
+            ["--model_name_or_path", folder, "--output_dir", folder, *words, "--use_cpu", "True"]
+        )
+    )
 
 
 def _check(args: argparse.Namespace, training_flags: Sequence[str]) -> int:
-    expected = flag_values(training_flags)
     try:
         merged = check_merged(
             args.check,
             expected_run_name=args.run_name,
-            expected_method=expected.get("method"),
             expected_base_model=args.base_model,
             expected_step=args.step,
-            expected_arguments=expected,
+            expected_arguments=_expected_arguments(training_flags, args.check),
             hashes=args.hashes,
         )
     except IncompleteMergeError as error:

@@ -6,15 +6,22 @@ mistake is told before any weights are loaded.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.checkpoints import MARKER
+from opsd.checkpoints import MARKER, check_run, incompleteness
 from opsd.errors import ArtefactError
-from opsd.manifest import MANIFEST_NAME, read_json_object, read_manifest, same_source
+from opsd.run_identity import (
+    MANIFEST_NAME,
+    base_differences,
+    read_json_object,
+    read_manifest,
+    same_source,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -56,9 +63,7 @@ def read_adapter(path: Path | str) -> Adapter:
             f"{folder} holds pickled weights (adapter_model.bin), which are not loaded here; save them as "
             "safetensors"
         )
-    manifest = _run_manifest(folder)
-    if manifest is not None:
-        _check_marker(folder)
+    manifest = run_manifest_of(folder)
     config = read_json_object(folder / CONFIG_NAME, what="adapter configuration")
     if config.get("peft_type") != "LORA":
         raise ArtefactError(f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r}, not LORA")
@@ -70,22 +75,6 @@ def read_adapter(path: Path | str) -> Adapter:
         step=_step(folder),
         manifest=manifest,
     )
-
-
-def _check_marker(folder: Path) -> None:
-    """Compare the files that a merge reads with the marker that training writes last."""
-    if not (folder / MARKER).is_file():
-        raise ArtefactError(f"no marker {folder / MARKER}: saving this checkpoint was interrupted; {ANOTHER}")
-    sizes = read_json_object(folder / MARKER, what="marker of a completed checkpoint").get("files")
-    for name in (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME):
-        recorded = sizes.get(name) if isinstance(sizes, dict) else None
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found is None:
-            raise ArtefactError(f"the checkpoint {folder} is not complete: {name} is missing; {ANOTHER}")
-        if found != recorded:
-            raise ArtefactError(
-                f"the checkpoint {folder} is damaged: {name} has {found} bytes, not {recorded}; {ANOTHER}"
-            )
 
 
 def _others(folder: Path) -> str:
@@ -130,20 +119,46 @@ def _step(folder: Path) -> int | None:
     return step
 
 
-def _run_manifest(folder: Path) -> dict[str, Any] | None:
-    # The checkpoint may be a link to a folder on another disk.
-    for place in (folder, folder.absolute().parent, folder.resolve().parent):
-        if (place / MANIFEST_NAME).is_file():
-            return read_manifest(place)
-    return None
-
-
-def check_same_base(adapter: Adapter, base: str, *, accept_name: bool = False) -> None:
-    """Refuse a base whose name is not the recorded one. `accept_name` trusts the caller (a renamed copy).
+def run_manifest_of(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of the run that a checkpoint belongs to; None for an adapter of another project.
 
     Raises:
-        ArtefactError: adapter configuration or manifest name another base model.
+        ArtefactError: the checkpoint is this project's and incomplete, damaged or another run's, or its
+            manifest is gone.
     """
+    places = (folder, Path(os.path.abspath(folder)).parent, folder.resolve().parent)
+    place = next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
+    if place is None:
+        if not (folder / MARKER).is_file():
+            return None
+        raise ArtefactError(
+            f"{folder} has no {MANIFEST_NAME} beside it, so nothing says which run it is; put that run's "
+            f"{MANIFEST_NAME} there"
+        )
+    manifest = read_manifest(place)
+    reason = incompleteness(folder, hashes=True, only=(CONFIG_NAME, WEIGHTS_NAME, STATE_NAME))
+    if reason is not None:
+        raise ArtefactError(f"the checkpoint {folder} is not complete or damaged: {reason}; {ANOTHER}")
+    check_run(folder, manifest)
+    return manifest
+
+
+def check_same_base(adapter: Adapter, base: str, folder: Path, *, accept_name: bool = False) -> None:
+    """Refuse a base model that is not the one the adapter was trained on.
+
+    Args:
+        folder: the files of `base`. Their hash decides where the run's manifest has one.
+        accept_name: take a base of another name for an adapter without such a hash (a renamed copy).
+
+    Raises:
+        ArtefactError: the manifest names other weights; or it, or the adapter's configuration, another name.
+    """
+    if adapter.manifest and adapter.manifest.get("base_weights"):
+        if wrong := base_differences(adapter.manifest, base, folder):
+            raise ArtefactError(
+                f"{adapter.path} was trained on another base model: {wrong[0]}; pass that one"
+            )
+        return
     recorded = {adapter.base_model, adapter.manifest["base_model"] if adapter.manifest else ""} - {""}
     for name in sorted(recorded):
         if not accept_name and not same_source(name, base):

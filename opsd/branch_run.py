@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opsd.branch_analysis import Analysis, analyse, branch_table
-from opsd.branch_config import SAMPLING_FIELDS, BranchConfig, check_config
-from opsd.branch_model import Backend, ModelBackend
+from opsd.branch_config import BranchConfig, check_config
+from opsd.branch_model import ModelBackend
 from opsd.branch_sampling import Sampler, grade_branches
 from opsd.branch_spines import BranchProblem, load_problems
 from opsd.errors import UsageError
@@ -19,6 +19,7 @@ from opsd.files import atomic_write_bytes, atomic_write_text
 from opsd.grading import Grader
 from opsd.journal import Journal
 from opsd.provenance import dataset_fingerprint, versions
+from opsd.run_identity import MAY_CHANGE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,7 @@ class Plan:
 
 
 def diagnose(config: BranchConfig, *, command: Sequence[str] = (), show: bool = True) -> Analysis:
-    """Run the diagnostic and write its files. A killed run continues; a finished one is analysed anew.
+    """Run the diagnostic and write its files. A killed run is resumed; a finished one is analysed anew.
 
     Raises:
         UsageError: a setting is out of range, prompts do not fit the model, or the journal is another run's.
@@ -85,13 +86,13 @@ def prepare(config: BranchConfig) -> Plan:
             ({"problem": p.problem, "answer": p.answer, "teacher": p.teacher_ids} for p in problems),
             columns=("problem", "answer", "teacher"),
         ),
-        **{name: getattr(config, name) for name in SAMPLING_FIELDS},
+        **{name: v for name, v in config.as_dict().items() if name not in MAY_CHANGE["diagnostic"]},
     }
     return Plan(config, problems, tokenizer, regime, longest)
 
 
 def _identity(config: BranchConfig) -> dict[str, Any]:
-    """Student and teacher by content: hashes of a local folder's files, the commit of a hub model."""
+    """Return student and teacher by content: hashes of their files."""
     from opsd.eval_config import EvalConfig
     from opsd.eval_model import check_model
 
@@ -109,7 +110,7 @@ def _identity(config: BranchConfig) -> dict[str, Any]:
 
 
 def carry_out(
-    plan: Plan, make_backend: Callable[[], Backend], *, command: Sequence[str] = (), show: bool = True
+    plan: Plan, make_backend: Callable[[], ModelBackend], *, command: Sequence[str] = (), show: bool = True
 ) -> Analysis:
     """Sample what the journal lacks, grade, analyse and write branches, picture and report."""
     config = plan.config

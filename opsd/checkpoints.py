@@ -1,18 +1,21 @@
-"""Which checkpoint of a run is whole, and which one to resume from.
+"""Which checkpoint of a run is complete, which run it belongs to, and which one to resume from.
 
-A checkpoint counts only with its `.complete` marker, which is written last and lists every file with its
-size. A kill while saving leaves a folder without one.
+A checkpoint counts only with its `.complete` marker, which is written last: its step, the identity of its run
+(opsd/run_identity.py), and size and SHA-256 of every file. A kill while saving leaves a folder without one.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from opsd.errors import ArtefactError
 from opsd.files import atomic_write_json, fsync_tree, remove_folder
+from opsd.provenance import file_sha256
+from opsd.run_identity import differences, file_list, identity, read_json_object, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -29,51 +32,78 @@ REQUIRED = (
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Write the marker of a checkpoint that every rank has finished writing.
+    """Write the marker of a checkpoint that every rank has finished writing, with the identity of its run.
 
     Raises:
-        ArtefactError: a required file is missing.
+        ArtefactError: a required file, or the run's manifest beside the checkpoint, is missing.
     """
     missing = [name for name in REQUIRED if not (checkpoint / name).is_file()]
     if missing:
         raise ArtefactError(f"{checkpoint} lacks {', '.join(missing)} right after saving; is the disk full?")
     fsync_tree(checkpoint)
-    sizes = {
-        str(p.relative_to(checkpoint)): p.stat().st_size
-        for p in sorted(checkpoint.rglob("*"))
-        if p.is_file() and p.name != MARKER
+    marker = {
+        "step": int(NAME.fullmatch(checkpoint.name)[1]),
+        "run": identity(read_manifest(checkpoint.parent)),
+        "files": {name: entry for name, entry in file_list(checkpoint).items() if name != MARKER},
     }
-    atomic_write_json(checkpoint / MARKER, {"files": sizes})
+    atomic_write_json(checkpoint / MARKER, marker)
 
 
-def incompleteness(checkpoint: Path) -> str | None:
-    """Why `checkpoint` is not whole, in words; None when it is."""
-    try:
-        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+def incompleteness(
+    checkpoint: Path, *, hashes: bool = False, only: Collection[str] | None = None
+) -> str | None:
+    """Return why `checkpoint` is not complete, in words; None when it is.
+
+    Args:
+        hashes: compare each file's SHA-256 too, not its size alone.
+        only: the files to look at, whatever the folder's name; default all.
+    """
+    if not (checkpoint / MARKER).is_file():
         return f"it has no {MARKER} marker: saving it was interrupted"
-    except (ValueError, KeyError, TypeError):
-        return f"its {MARKER} marker is damaged"
-    for name, size in sizes.items():
-        path = checkpoint / name
+    try:
+        marker = read_json_object(checkpoint / MARKER, what="marker")
+        step, files = marker["step"], {name: dict(entry) for name, entry in marker["files"].items()}
+    except (ArtefactError, KeyError, TypeError, ValueError, AttributeError):
+        return f"its {MARKER} marker is damaged or an earlier version's"
+    if only is None and checkpoint.name != f"checkpoint-{step}":
+        return f"it was saved as checkpoint-{step}"
+    for name in files if only is None else only:
+        path, entry = checkpoint / name, files.get(name, {})
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if path.stat().st_size != entry.get("bytes"):
+            return f"{name} has {path.stat().st_size} bytes instead of {entry.get('bytes')}"
+        if hashes and file_sha256(path) != entry.get("sha256"):
+            return f"the SHA-256 of {name} is not the one that was saved"
     return None
 
 
+def check_run(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a complete checkpoint of another run.
+
+    Raises:
+        ArtefactError: its marker names another identity than the manifest; every difference is named.
+    """
+    recorded = read_json_object(checkpoint / MARKER, what="marker").get("run")
+    differing = differences(recorded if isinstance(recorded, dict) else {}, identity(manifest))
+    if differing:
+        raise ArtefactError(
+            f"{checkpoint} is a checkpoint of another run ({'; '.join(differing)}); move it out of this "
+            "run's folder, or give another --output_dir"
+        )
+
+
 def checkpoints(run_folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, whole or not, oldest first."""
-    found = [(NAME.fullmatch(p.name), p) for p in run_folder.glob("checkpoint-*") if p.is_dir()]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    """Return (step, folder) of every checkpoint, complete or not, oldest first; a folder may be a link."""
+    found = [(NAME.fullmatch(path.name), path) for path in run_folder.glob("checkpoint-*")]
+    kept = [(int(match[1]), path) for match, path in found if match]
+    return sorted((step, path) for step, path in kept if path.is_dir() or path.is_symlink())
 
 
 def newest_complete(run_folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run, None without one. Each newer one that is not whole is named in
-    the log."""
+    """Return a run's newest complete checkpoint, its files hashed; None without one. Log what is left out."""
     for _, path in reversed(checkpoints(run_folder)):
-        reason = incompleteness(path)
+        reason = incompleteness(path, hashes=True)
         if reason is None:
             return path
         logger.warning("%s is left out: %s", path, reason)
@@ -81,37 +111,43 @@ def newest_complete(run_folder: Path) -> Path | None:
 
 
 def remove_incomplete(run_folder: Path) -> list[Path]:
-    """Delete the checkpoints that a kill left half-written and return them. Whole ones are never touched."""
-    removed = [path for _, path in checkpoints(run_folder) if incompleteness(path) is not None]
+    """Delete the checkpoints that are half-written or damaged and return them; of a link, the link alone."""
+    removed = [path for _, path in checkpoints(run_folder) if incompleteness(path, hashes=True) is not None]
     for path in removed:
         remove_folder(path)
     return removed
 
 
-def rotate(run_folder: Path, limit: int | None) -> list[Path]:
-    """Delete the oldest checkpoints until `limit` whole ones are left, and return what was deleted.
+def rotate(run_folder: Path, limit: int | None, *, keep: int | None = None) -> list[Path]:
+    """Delete the oldest checkpoints until `limit` complete ones are left, and return what was deleted.
 
-    Only whole checkpoints count, so that a half-written one never displaces the one to resume from. None or a
-    number below 1 keeps all.
+    Only complete checkpoints count, so that a half-written one never displaces the one to resume from.
+
+    Args:
+        limit: None or a number below 1 keeps all.
+        keep: the step that will be merged: its checkpoint is never deleted and does not count.
     """
-    whole = [path for _, path in checkpoints(run_folder) if incompleteness(path) is None]
-    surplus = whole[: max(len(whole) - limit, 0)] if limit is not None and limit > 0 else []
+    complete = [p for step, p in checkpoints(run_folder) if step != keep and incompleteness(p) is None]
+    surplus = complete[: max(len(complete) - limit, 0)] if limit is not None and limit > 0 else []
     for path in surplus:
+        folder = path.resolve()
         # Without its marker a folder that a kill leaves half deleted does not pass for a checkpoint.
         (path / MARKER).unlink()
-        remove_folder(path)
+        if path.is_symlink():
+            path.unlink()
+        remove_folder(folder)
     return surplus
 
 
 def resolve_resume(run_folder: Path, asked: str | None) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means.
+    """Return the checkpoint that `--resume_from_checkpoint` means.
 
     Args:
-        asked: None starts afresh, "auto" or "True" takes the newest whole one (None without one), anything
+        asked: None starts afresh, "auto" or "True" takes the newest complete one (None without one), anything
             else is a folder.
 
     Raises:
-        ArtefactError: the folder is not a whole checkpoint; or checkpoints exist and nothing was asked.
+        ArtefactError: the folder is not a complete checkpoint; or checkpoints exist and nothing was asked.
     """
     if asked is None or asked.lower() == "false":
         existing = newest_complete(run_folder)
@@ -124,7 +160,9 @@ def resolve_resume(run_folder: Path, asked: str | None) -> Path | None:
     if asked.lower() in ("auto", "true"):
         return newest_complete(run_folder)
     folder = Path(asked)
-    reason = incompleteness(folder) if folder.is_dir() else "it does not exist"
+    reason = incompleteness(folder, hashes=True) if folder.is_dir() else "it does not exist"
     if reason is not None:
-        raise ArtefactError(f"--resume_from_checkpoint {asked}: {reason}; give auto for the newest whole one")
+        raise ArtefactError(
+            f"--resume_from_checkpoint {asked}: {reason}; give auto for the newest complete one"
+        )
     return folder

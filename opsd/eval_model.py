@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from opsd.errors import UsageError
+from opsd.errors import ArtefactError, UsageError
 from opsd.eval_config import MAX_MODEL_LEN, EvalConfig
-from opsd.manifest import SENTINEL_NAME, check_merged, same_source, weights_identity
-from opsd.models import load_adapter, load_causal_lm, load_config
-from opsd.provenance import file_sha256
+from opsd.models import load_adapter, load_causal_lm, load_config, model_folder
+from opsd.provenance import cached_sha256
+from opsd.run_identity import SENTINEL_NAME, base_differences, check_merged, model_identity, same_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ class ModelFacts:
     """What an evaluation needs to know of its model, and records.
 
     Attributes:
-        identity: names the weights: a SHA-256 over a local folder's files, the commit of a hub model.
+        identity: a SHA-256 over the files that decide the model's output, wherever they lie.
         adapter_identity: the same for the adapter, None without one.
         max_model_len: tokens of prompt + completion that this run may use.
         manifest: which training run a merged folder came from (None for any other model).
@@ -54,17 +54,16 @@ def check_model(config: EvalConfig) -> ModelFacts:
     load = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     model_config = load_config(config.base_model, **load)
     manifest = None
-    if not folder.is_dir():
-        identity = f"hub:{config.base_model}@{getattr(model_config, '_commit_hash', None)}"
-    elif (folder / SENTINEL_NAME).exists():
-        merged = check_merged(folder)
+    load_causal_lm(config.base_model, dtype="auto", device_map="meta", **load)  # vLLM does not miss a tensor
+    if folder.is_dir() and (folder / SENTINEL_NAME).exists():
+        merged = check_merged(folder, hashes=True)
         identity = merged["identity"]
         manifest = _manifest_identity(merged)
     else:
-        identity = _folder_identity(folder)
-    # vLLM leaves what the files lack as it was allocated.
-    load_causal_lm(config.base_model, dtype="auto", device_map="meta", **load)
-    adapter_identity = _check_adapter(config) if config.adapter is not None else None
+        folder = model_folder(config.base_model, getattr(model_config, "_commit_hash", config.revision))
+        files = {path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()}
+        identity = model_identity({path.name: cached_sha256(path) for path in files})
+    adapter_identity = _check_adapter(config, folder) if config.adapter is not None else None
     return ModelFacts(identity, adapter_identity, _max_model_len(config, model_config), manifest)
 
 
@@ -126,17 +125,16 @@ def _max_model_len(config: EvalConfig, model_config: PreTrainedConfig) -> int:
     return config.max_model_len
 
 
-def _folder_identity(folder: Path) -> str:
-    files = {path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()}
-    return weights_identity({path.name: {"sha256": file_sha256(path)} for path in files})
-
-
-def _check_adapter(config: EvalConfig) -> str:
+def _check_adapter(config: EvalConfig, base: Path) -> str:
     adapter = read_adapter(config.adapter)
-    if adapter.base_model and not same_source(adapter.base_model, config.base_model):
+    if adapter.manifest is not None:
+        if wrong := base_differences(adapter.manifest, config.base_model, base):
+            raise ArtefactError(
+                f"{adapter.path} was trained on another base model: {wrong[0]}; evaluate it on that one"
+            )
+    elif adapter.base_model and not same_source(adapter.base_model, config.base_model):
         logger.warning("the adapter was trained on %s, not on %s", adapter.base_model, config.base_model)
-    names = (CONFIG_NAME, WEIGHTS_NAME)
-    return weights_identity({name: {"sha256": file_sha256(adapter.path / name)} for name in names})
+    return model_identity({name: cached_sha256(adapter.path / name) for name in (CONFIG_NAME, WEIGHTS_NAME)})
 
 
 def _manifest_identity(merged: dict[str, Any]) -> dict[str, Any]:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
+import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from opsd.errors import NO_PERMISSION, NO_ROOM, ArtefactError
+from opsd.errors import NO_PERMISSION, NO_ROOM, ArtefactError, UsageError
 
 # A name that no reader of results, checkpoints or merged folders takes for a finished one.
 PARTIAL_MARK = ".partial-"
+# This host in eight characters: a process id means something on its own host alone.
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+# No write of this project takes as long, so another host's partial file of this age is abandoned.
+_ABANDONED_SECONDS = 24 * 3600
 
 
 def _fsync(path: Path) -> None:
@@ -26,19 +35,24 @@ def _fsync(path: Path) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """A temporary sibling of `path`: same file system, hidden, never mistaken for a result."""
-    return path.with_name(f".{path.name}{PARTIAL_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    """Return a temporary sibling of `path`: same file system, hidden, never mistaken for a result."""
+    return path.with_name(f".{path.name}{PARTIAL_MARK}{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def remove_partials(path: Path) -> list[Path]:
     """Delete what killed writers of `path` left beside it and return what was deleted.
 
-    A partial of a process that still runs is left alone.
+    A partial of a process that runs on this host is left alone, another host's until it is a day old.
     """
     removed = []
-    for leftover in sorted(path.parent.glob(f".{glob_escape(path.name)}{PARTIAL_MARK}*")):
-        owner = leftover.name.split(PARTIAL_MARK)[-1].split("-")[0]
-        if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
+    for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}{PARTIAL_MARK}*")):
+        host, _, owner = leftover.name.split(PARTIAL_MARK)[-1].partition("-")
+        owner = owner.split("-")[0]
+        if host == _HOST and owner.isdigit():
+            in_use = int(owner) != os.getpid() and _alive(int(owner))
+        else:
+            in_use = time.time() - leftover.stat().st_mtime < _ABANDONED_SECONDS
+        if in_use:
             continue
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -98,11 +112,6 @@ def _nearly_full(folder: Path) -> bool:
     return shutil.disk_usage(folder).free < 2**20
 
 
-def glob_escape(name: str) -> str:
-    """`name` as a glob pattern that matches only itself."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
-
-
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -111,6 +120,37 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def lock_file(path: Path, *, busy: str) -> IO[bytes]:
+    """Open `path` for appending under an exclusive lock, which ends with the process or the returned file.
+
+    Args:
+        busy: what to say where another process holds the lock.
+
+    Raises:
+        UsageError: another process holds it.
+        ArtefactError: the file system has no locks.
+    """
+    while True:
+        file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UsageError(busy) from None
+        except OSError as error:
+            file.close()
+            raise ArtefactError(
+                f"{path} cannot be locked ({error.strerror}), so two processes could write there at once; "
+                "choose a place on a file system that has locks"
+            ) from error
+        # Between open and lock the previous owner may have finished and deleted the file: then the lock is on
+        # a file that nobody finds any more.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:

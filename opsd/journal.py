@@ -10,16 +10,16 @@ again. Damage anywhere else is not explained by a kill, and is an error.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from opsd.errors import ArtefactError, UsageError, printable
+from opsd.files import lock_file
 
 FORMAT = 1
 SYNC_LINES = 64
@@ -120,7 +120,8 @@ class Journal:
         self._unsynced = 0
         self._synced_at = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._open_locked()
+        busy = f"another process is writing the journal {path}; wait for it, or choose another --output"
+        self._file = lock_file(self.path, busy=busy)
         try:
             self._load()
         except BaseException:
@@ -167,26 +168,6 @@ class Journal:
         self._file.write(encode_line(data))
         self._file.flush()
 
-    def _open_locked(self) -> IO[bytes]:
-        while True:
-            file = open(self.path, "ab")  # noqa: SIM115 (closed by close())
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise UsageError(
-                    f"another process is writing the journal {self.path}; wait for it, or choose another "
-                    "--output"
-                ) from None
-            # Between open and lock the previous owner may have finished and deleted the file: then the lock
-            # is on a file that nobody finds any more.
-            try:
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                    return file
-            except FileNotFoundError:
-                pass
-            file.close()
-
     def _load(self) -> None:
         reader = LineReader(self.path)
         lines = reader.read()
@@ -194,8 +175,7 @@ class Journal:
         if self.dropped_bytes:
             os.truncate(self.path, reader.offset)
         if not lines:
-            self._write({"format": FORMAT, "regime": self.regime})
-            self.sync()
+            self._write({"format": FORMAT, "regime": self.regime})  # synchronised with the first sample
             return
         header, *self.records = lines
         if header.get("format") != FORMAT or not isinstance(header.get("regime"), dict):

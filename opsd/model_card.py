@@ -29,7 +29,7 @@ def model_card(manifest: Mapping[str, Any], *, adapter_step: int | None) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
-        manifest: the training run's (opsd/manifest.py).
+        manifest: the training run's (opsd/run_identity.py).
         adapter_step: optimizer steps behind the merged adapter.
     """
     dataset = manifest["dataset"]

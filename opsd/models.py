@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from opsd.adapter import read_adapter
 from opsd.errors import ArtefactError, UsageError, printable, refuse_unasked_code
 from opsd.files import atomic_write_json
-from opsd.manifest import TOKENIZER_FILES, read_json_object
+from opsd.run_identity import TOKENIZER_FILES, read_json_object
 
 if TYPE_CHECKING:
     import torch

@@ -1,16 +1,24 @@
-"""Where numbers come from: versions, the state of the code, a fingerprint of the data. Imports no torch."""
+"""Where numbers come from: versions, the state of the code, hashes of data and weights. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
+import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from opsd.errors import ArtefactError
+from opsd.files import atomic_write_json
+
+logger = logging.getLogger(__name__)
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +36,11 @@ PACKAGES = (
 )
 
 SECRET_ARGUMENTS = ("token", "api_key", "password", "secret")
+
+# Smaller files are hashed each time.
+_CACHED_BYTES = 2**20
+# A file that changed so lately may change again without another time stamp: its hash is not kept.
+_SETTLED_SECONDS = 2.0
 
 
 def versions() -> dict[str, str]:
@@ -80,6 +93,64 @@ def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_sha256(path: Path) -> str:
+    """Return `file_sha256`, read from the user's cache while size, times and inode are those of then.
+
+    The cache is `pwopsd/sha256.json` below XDG_CACHE_HOME or ~/.cache. A bit that the disk itself flips
+    changes no time stamp and is noticed by `file_sha256` alone.
+    """
+    path = path.resolve()
+    before = _stamp(path)
+    if before[0] < _CACHED_BYTES:
+        return file_sha256(path)
+    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pwopsd" / "sha256.json"
+    known = _read_cache(store).get(str(path))
+    if isinstance(known, list) and known[:-1] == before:
+        return known[-1]
+    digest = file_sha256(path)
+    if _stamp(path) == before and time.time() - before[2] / 1e9 > _SETTLED_SECONDS:
+        kept = {name: entry for name, entry in _read_cache(store).items() if os.path.exists(name)}
+        try:
+            atomic_write_json(store, kept | {str(path): [*before, digest]})
+        except OSError as error:
+            logger.warning("the hash of %s is not kept (%s): it is computed again next time", path, error)
+    return digest
+
+
+def _stamp(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _read_cache(store: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(store.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a cache that is not there or damaged is made anew
+    return entries if isinstance(entries, dict) else {}
+
+
+def combined_sha256(hashes: Mapping[str, str]) -> str:
+    """Return one SHA-256 (hex) over `name hash` of every file, sorted by name."""
+    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return one SHA-256 (hex) over the names and hashes of a model folder's weights.
+
+    Raises:
+        ArtefactError: the folder has no `model*.safetensors`.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ArtefactError(
+            f"the weights of {str(folder)!r} cannot be loaded (no model*.safetensors in it); copy or "
+            "download the model again, as safetensors"
+        )
+    return combined_sha256({path.name: cached_sha256(path) for path in files})
 
 
 def is_secret(name: str) -> bool:

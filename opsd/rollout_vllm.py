@@ -150,6 +150,9 @@ class VLLMEngine:
                 )
             if cpu:
                 arguments |= vllm_setup.cpu_arguments()
+                if self._placement == "mp":
+                    cores = vllm_setup.worker_cores(arguments["tensor_parallel_size"])
+                    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
             self._remedy = vllm_setup.remedy(
                 cpu=cpu,
                 gpu_memory_utilization=arguments["gpu_memory_utilization"],

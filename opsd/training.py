@@ -3,6 +3,7 @@ records."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -13,15 +14,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
-from opsd.checkpoints import NAME, remove_incomplete, resolve_resume
+from opsd.checkpoints import NAME, check_run, remove_incomplete, resolve_resume
 from opsd.data import Problems, check_positions, check_rows, encode_problems
 from opsd.errors import ArtefactError, UsageError
-from opsd.files import atomic_write_text, partial_name, remove_all_partials
+from opsd.files import atomic_write_text, lock_file, partial_name, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
-from opsd.manifest import read_manifest, run_manifest, write_manifest
-from opsd.models import load_causal_lm, load_config, load_tokenizer
-from opsd.objectives import METHODS, Hyperparameters
-from opsd.provenance import dataset_fingerprint
+from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
+from opsd.objectives import METHODS
+from opsd.provenance import dataset_fingerprint, weights_sha256
+from opsd.run_identity import (
+    MANIFEST_NAME,
+    differences,
+    identity,
+    read_manifest,
+    run_arguments,
+    run_manifest,
+    write_manifest,
+)
 from opsd.step_records import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.tables import load_table
 from opsd.vllm_setup import local_model, require_vllm
@@ -34,37 +43,42 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A resumed run may change these; everything else would make it another run.
-FREE_TO_CHANGE = {
-    "output_dir", "run_name", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
-    "max_steps",
-    "log_completions_steps", "rollout_audit_steps", "disable_tqdm", "skip_nonfinite", "save_total_limit",
-    "dataloader_num_workers", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_max_num_seqs",
-    "vllm_enforce_eager", "ddp_timeout", "local_rank", "log_level",
-}  # fmt: skip
+LOCK_NAME = ".lock"
 
 
 def train(
     training: TrainingArguments,
     method: MethodArguments,
-    hyper: Hyperparameters,
     rollout: RolloutArguments,
     options: ModelArguments,
 ) -> int:
-    """Run the training and return the exit code.
+    """Run the training and return the exit code. The main process holds a lock on the run folder meanwhile.
 
     Raises:
         UsageError, ArtefactError: before any model is loaded where that is possible.
     """
+    folder = Path(training.output_dir)
+    _check_devices(training)
+    _check_engine(rollout, training.world_size)
+    _check_writable(folder)
+    busy = f"another process is training in --output_dir {folder}; wait for it, or choose another folder"
+    main = training.process_index == 0
+    with lock_file(folder / LOCK_NAME, busy=busy) if main else contextlib.nullcontext():
+        return _train(training, method, rollout, options)
+
+
+def _train(
+    training: TrainingArguments,
+    method: MethodArguments,
+    rollout: RolloutArguments,
+    options: ModelArguments,
+) -> int:
     from transformers import ProgressCallback
     from transformers.integrations import TensorBoardCallback
 
     from opsd.trainer import OPSDTrainer
 
     output_dir = Path(training.output_dir)
-    _check_devices(training)
-    _check_engine(rollout, training.world_size)
-    _check_writable(output_dir)
     resume = resolve_resume(output_dir, training.resume_from_checkpoint)
     load = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model_name_or_path, **load)
@@ -97,7 +111,7 @@ def train(
         processing_class=tokenizer,
         train_dataset=problems,
         method=METHODS[method.method],
-        hyper=hyper,
+        hyper=method,
         loss_scope=method.loss_scope,
         engine=engine,
         head=head,
@@ -192,14 +206,17 @@ def _check_batches(problems: Problems, training: TrainingArguments) -> None:
 
 
 def _manifest(training, method, rollout, options, config, rows, problems: Problems) -> dict:
-    # The parallel layout has its own fields; the Trainer's derived ones say nothing about the experiment.
-    arguments = {**training.to_sanitized_dict(), **vars(method), **vars(rollout), **vars(options)}
+    revision = getattr(config, "_commit_hash", None)
+    # The main process hashes the weights and leaves the hash to the others in the user's cache.
+    with training.main_process_first(desc="hashing the base model's weights"):
+        base_weights = weights_sha256(model_folder(options.model_name_or_path, revision))
     return run_manifest(
         run_name=training.run_name,
         method=method.method,
         base_model=options.model_name_or_path,
-        base_revision=getattr(config, "_commit_hash", None),
-        arguments=arguments,
+        base_revision=revision,
+        base_weights=base_weights,
+        arguments=run_arguments(training, method, rollout, options),
         dataset=options.train_dataset,
         dataset_rows=len(problems),
         dataset_sha256=dataset_fingerprint(rows),
@@ -214,34 +231,31 @@ def _manifest(training, method, rollout, options, config, rows, problems: Proble
 
 
 def _check_same_run(output_dir: Path, manifest: dict, resume: Path | None) -> None:
-    """A resumed run is the same run: refuse other arguments, data or code paths, with the differing fields
-    named."""
-    if resume is None or not (output_dir / "manifest.json").exists():
+    """A resumed run is the same run: folder, checkpoint and command line have one identity.
+
+    Raises:
+        UsageError: the command line differs from the run in `output_dir`; every difference is named.
+        ArtefactError: the checkpoint is another run's, or the folder's manifest is gone.
+    """
+    if resume is None:
         return
-    before = read_manifest(output_dir)
-    differing = [
-        f"{name}: {before['arguments'].get(name)!r} before, {value!r} now"
-        for name, value in manifest["arguments"].items()
-        if name not in FREE_TO_CHANGE and before["arguments"].get(name) != value
-    ]
-    for name in ("base_model", "base_revision", "world_size"):
-        if before[name] != manifest[name]:
-            differing.append(f"{name}: {before[name]!r} before, {manifest[name]!r} now")
-    if before["dataset"]["sha256"] != manifest["dataset"]["sha256"]:
-        differing.append("the dataset's content")
-    if differing:
-        raise UsageError(
-            f"{output_dir} was trained with other settings ({'; '.join(differing)}); restore them, or give "
-            "another "
-            "--output_dir"
+    if (output_dir / MANIFEST_NAME).exists():
+        differing = differences(identity(read_manifest(output_dir)), identity(manifest))
+        if differing:
+            raise UsageError(
+                f"{output_dir} was trained with other settings ({'; '.join(differing)}); restore them, or "
+                "give another --output_dir"
+            )
+    check_run(resume, manifest)
+    if not (output_dir / MANIFEST_NAME).exists():
+        raise ArtefactError(
+            f"{output_dir} has no {MANIFEST_NAME}, so nothing says how the run of {resume} began; put the "
+            "file back, or give another --output_dir and no --resume_from_checkpoint"
         )
 
 
 def _resumed(output_dir: Path, manifest: dict, resume: Path) -> dict:
-    """The run's first manifest with the arguments of now, and one more entry under `resumed`: what may have
-    changed in between."""
-    if not (output_dir / "manifest.json").exists():
-        return manifest
+    """Return the run's first manifest with the arguments of now and one more entry under `resumed`."""
     before = read_manifest(output_dir)
     start = {"checkpoint": resume.name} | {
         name: manifest[name] for name in ("created", "command", "git", "versions")

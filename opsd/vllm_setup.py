@@ -148,6 +148,23 @@ def cpu_arguments() -> dict[str, Any]:
     return arguments if space else arguments | {"kv_cache_memory_bytes": _CPU_KV_BYTES}
 
 
+def worker_cores(workers: int) -> str:
+    """Divide this process's cores among `workers` processes, as VLLM_CPU_OMP_THREADS_BIND takes them.
+
+    Left to itself, vLLM gives each worker a NUMA node and refuses to start where there are fewer nodes.
+
+    Raises:
+        UsageError: there are fewer cores than workers.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < workers:
+        raise UsageError(
+            f"the tensor parallel size is {workers}, but this process may use only {len(cores)} CPU cores; "
+            "without a GPU every worker needs one"
+        )
+    return "|".join(",".join(map(str, cores[worker::workers])) for worker in range(workers))
+
+
 def remedy(*, cpu: bool, gpu_memory_utilization: float, max_model_len: int, max_num_seqs: int | None) -> str:
     """Which settings to change when the engine fails, with their present values."""
     space = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or "1"

@@ -78,7 +78,7 @@ def kind_of(training_seed: int | None) -> str:
 
 def training_record(run: Path, answers: Sequence[str]) -> dict[str, Any] | None:
     """What the study keeps of a run; None for a folder that is no finished run of the study."""
-    from opsd.manifest import read_manifest
+    from opsd.run_identity import read_manifest
     from opsd.step_records import read_metrics
 
     match = _RUN.fullmatch(run.name)

@@ -25,7 +25,7 @@ import pytest
 
 from opsd.checkpoints import mark_complete
 from opsd.errors import run_cli
-from tests.test_merge_lora import tiny_base, train_nothing
+from tests.test_merge_lora import scale_weights, tiny_base, train_nothing
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -172,8 +172,8 @@ def started_differently(w: World) -> Path:
     """A run folder as training with another learning rate and other data left it."""
     from opsd import training
     from opsd.arguments import parse_arguments
-    from opsd.manifest import write_manifest
     from opsd.models import load_config, load_tokenizer
+    from opsd.run_identity import write_manifest
 
     given = train(w, learning_rate=0.001, train_dataset=w.rows(ROW, ROW))
     arguments, method, rollout, options = parse_arguments(given)
@@ -328,18 +328,18 @@ CASES: list[Case] = [
     Case("--method without a value", TRAIN, lambda w: [*train(w, method=None), "--method"], 2, ("--method",)),
     Case("a flag that does not exist", TRAIN, lambda w: train(w, learning_rat=1), 2, ("--learning_rat", "--help")),
     number("learning_rate", "fast", "fast", "--help"),
-    number("learning_rate", "nan", "nan", "(0.0, inf)"),
-    number("learning_rate", "-1", "-1.0", "(0.0, inf)"),
-    number("temperature", "0", "0.0", "(0.0, inf)"),
+    number("learning_rate", "nan", "nan", "more than 0"),
+    number("learning_rate", "-1", "-1.0", "more than 0"),
+    number("temperature", "0", "0.0", "more than 0"),
     number("jsd_token_clip", "-0.05", "-0.05"),
-    number("position_w_min", "1.5", "1.5", "[0.0, 1.0]"),
+    number("position_w_min", "1.5", "1.5", "[0, 1]"),
     number("position_s", "0", "0.0"),
     number("position_tau", "inf", "inf"),
-    number("eopd_top_k", "0", "0", "[1, inf)"),
-    number("reopold_lambda", "1", "1.0", "(0.0, 1.0)"),
+    number("eopd_top_k", "0", "0", "at least 1"),
+    number("reopold_lambda", "1", "1.0", "(0, 1)"),
     number("reopold_beta", "nan", "nan"),
     number("reopold_t_switch", "-1", "-1"),
-    number("rollout_top_p", "0", "0.0", "(0.0, 1.0]"),
+    number("rollout_top_p", "0", "0.0", "(0, 1]"),
     number("rollout", "sglang", "'sglang'", "hf, vllm"),
     number("loss_scope", "batch", "'batch'", "micro_batch, global"),
     number("max_steps", "0", "0"),
@@ -396,13 +396,13 @@ CASES: list[Case] = [
     Case("merging without --adapter", MERGE, lambda w: merge(w, adapter=None), 2, ("--adapter missing",)),
     Case("merging: a flag that does not exist", MERGE, lambda w: merge(w, "--fast"), 2, ("--fast", "merge_lora.py --help")),
     Case("merging: no such checkpoint", MERGE, lambda w: merge(w, adapter=w.run / "checkpoint-75"), 3, ("checkpoint-75", "holds checkpoint-100")),
-    adapter("a half-written checkpoint", half_written, "no marker"),
+    adapter("a half-written checkpoint", half_written, "no .complete marker"),
     adapter("a cut adapter", lambda r: cut(r / "checkpoint-100" / "adapter_model.safetensors"), "damaged"),
     adapter("an adapter as a pickle", adapter_pickled, "pickled", "not loaded"),
     adapter("an adapter that is no LoRA", lambda r: adapter_of_kind(r, "IA3"), "IA3", "not LORA"),
     adapter("with a torn manifest", lambda r: cut(r / "manifest.json"), "manifest", "not valid JSON"),
-    Case("merging into a base of another name", MERGE, lambda w: merge(w, base_model=shutil.copytree(w.base, w.new / "other")), 3, ("trained on", "--accept_base_name")),
-    Case("merging into a base of other sizes", MERGE, lambda w: merge(w, "--accept_base_name", base_model=tiny_base(w.new / "wide", intermediate_size=80)), 3, ("32 x 80", "wrong base model")),
+    Case("merging into a base with other weights", MERGE, lambda w: merge(w, "--accept_base_name", base_model=w.copy(w.base, scale_weights)), 3, ("another base model", "SHA-256", "pass that one")),
+    Case("merging into a base of other sizes", MERGE, lambda w: merge(w, base_model=tiny_base(w.new / "wide", intermediate_size=80)), 3, ("32 x 80", "wrong base model")),
     Case("merging: no such base", MERGE, lambda w: merge(w, "--accept_base_name", base_model="./none"), 3, ("./none", "does not exist")),
     Case("merging into a folder with other files", MERGE, lambda w: merge(w, output=w.file("thesis.tex", "years").parent), 2, ("thesis.tex", "choose another")),
     Case("merging over the checkpoint itself", MERGE, lambda w: merge(w, output=w.run), 2, ("would replace", "choose another")),
@@ -412,7 +412,7 @@ CASES: list[Case] = [
     Case("checking a merged folder of another run", MERGE, lambda w: ["--check", str(w.merged), "--run_name", "other"], 3, ("tiny_pwopsd", "'other'", "RUN_NAME")),
     Case("checking a merged folder of another cell", MERGE, lambda w: ["--check", str(w.merged), "--", "--method", "opsd"], 3, ("'pwopsd'", "'opsd'")),
     # evaluation
-    Case("evaluating without --base_model", EVALUATE, lambda w: evaluate(w, base_model=None), 2, ("--base_model", "--help")),
+    Case("evaluating without --base_model", EVALUATE, lambda w: evaluate(w, base_model=None), 2, ("--base_model is missing", "hub id")),
     evaluation("--dataset aime26", "'aime26'", "math500", dataset="aime26", dataset_path=None),
     evaluation("--temperature nan", "temperature is nan", "at least 0", temperature="nan"),
     evaluation("--top_p 0", "top_p is 0.0", "(0, 1]", top_p="0"),

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from opsd.checkpoints import checkpoints, incompleteness
 from opsd.errors import ArtefactError
 from opsd.files import PARTIAL_MARK
-from opsd.manifest import SENTINEL_NAME, check_merged
 from opsd.results import load_result
+from opsd.run_identity import SENTINEL_NAME, check_merged
 from tests.forked_runs import Job, import_everything, run, train_argv
 
 ROOT = Path(__file__).resolve().parent.parent

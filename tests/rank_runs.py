@@ -2,7 +2,8 @@
 
 The plan is a list of `[command line of ea_opsd_train.py, fault]`. After each training every rank writes which
 problems it saw at each step and a hash of its adapter to `<output_dir>/rank-<R>.json`. A fault (`exception`,
-`memory`, `kill`) strikes rank 1 in its second optimizer step.
+`memory`, `kill`) strikes rank 1 in its second optimizer step; `stop` leaves the training there on every rank
+and goes on with the plan.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ RANK = int(os.environ.get("RANK", "0"))
 ROLL_OUT, TRAIN = OPSDTrainer._roll_out, OPSDTrainer.train
 
 
+class Stopped(Exception):
+    """The planned end of a training that another launch resumes."""
+
+
 class Recorder:
     """Watches the trainer of one run, and breaks it where the plan says so."""
 
@@ -37,7 +42,7 @@ class Recorder:
 
     def install(self) -> None:
         def watched_roll_out(trainer, examples):
-            if self.fault is not None and RANK == 1 and trainer.state.global_step == 1:
+            if self.fault and trainer.state.global_step == 1 and (RANK == 1 or self.fault == "stop"):
                 self.strike()
             self.seen.append([example.index for example in examples])
             return ROLL_OUT(trainer, examples)
@@ -55,6 +60,8 @@ class Recorder:
         OPSDTrainer._roll_out, OPSDTrainer.train = watched_roll_out, watched_train
 
     def strike(self) -> None:
+        if self.fault == "stop":
+            raise Stopped
         # When it struck, for the report of how long the other rank then took to end.
         print(f"rank 1 breaks at {time.time():.2f}", file=sys.stderr, flush=True)
         if self.fault == "kill":
@@ -69,7 +76,10 @@ def carry_out(plan: Path) -> int:
     for argv, fault in json.loads(plan.read_text()):
         recorder = Recorder(fault)
         recorder.install()
-        code = ea_opsd_train.main(argv)
+        try:
+            code = ea_opsd_train.main(argv)
+        except Stopped:
+            continue
         if code:
             return code
         folder = Path(argv[argv.index("--output_dir") + 1])

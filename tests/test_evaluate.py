@@ -520,7 +520,7 @@ def make_adapter(world: Path, folder: Path) -> Path:
 def test_an_adapter_is_evaluated_as_its_merged_model_is(
     world: Path, reference: dict[str, Any], tmp_path: Path
 ) -> None:
-    from opsd.manifest import file_list, run_manifest, write_manifest, write_sentinel
+    from opsd.run_identity import file_list, run_manifest, write_manifest, write_sentinel
 
     adapter = make_adapter(world, tmp_path / "adapter")
     adapted = run_config(config_of(world, tmp_path / "a.json", adapter=str(adapter)))
@@ -559,7 +559,7 @@ def test_an_adapter_is_evaluated_as_its_merged_model_is(
 
 
 def test_a_cut_merged_folder_is_refused(world: Path, tmp_path: Path) -> None:
-    from opsd.manifest import write_sentinel
+    from opsd.run_identity import write_sentinel
 
     folder = eval_world.make_model(tmp_path / "merged")
     write_sentinel(

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opsd import files
 from opsd import journal as journal_module
 from opsd.errors import ArtefactError, UsageError
 from opsd.journal import Journal, LineReader, decode_line, differences, encode_line
@@ -183,7 +184,7 @@ def test_a_journal_deleted_between_open_and_lock_is_opened_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path / "j.jsonl")
-    flock, calls = journal_module.fcntl.flock, []
+    flock, calls = files.fcntl.flock, []
 
     def finish_first(*arguments: object) -> None:
         if not calls:
@@ -191,7 +192,7 @@ def test_a_journal_deleted_between_open_and_lock_is_opened_anew(
         calls.append(arguments)
         flock(*arguments)
 
-    monkeypatch.setattr(journal_module.fcntl, "flock", finish_first)
+    monkeypatch.setattr(files.fcntl, "flock", finish_first)
     with Journal(path, REGIME) as journal:
         journal.append({"i": 0})
     assert len(calls) == 2

@@ -23,9 +23,18 @@ from transformers import (
 
 import merge_lora
 import opsd.files
-from opsd.checkpoints import mark_complete
+from opsd.arguments import parse_arguments
+from opsd.checkpoints import MARKER, mark_complete
 from opsd.errors import ArtefactError, UsageError
-from opsd.manifest import SENTINEL_NAME, check_merged, read_manifest, run_manifest, write_manifest
+from opsd.provenance import weights_sha256
+from opsd.run_identity import (
+    SENTINEL_NAME,
+    check_merged,
+    read_manifest,
+    run_arguments,
+    run_manifest,
+    write_manifest,
+)
 
 TEMPLATE = (
     "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -71,7 +80,7 @@ def tiny_base(folder: Path, kind: str = "qwen3-tied", *, dtype: torch.dtype = to
     return folder
 
 
-def train_nothing(base: Path, run: Path, *, step: int = 100, targets=TARGETS, **lora) -> Path:
+def train_nothing(base: Path, run: Path, *flags: str, step: int = 100, targets=TARGETS, **lora) -> Path:
     """A checkpoint as the trainer leaves it, with random matrices; returns checkpoint-<step>."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **lora))
@@ -84,18 +93,21 @@ def train_nothing(base: Path, run: Path, *, step: int = 100, targets=TARGETS, **
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 150}))
     for name in ("optimizer.pt", "scheduler.pt"):
         (checkpoint / name).write_bytes(b"not read by a merge")
+    write_manifest(run, manifest_of(run.name, base, *flags))
     mark_complete(checkpoint)
-    write_manifest(run, manifest_of(run.name, base))
     return checkpoint
 
 
-def manifest_of(run_name: str, base: Path, **changes) -> dict:
+def manifest_of(run_name: str, base: Path, *flags: str, **changes) -> dict:
+    command = ["--method", "pwopsd", "--model_name_or_path", str(base), "--output_dir", run_name, *flags]
+    arguments = run_arguments(*parse_arguments([*command, "--use_cpu", "True"]))
     values = {
         "run_name": run_name,
         "method": "pwopsd",
         "base_model": str(base),
         "base_revision": None,
-        "arguments": {"method": "pwopsd", "learning_rate": 5e-6, "position_w_min": 0.25, "max_steps": 150},
+        "base_weights": weights_sha256(base),
+        "arguments": arguments,
         "dataset": "train.jsonl",
         "dataset_rows": 10,
         "dataset_sha256": "0" * 64,
@@ -171,7 +183,6 @@ def test_merged_folder_is_complete_and_says_what_it_is(world, tmp_path):
     merged = check_merged(
         out,
         expected_run_name="tiny_pwopsd",
-        expected_method="pwopsd",
         expected_base_model=str(base),
         expected_step=100,
         hashes=True,
@@ -220,7 +231,7 @@ def test_the_sentinel_is_the_last_file_written(world, tmp_path, monkeypatch):
             seen.extend(sorted(p.name for p in out.iterdir()))
         real(path, value)
 
-    monkeypatch.setattr("opsd.manifest.atomic_write_json", spy)
+    monkeypatch.setattr("opsd.run_identity.atomic_write_json", spy)
     merge_lora.merge(str(base), checkpoint, out)
     assert sorted([*seen, SENTINEL_NAME]) == sorted(p.name for p in out.iterdir())
 
@@ -248,7 +259,12 @@ def test_killed_inside_the_sentinel_is_merged_again(world, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("opsd.manifest.atomic_write_json", killed)
+        patch.setattr("opsd.run_identity.atomic_write_json", killed)
+        patch.setattr(
+            merge_lora,
+            "write_manifest",
+            lambda folder, value: (folder / "manifest.json").write_text(json.dumps(value)),
+        )
         with pytest.raises(KeyboardInterrupt):
             merge_lora.merge(str(base), checkpoint, out)
     merge_lora.merge(str(base), checkpoint, out)
@@ -268,6 +284,22 @@ def test_an_earlier_merge_is_replaced_whole(world, tmp_path):
     check_merged(out, hashes=True)
 
 
+def scale_weights(base: Path) -> None:
+    """Another model under the same path: every weight times 1.05."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(base / "model.safetensors")
+    save_file({n: 1.05 * w for n, w in weights.items()}, base / "model.safetensors", {"format": "pt"})
+
+
+def foreign(checkpoint: Path, folder: Path) -> Path:
+    """A copy of an adapter as another project leaves it."""
+    shutil.copytree(checkpoint, folder)
+    for name in ("trainer_state.json", MARKER):
+        (folder / name).unlink()
+    return folder
+
+
 def refused(error: type, words: str, tmp_path: Path, base, checkpoint, **options) -> None:
     out = tmp_path / "refused_merged"
     with pytest.raises(error, match=words):
@@ -276,16 +308,25 @@ def refused(error: type, words: str, tmp_path: Path, base, checkpoint, **options
     assert not list(tmp_path.glob(".refused*")), "a half folder is left"
 
 
-def test_base_of_another_name_is_refused(world, tmp_path):
+def test_the_weights_of_the_base_decide_and_for_third_parties_its_name(world, tmp_path):
     _, checkpoint = world
-    other = tiny_base(tmp_path / "other")
-    refused(ArtefactError, "was trained on .*base.* not on .*other", tmp_path, other, checkpoint)
-    merge_lora.merge(str(other), checkpoint, tmp_path / "m", accept_base_name=True)
-    check_merged(tmp_path / "m", hashes=True)
+    moved = tiny_base(tmp_path / "moved")
+    scaled = shutil.copytree(moved, tmp_path / "scaled")
+    scale_weights(scaled)
+    refused(
+        ArtefactError, "another base model.* SHA-256", tmp_path, scaled, checkpoint, accept_base_name=True
+    )
+    merge_lora.merge(str(moved), checkpoint, tmp_path / "m")
+    check_merged(tmp_path / "m", expected_base_model=str(moved), hashes=True)
+    with pytest.raises(ArtefactError, match=r"SHA-256.*scaled"):
+        check_merged(tmp_path / "m", expected_base_model=str(scaled))
+    theirs = foreign(checkpoint, tmp_path / "theirs")
+    refused(ArtefactError, "was trained on .*base.* not on .*moved", tmp_path, moved, theirs)
+    merge_lora.merge(str(moved), theirs, tmp_path / "n", accept_base_name=True)
 
 
 def test_base_of_other_shapes_is_refused(world, tmp_path):
-    _, checkpoint = world
+    checkpoint = foreign(world[1], tmp_path / "theirs")
     wide = tiny_base(tmp_path / "wide", intermediate_size=80)
     shallow = tiny_base(tmp_path / "shallow", num_hidden_layers=1)
     refused(
@@ -307,6 +348,12 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
@@ -315,9 +362,11 @@ def cut(path: Path) -> None:
         ("adapter_model.safetensors", lambda p: p.write_bytes(b""), "damaged"),
         ("adapter_config.json", Path.unlink, "adapter_config.json is missing"),
         ("adapter_config.json", cut, "damaged"),
-        ("trainer_state.json", Path.unlink, "not complete: trainer_state.json"),
-        (".complete", Path.unlink, "no marker"),
-        (".complete", cut, "not valid JSON"),
+        ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
+        (".complete", Path.unlink, "no .complete marker"),
+        (".complete", cut, "marker is damaged"),
+        ("../manifest.json", Path.unlink, "no manifest.json beside it"),
+        ("adapter_model.safetensors", flip_a_bit, "SHA-256 of adapter_model.safetensors"),
         ("../manifest.json", cut, "manifest .* not valid JSON"),
     ],
 )
@@ -342,6 +391,7 @@ def test_damaged_checkpoints_are_refused(world, tmp_path, name, damage, words):
 def test_damage_is_found_without_our_marker_too(world, tmp_path, name, damage, words):
     base, checkpoint = world
     broken = damaged(checkpoint, tmp_path, name, damage)
+    (broken / MARKER).unlink()
     (broken.parent / "manifest.json").unlink()
     refused(ArtefactError, words, tmp_path, base, broken)
 
@@ -377,6 +427,7 @@ def test_missing_matrices_are_refused(world, tmp_path):
 
     def without(name: str, side: str) -> Path:
         folder = damaged(checkpoint, tmp_path / name, "adapter_model.safetensors", lambda p: drop(p, side))
+        (folder / MARKER).unlink()
         (folder.parent / "manifest.json").unlink()
         return folder
 
@@ -508,7 +559,7 @@ def test_a_linked_checkpoint_is_its_runs(world, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "disk" / "hundred")
     (run / checkpoint.name).symlink_to(tmp_path / "disk" / "hundred")
     merge_lora.merge(str(base), run / checkpoint.name, tmp_path / "m")
-    check_merged(tmp_path / "m", expected_method="pwopsd", expected_step=100)
+    check_merged(tmp_path / "m", expected_arguments={"method": "pwopsd"}, expected_step=100)
 
 
 @pytest.mark.parametrize("side", ["base", "adapter"])
@@ -516,7 +567,7 @@ def test_a_linked_checkpoint_is_its_runs(world, tmp_path):
 def test_merges_that_are_not_finite_are_refused(world, tmp_path, side, value):
     from safetensors.torch import load_file, save_file
 
-    base, checkpoint = shutil.copytree(world[0], tmp_path / "base"), damaged(world[1], tmp_path, ".", Path)
+    base, checkpoint = shutil.copytree(world[0], tmp_path / "base"), foreign(world[1], tmp_path / "theirs")
     file = base / "model.safetensors" if side == "base" else checkpoint / "adapter_model.safetensors"
     weights = load_file(file)
     name = next(key for key in weights if "norm" in key or "up_proj.lora_B" in key)
@@ -528,14 +579,12 @@ def test_merges_that_are_not_finite_are_refused(world, tmp_path, side, value):
 
 def test_adapters_of_another_project_merge_without_a_manifest(world, tmp_path):
     base, checkpoint = world
-    adapter = tmp_path / "adapter"
-    shutil.copytree(checkpoint, adapter)
-    (adapter / "trainer_state.json").unlink()
+    adapter = foreign(checkpoint, tmp_path / "adapter")
     merge_lora.merge(str(base), adapter, tmp_path / "theirs_merged")
     merged = check_merged(tmp_path / "theirs_merged", expected_run_name="theirs")
     assert merged["adapter_step"] is None
-    with pytest.raises(ArtefactError, match="method is 'unknown', expected 'pwopsd'"):
-        check_merged(tmp_path / "theirs_merged", expected_method="pwopsd")
+    with pytest.raises(ArtefactError, match="method is None, expected 'pwopsd'"):
+        check_merged(tmp_path / "theirs_merged", expected_arguments={"method": "pwopsd"})
 
 
 def test_command_line(world, tmp_path, capsys):
@@ -550,7 +599,7 @@ def test_command_line(world, tmp_path, capsys):
     same = ["--method", "pwopsd", "--learning_rate", "5e-6", "--position_w_min=0.250", "--report_to", "wandb"]
     assert merge_lora.main([*check, "--", *same]) == 0
     for other in (["--method", "opsd"], ["--position_w_min", "1"], ["--max_steps", "100"]):
-        with pytest.raises(ArtefactError, match=f"{other[0][2:]} is .* expected '{other[1]}'"):
+        with pytest.raises(ArtefactError, match=f"{other[0][2:]} is .* expected '?{other[1]}"):
             merge_lora.main([*check, "--", *same, *other])
     with pytest.raises(ArtefactError, match="run_name is 'tiny_pwopsd', expected 'x'"):
         merge_lora.main(["--check", out, "--run_name", "x"])

@@ -57,15 +57,21 @@ def plan(folder: Path, rows: Path, world_size: int, fault: str | None = None) ->
 
 
 def launch(folder: Path, rows: Path, fault: str | None = None) -> subprocess.CompletedProcess[str]:
+    return launch_plan(plan(folder, rows, 2, fault))
+
+
+def launch_plan(path: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(LAUNCHERS / "accelerate_launch.py")]
     command += ["--config_file", str(LAUNCHERS / "accelerate_cpu.yaml"), "--num_processes", "2"]
-    command += [str(ROOT / "tests" / "rank_runs.py"), str(plan(folder, rows, 2, fault))]
+    command += [str(ROOT / "tests" / "rank_runs.py"), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     # The limit is for a hang; what is waited for takes a fraction of it.
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     if struck := re.search(r"rank 1 breaks at ([\d.]+)", done.stderr):
         # For docs/reliability.md: pytest -s shows it.
-        print(f"{fault}: the launch ended {time.time() - float(struck[1]):.1f} s after rank 1 broke")
+        print(
+            f"{path.parent.name}: the launch ended {time.time() - float(struck[1]):.1f} s after rank 1 broke"
+        )
     return done
 
 
@@ -145,3 +151,38 @@ def test_a_rank_that_fails_ends_the_launch(
     for words in said:
         assert words in done.stderr, done.stderr[-3000:]
     assert not (tmp_path / "broken" / "checkpoint-2").exists()
+
+
+@pytest.mark.slow
+def test_two_killed_ranks_resume_bit_for_bit(tmp_path: Path) -> None:
+    """Each method is left in its second step of three, the last by SIGKILL, and resumed by new processes."""
+    rows = write_rows(tmp_path / "rows.jsonl", 24)
+    # Dropout draws from each rank's random state. The resumed reopold explores one more step, then refines.
+    methods = {
+        "opsd": {"lora_dropout": 0.2},
+        "eopd": {},
+        "pwopsd": {"loss_scope": "global"},
+        "reopold": {"reopold_t_switch": 2, "loss_scope": "global"},
+    }
+
+    def entry(name: str, method: str, fault: str | None) -> list:
+        layout = {"per_device_train_batch_size": 2, "max_steps": 3, "method": method}
+        return [train_argv(BASE, rows, tmp_path / name, **layout, **methods[method]), fault]
+
+    first = [entry(f"{name}_whole", name, None) for name in methods]
+    first += [entry(name, name, "kill" if name == "reopold" else "stop") for name in methods]
+    again = [entry(name, name, None) for name in methods]
+    for number, (entries, code) in enumerate(((first, 137), (again, 0))):
+        path = tmp_path / f"plan-{number}.json"
+        path.write_text(json.dumps(entries))
+        done = launch_plan(path)
+        assert done.returncode == code, done.stderr[-3000:]
+    for name in methods:
+        assert f"resuming from {tmp_path / name}/checkpoint-1" in done.stderr
+        whole, resumed = (
+            (tmp_path / folder / "checkpoint-3" / "adapter_model.safetensors").read_bytes()
+            for folder in (f"{name}_whole", name)
+        )
+        assert resumed == whole, name
+        assert len(json.loads((tmp_path / name / "rank-1.json").read_text())["seen"]) == 2, "two were left"
+    assert [row["method/refinement"] for row in read_metrics(tmp_path / "reopold")] == [0, 0, 1]

@@ -15,13 +15,18 @@ from pathlib import Path
 
 import pytest
 
+import ea_opsd_train
+import merge_lora
 from opsd import checkpoints
-from opsd.errors import ArtefactError
-from opsd.manifest import check_merged, read_manifest
+from opsd.adapter import run_manifest_of
+from opsd.errors import ArtefactError, UsageError
 from opsd.results import load_result
+from opsd.run_identity import check_merged, read_manifest, write_manifest
 from opsd.step_records import read_metrics
 from tests.forked_runs import Job, run_elsewhere, train_argv
 from tests.test_launchers import LAUNCHERS, SETTINGS, load_install
+from tests.test_merge_lora import scale_weights
+from tests.test_run_identity import a_manifest
 from tests.vllm_models import needs_vllm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,9 +226,11 @@ def test_the_manifest_goes_with_the_merged_folder_and_its_identity_with_the_resu
 
 def a_run(folder: Path, *steps: int) -> Path:
     """A run folder with a whole checkpoint at each of `steps`, their contents made up."""
+    folder.mkdir()
+    write_manifest(folder, a_manifest())
     for step in steps:
         checkpoint = folder / f"checkpoint-{step}"
-        checkpoint.mkdir(parents=True)
+        checkpoint.mkdir()
         for name in checkpoints.REQUIRED:
             (checkpoint / name).write_bytes(b"x" * 100)
         checkpoints.mark_complete(checkpoint)
@@ -235,6 +242,18 @@ DAMAGE = {
     "torn marker": (lambda c: os.truncate(c / ".complete", 9), "marker is damaged"),
     "marker of another kind": (lambda c: (c / ".complete").write_text("[]"), "marker is damaged"),
     "no optimizer": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "a flipped bit": (
+        lambda c: (c / "scheduler.pt").write_bytes(b"x" * 99 + b"y"),
+        "the SHA-256 of scheduler.pt is not the one that was saved",
+    ),
+    "a copy of an earlier one": (
+        lambda c: (shutil.rmtree(c), shutil.copytree(c.with_name("checkpoint-2"), c)),
+        "it was saved as checkpoint-2",
+    ),
+    "a link to nothing": (
+        lambda c: (shutil.rmtree(c), c.symlink_to("gone")),
+        "saving it was interrupted",
+    ),
     "cut adapter": (
         lambda c: os.truncate(c / "adapter_model.safetensors", 99),
         "adapter_model.safetensors has 99 bytes instead of 100",
@@ -254,7 +273,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(
     )
     assert said in caplog.text
     assert f"{run / 'checkpoint-10'} is left out" in caplog.text
-    with pytest.raises(ArtefactError, match=said):
+    with pytest.raises(ArtefactError, match=f"{said}|it does not exist"):
         checkpoints.resolve_resume(run, str(run / "checkpoint-10"))
     assert checkpoints.remove_incomplete(run) == [run / "checkpoint-10"]
     assert checkpoints.remove_incomplete(run) == []
@@ -288,6 +307,96 @@ def test_rotation_counts_whole_checkpoints_alone(tmp_path: Path) -> None:
     assert checkpoints.rotate(run, 1) == [run / "checkpoint-1", run / "checkpoint-2"]
     assert checkpoints.newest_complete(run) == run / "checkpoint-3"
     assert (run / "checkpoint-10").exists()
+
+
+def test_rotation_spares_the_checkpoint_to_merge_and_follows_links(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 1, 2, 3, 4)
+    disk = shutil.move(run / "checkpoint-1", tmp_path / "big disk")
+    (run / "checkpoint-1").symlink_to(disk)
+    assert checkpoints.rotate(run, 1, keep=2) == [run / "checkpoint-1", run / "checkpoint-3"]
+    assert [step for step, _ in checkpoints.checkpoints(run)] == [2, 4]
+    assert not disk.exists()
+
+
+# -- one run, one identity -----------------------------------------------------------------------------------
+
+
+def go_on(world: Path, folder: Path, **flags: object) -> int:
+    """Resume a run of pwopsd in `folder` in this process."""
+    values = {"method": "pwopsd", "max_steps": STEPS} | STORIES["pwopsd"].flags | flags
+    return ea_opsd_train.main(train_argv(values.pop("base", BASE), world / "rows.jsonl", folder, **values))
+
+
+def interrupted(world: Path, folder: Path) -> Path:
+    """A copy of pwopsd's run as it was after step 3."""
+    shutil.copytree(world / "pwopsd_whole", folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"max_steps": 8}, "max_steps: 4 before, 8 now"),
+        ({"lora_target_modules": "q_proj"}, r"lora_target_modules: \['q_proj', .* before, \['q_proj'\] now"),
+        ({"adam_beta1": 0.8}, "adam_beta1: 0.9 before, 0.8 now"),
+        ({"dtype": "bfloat16"}, "dtype: 'auto' before, 'bfloat16' now"),
+        ({"dataset_revision": "v2"}, "dataset_revision: None before, 'v2' now"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'linear' before, 'cosine' now"),
+    ],
+)
+def test_another_command_line_is_another_run(world: Path, tmp_path: Path, flags: dict, words: str) -> None:
+    run = interrupted(world, tmp_path / "run")
+    before = (run / "manifest.json").read_bytes()
+    with pytest.raises(UsageError, match=words):
+        go_on(world, run, **flags)
+    assert (run / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_refused(world: Path, tmp_path: Path) -> None:
+    run = interrupted(world, tmp_path / "run")
+    shutil.rmtree(run / "checkpoint-3")
+    shutil.copytree(world / "opsd" / "checkpoint-3", run / "checkpoint-3")
+    words = "lora_dropout: 0.2 before, 0.0 now; method: 'opsd' before, 'pwopsd' now"
+    with pytest.raises(ArtefactError, match=f"checkpoint-3 is a checkpoint of another run .*{words}"):
+        go_on(world, run)
+    assert (run / "checkpoint-3" / "optimizer.pt").exists(), "what is not this run's is not deleted"
+    other = str(world / "opsd" / "checkpoint-3")
+    with pytest.raises(ArtefactError, match=words):
+        go_on(world, tmp_path / "fresh", resume_from_checkpoint=other)
+    with pytest.raises(ArtefactError, match=words):
+        run_manifest_of(run / "checkpoint-3")
+
+
+@pytest.mark.slow
+def test_a_run_without_its_manifest_is_not_resumed(world: Path, tmp_path: Path) -> None:
+    run = interrupted(world, tmp_path / "run")
+    (run / "manifest.json").unlink()
+    with pytest.raises(ArtefactError, match=r"run has no manifest\.json, so nothing says how .* began"):
+        go_on(world, run)
+    assert checkpoints.newest_complete(run) == run / "checkpoint-3"
+
+
+@pytest.mark.slow
+def test_the_base_weights_decide_and_folders_may_be_links(world: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(BASE, tmp_path / "moved base")
+    run = interrupted(world, tmp_path / "big disk" / "run")
+    newest = shutil.move(run / "checkpoint-3", tmp_path / "big disk" / "newest")
+    (run / "checkpoint-3").symlink_to(newest)
+    (tmp_path / "run").symlink_to(run)
+    kept = (base / "model.safetensors").read_bytes()
+    scale_weights(base)
+    with pytest.raises(UsageError, match=r"the base model's weights: '.*' before, '.*' now"):
+        go_on(world, tmp_path / "run", base=base)
+    (base / "model.safetensors").write_bytes(kept)
+    assert go_on(world, tmp_path / "run", base=base) == 0
+    assert final_adapter(run) == final_adapter(world / "pwopsd_whole")
+    out = tmp_path / "run_merged"
+    for step in (3, 4):
+        merge_lora.merge(str(base), tmp_path / "run" / f"checkpoint-{step}", out)
+        check_merged(out, expected_step=step, expected_base_model=str(BASE), hashes=True)
 
 
 # -- the other engine, and the launcher ----------------------------------------------------------------------
@@ -339,9 +448,10 @@ def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> N
         "STACK": "cpu",
         "OUTPUT_ROOT": str(tmp_path / "outputs"),
         "MERGE_STEP": "3",
+        "RUN_NAME": "small_pwopsd_short",
         "OMP_NUM_THREADS": "1",
     }
-    run = tmp_path / "outputs" / "small_pwopsd"
+    run = tmp_path / "outputs" / "small_pwopsd_short"
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     while checkpoints.newest_complete(run) is None:
         assert first.poll() is None, "the launcher ended before its first checkpoint"
@@ -349,11 +459,11 @@ def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> N
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     left = checkpoints.newest_complete(run).name
-    assert not (tmp_path / "outputs" / "small_pwopsd_merged").exists()
+    assert not (tmp_path / "outputs" / "small_pwopsd_short_merged").exists()
     again = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert f"resuming from {run}/{left}" in again.stderr or left == "checkpoint-3"
-    check_merged(tmp_path / "outputs" / "small_pwopsd_merged", expected_step=3, hashes=True)
+    check_merged(tmp_path / "outputs" / "small_pwopsd_short_merged", expected_step=3, hashes=True)
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
     shutil.rmtree(tmp_path / "outputs")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import pickle
@@ -118,9 +119,10 @@ def test_a_checkpoint_of_a_stranger_is_not_unpickled(
     w = fresh(world, tmp_path)
     run = world.root / "stranger"
     if not run.exists():
-        assert ea_opsd_train.main(train(w, output_dir=run, max_steps=1, save_steps=1)) == 0
+        assert ea_opsd_train.main(train(w, output_dir=run, max_steps=2, save_steps=1)) == 0
     copy = tmp_path / "stranger"
     shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoint-2")
     checkpoint = copy / "checkpoint-1"
     torch.save({"state": Bomb()}, checkpoint / name)
     mark_complete(checkpoint)
@@ -130,6 +132,80 @@ def test_a_checkpoint_of_a_stranger_is_not_unpickled(
     said = capsys.readouterr().err
     assert "holds more than tensors and numbers" in said
     assert not (tmp_path / "pwned").exists()
+
+
+# -- one writer at a time ------------------------------------------------------------------------------------
+
+
+def test_two_bare_starts_do_not_share_a_run(world: World, tmp_path: Path) -> None:
+    import fcntl
+
+    import ea_opsd_train
+    from opsd.files import lock_file
+    from opsd.training import LOCK_NAME
+
+    w = fresh(world, tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    # train.sh holds the folder itself, which is another lock.
+    launcher = os.open(run, os.O_RDONLY)
+    fcntl.flock(launcher, fcntl.LOCK_EX)
+    with (
+        lock_file(run / LOCK_NAME, busy="") as held,
+        pytest.raises(UsageError, match="another process is trai"),
+    ):
+        ea_opsd_train.main(train(w, output_dir=run))
+    assert held.closed
+    assert [path.name for path in run.iterdir()] == [LOCK_NAME]
+    assert ea_opsd_train.main(train(w, output_dir=run)) == 0
+    os.close(launcher)
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_an_error(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    import ea_opsd_train
+    from opsd import files
+    from opsd.journal import Journal
+
+    def fail(*_: object) -> None:
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    monkeypatch.setattr(files.fcntl, "flock", fail)
+    for attempt in (
+        lambda: ea_opsd_train.main(train(fresh(world, tmp_path))),
+        lambda: Journal(tmp_path / "r.json.journal.jsonl", {}),
+    ):
+        with pytest.raises(
+            ArtefactError, match=r"cannot be locked \(.*\), so two processes could write there"
+        ):
+            attempt()
+
+
+def test_partial_files_of_other_hosts_are_left_until_they_are_old(tmp_path: Path) -> None:
+    from opsd import files
+
+    target = tmp_path / "result.json"
+    nobody = subprocess.Popen(["true"])
+    nobody.wait()
+    mine, mark = files.partial_name(target), files.PARTIAL_MARK
+    host = mine.name.split(mark)[1].split("-")[0]
+
+    def leave(owner: str, *, days: float = 0) -> Path:
+        path = tmp_path / f".{target.name}{mark}{owner}"
+        path.touch()
+        os.utime(path, (path.stat().st_mtime - days * 86400,) * 2)
+        return path
+
+    killed = [
+        leave(f"{host}-{nobody.pid}-a"),
+        leave(f"feedbeef-{os.getppid()}-b", days=2),
+        leave("17-c", days=2),
+    ]
+    alive = [leave(f"{host}-{os.getppid()}-d"), leave(f"feedbeef-{nobody.pid}-e"), leave(f"{nobody.pid}-f")]
+    assert sorted(files.remove_partials(target)) == sorted(killed)
+    assert all(path.exists() for path in alive)
 
 
 def test_pickled_weights_are_not_loaded(

@@ -1,19 +1,28 @@
-"""opsd/manifest.py and opsd/provenance.py: what a run was, and which merged folders count as whole."""
+"""opsd/run_identity.py and opsd/provenance.py: what a run was, and which merged folders count as whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from opsd import manifest as m
-from opsd import provenance
+import merge_lora
+from opsd import arguments, provenance
+from opsd import run_identity as m
+from opsd.arguments import parse_arguments
+from opsd.branch_config import BranchConfig
 from opsd.errors import ArtefactError
+from opsd.eval_config import EvalConfig
+from opsd.eval_model import check_model
+from opsd.results import REGIME_FIELDS
+from tests.test_merge_lora import scale_weights, tiny_base, train_nothing
 
 ARGUMENTS = {
     "method": "pwopsd",
@@ -151,39 +160,82 @@ def test_git_state(tmp_path):
     assert provenance.git_state(tmp_path) == clean | {"dirty": True}
 
 
-def test_a_whole_merged_folder_passes(tmp_path):
-    folder = merged_folder(tmp_path / "m")
-    found = m.check_merged(
-        folder,
-        expected_run_name="qwen3_4b_base_pwopsd",
-        expected_method="pwopsd",
-        expected_base_model="Qwen/Qwen3-4B",
-        expected_step=100,
-        expected_arguments={
-            "learning_rate": "0.000005",
-            "position_global_reduction": "false",
-            "max_grad_norm": "inf",
-            "report_to": "wandb",
-            "never_heard_of": "1",
-        },
-        hashes=True,
-    )
-    assert found["manifest"]["run_name"] == "qwen3_4b_base_pwopsd"
-    assert (
-        found["files"]["model-00001-of-00002.safetensors"]["sha256"]
-        == hashlib.sha256(b"w" * 1000).hexdigest()
-    )
+FLAGS = ["--method", "pwopsd", "--model_name_or_path", "Qwen/Qwen3-4B", "--output_dir", "outputs/x"]
+
+
+@pytest.fixture(scope="module")
+def every_argument() -> dict[str, object]:
+    """Every argument of ea_opsd_train.py's parser with its value in a run of nothing but defaults."""
+    return m.run_arguments(*parse_arguments([*FLAGS, "--use_cpu", "True"]))
+
+
+def test_every_argument_may_change_or_may_not(tmp_path, every_argument):
+    """Resume, checkpoint and --check agree about each; one that nobody has thought of may not change."""
+    arguments = every_argument | {"never_heard_of": 1}
+    manifest = a_manifest(arguments=arguments)
+    folder = merged_folder(tmp_path / "m", arguments=arguments)
+    m.check_merged(folder, expected_arguments=arguments)
+    free = {"training": m.MAY_CHANGE["training"] | m.BY_CONTENT, "check": m.MAY_CHANGE["training"]}
+    assert free["training"] <= every_argument.keys(), "a renamed argument must not stay in the table"
+    for name in arguments:
+        changed = arguments | {name: "another value"}
+        differing = m.differences(m.identity(manifest), m.identity(manifest | {"arguments": changed}))
+        assert [line.split(":")[0] for line in differing] == [name] * (name not in free["training"])
+        if name in free["check"] | {"model_name_or_path"}:
+            m.check_merged(folder, expected_arguments=changed)
+            continue
+        with pytest.raises(ArtefactError, match=f"{name} is .*, expected 'another value'") as raised:
+            m.check_merged(folder, expected_arguments=changed)
+        assert not isinstance(raised.value, m.IncompleteMergeError)
+
+
+def test_what_decides_the_numbers_is_not_in_the_table(every_argument):
+    method = {field.name for field in fields(arguments.MethodArguments)}
+    others = {"max_steps", "dtype", "bf16", "lora_target_modules", "adam_beta2", "seed", "warmup_steps"}
+    others |= {"dataset_revision", "rollout_top_k", "per_device_train_batch_size", "max_length"}
+    assert method | others <= every_argument.keys() - m.MAY_CHANGE["training"] - m.BY_CONTENT
+
+
+@pytest.mark.parametrize(
+    ("program", "config", "regime"),
+    [("evaluation", EvalConfig, set(REGIME_FIELDS)), ("diagnostic", BranchConfig, None)],
+)
+def test_evaluation_and_diagnostic_share_the_table(program, config, regime):
+    """What the regime does not compare is in the table; the diagnostic's regime is made from it."""
+    names = {field.name for field in fields(config)}
+    if regime is not None:
+        assert names - regime == names & m.MAY_CHANGE[program]
+    assert {"seed", "max_new_tokens"} <= names - m.MAY_CHANGE[program]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ([], None),
+        (["--learning_rate", "0.000005", "--report_to", "tensorboard", "--jsd_token_clip=0.050"], None),
+        (["--lora_target_modules", "q_proj", "v_proj"], r"lora_target_modules is \['q_proj', 'k_proj'"),
+        (["--adam_beta2", "0.95"], "adam_beta2 is 0.999, expected 0.95"),
+        (["--dtype", "float32"], "dtype is 'auto', expected 'float32'"),
+        (["--dataset_revision", "v2"], "dataset_revision is None, expected 'v2'"),
+        (["--max_steps", "100"], "max_steps is 150, expected 100"),
+    ],
+)
+def test_check_reads_the_launchers_whole_line(tmp_path, every_argument, changed, words):
+    folder = str(merged_folder(tmp_path / "m", arguments=every_argument))
+    check = ["--check", folder, "--base_model", "Qwen/Qwen3-4B", "--step", "100", "--", *FLAGS, *changed]
+    if words is None:
+        assert merge_lora.main(check) == 0
+    else:
+        with pytest.raises(ArtefactError, match=words):
+            merge_lora.main(check)
 
 
 @pytest.mark.parametrize(
     ("expected", "words"),
     [
         ({"expected_run_name": "x"}, "run_name is 'qwen3_4b_base_pwopsd', expected 'x'"),
-        ({"expected_method": "opsd"}, "method is 'pwopsd', expected 'opsd'"),
         ({"expected_base_model": "Qwen/Qwen3-8B"}, "base model is 'Qwen/Qwen3-4B', expected 'Qwen/Qwen3-8B'"),
         ({"expected_step": 125}, "adapter step is 100, expected 125"),
-        ({"expected_arguments": {"learning_rate": "1e-5"}}, "learning_rate is 5e-06, expected '1e-5'"),
-        ({"expected_arguments": {"position_global_reduction": "True"}}, "position_global_reduction is False"),
     ],
 )
 def test_another_runs_folder_is_refused(tmp_path, expected, words):
@@ -251,7 +303,10 @@ def test_identity_is_the_weights_not_the_notes(tmp_path):
     two = m.read_sentinel(merged_folder(tmp_path / "two", run_name="other"))
     assert one["identity"] == two["identity"]
     (tmp_path / "two" / "config.json").write_text('{"rope": 1}')
-    assert m.weights_identity(m.file_list(tmp_path / "two")) != one["identity"]
+    assert (
+        m.model_identity({n: e["sha256"] for n, e in m.file_list(tmp_path / "two").items()})
+        != one["identity"]
+    )
 
 
 def test_same_source(tmp_path):
@@ -275,21 +330,77 @@ def test_checking_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-def test_compared_arguments_are_arguments_of_the_trainer():
-    """A renamed flag must not drop out of the comparison unnoticed."""
-    from dataclasses import fields
+@pytest.fixture
+def hashed(tmp_path, monkeypatch) -> list[str]:
+    """The names of the files that were really read, with an empty cache that keeps new files too."""
+    read, real = [], provenance.file_sha256
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(provenance, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(provenance, "file_sha256", lambda path: (read.append(path.name), real(path))[1])
+    return read
 
-    from transformers import TrainingArguments
 
-    from opsd import arguments
+def test_weights_are_hashed_once_until_they_change(tmp_path, hashed):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    shards = [folder / f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for shard in shards:
+        shard.write_bytes(shard.name.encode() * 2**16)
+    first = provenance.weights_sha256(folder)
+    by_hand = "\n".join(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in shards)
+    assert first == hashlib.sha256(by_hand.encode()).hexdigest()
+    assert provenance.weights_sha256(folder) == first
+    assert hashed == [shard.name for shard in shards], "the second time from the cache"
+    (tmp_path / "link").symlink_to(folder)
+    assert provenance.weights_sha256(tmp_path / "link") == first
+    assert len(hashed) == 2
+    assert sorted(folder.iterdir()) == shards, "nothing is written into the model's folder"
+    # One bit, the size and even the time stamp as before: the inode's change time tells.
+    before = shards[1].stat()
+    content = bytearray(shards[1].read_bytes())
+    content[-1] ^= 1
+    shards[1].write_bytes(content)
+    os.utime(shards[1], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert provenance.weights_sha256(folder) != first
+    with pytest.raises(ArtefactError, match=r"no model\*\.safetensors"):
+        provenance.weights_sha256(tmp_path)
 
-    groups = (
-        arguments.MethodArguments,
-        arguments.RolloutArguments,
-        arguments.ModelArguments,
-        TrainingArguments,
-    )
-    known = {field.name for group in groups for field in fields(group)}
-    assert set(m.CELL_ARGUMENTS) <= known
-    method = {field.name for field in fields(arguments.MethodArguments)}
-    assert method <= set(m.CELL_ARGUMENTS), "every number of the objective makes another experiment"
+
+def test_a_file_that_just_changed_is_not_kept(tmp_path, hashed, monkeypatch):
+    monkeypatch.setattr(provenance, "_SETTLED_SECONDS", 1e9)
+    (tmp_path / "model.safetensors").write_bytes(b"w" * 2**20)
+    assert provenance.weights_sha256(tmp_path) == provenance.weights_sha256(tmp_path)
+    assert len(hashed) == 2
+
+
+@pytest.mark.parametrize("cache", ["damaged", "a file in its place"])
+def test_a_bad_cache_costs_time_alone(tmp_path, hashed, cache):
+    if cache == "damaged":
+        (tmp_path / "cache" / "pwopsd").mkdir(parents=True)
+        (tmp_path / "cache" / "pwopsd" / "sha256.json").write_text("{")
+    else:
+        (tmp_path / "cache").touch()
+    (tmp_path / "model.safetensors").write_bytes(b"w" * 2**20)
+    assert provenance.weights_sha256(tmp_path) == provenance.weights_sha256(tmp_path)
+
+
+def test_an_evaluation_is_of_the_weights_wherever_they_lie(tmp_path):
+    base = tiny_base(tmp_path / "base")
+    adapter = train_nothing(base, tmp_path / "run")
+    merged = tmp_path / "run_merged"
+    merge_lora.merge(str(base), adapter, merged)
+
+    def facts(model: Path, **more):
+        return check_model(EvalConfig(base_model=str(model), dataset="", output="", max_model_len=64, **more))
+
+    moved = shutil.copytree(base, tmp_path / "elsewhere")
+    assert facts(base).identity == facts(moved).identity
+    assert facts(merged).identity == facts(shutil.move(merged, tmp_path / "there")).identity
+    assert facts(moved, adapter=str(adapter)).adapter_identity
+    scale_weights(moved)
+    assert facts(base).identity != facts(moved).identity
+    with pytest.raises(ArtefactError, match=r"another base model.*SHA-256"):
+        facts(moved, adapter=str(adapter))
+    scale_weights(tmp_path / "there")
+    with pytest.raises(ArtefactError, match=r"the SHA-256 of model\.safetensors differs"):
+        facts(tmp_path / "there")
