@@ -2,8 +2,8 @@
 
 The plan is a list of `[command line of ea_opsd_train.py, fault]`. After each training every rank writes which
 problems it saw at each step and a hash of its adapter to `<output_dir>/rank-<R>.json`. A fault (`exception`,
-`memory`, `kill`) strikes rank 1 in its second optimizer step; `stop` leaves the training there on every rank and
-goes on with the plan.
+`memory`, `kill`) strikes rank 1 in its second optimizer step; `stop` leaves the training there on every rank
+and goes on with the plan.
 """
 
 from __future__ import annotations
