@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from opsd.arguments import command_line, hyperparameters, parse_arguments
+from opsd.arguments import command_line, parse_arguments
 from opsd.errors import run_cli
 
 logger = logging.getLogger("ea_opsd_train")
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     _set_up_logging(training)
     from opsd.training import train
 
-    return train(training, method, hyperparameters(method), rollout, options)
+    return train(training, method, rollout, options)
 
 
 def _set_up_logging(training) -> None:

@@ -4,36 +4,37 @@
     python merge_lora.py --check outputs/RUN_merged [--base_model B] [--run_name RUN] [--step 100] [--hashes]
         [-- FLAGS]
 
-The merged folder holds the weights (safetensors), the base's tokenizer, chat template and generation settings
-letter for letter, the run's manifest.json and a model card. It is written under a temporary name and renamed
-whole; the sentinel `.ready_for_eval` follows, last of all. `--check` ends with 0 for a complete folder, 1 for a
-missing or incomplete one and 3 for another run's. FLAGS is the whole command line of the expected training: a
-flag that it does not give means its default.
+The merged folder holds the weights (safetensors), the base's tokenizer, chat template and generation settings,
+the run's manifest.json and a model card. It is written under a temporary name and renamed whole; the sentinel
+`.ready_for_eval` follows, last of all. `--check` ends with 0 for a complete folder, 1 for a missing or incomplete
+one, 2 for one that this project did not make and 3 for another run's. FLAGS is the whole command line of the
+expected training: a flag that it does not give means its default.
 """  # noqa: E501 - the command that runs it, unbroken
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd.adapter import Adapter, check_fits, check_same_base, read_adapter
-from opsd.base_files import (
-    COPIED_FILES,
-    base_config,
-    base_folder,
-    base_shapes,
-    check_tokenizer,
-    copy_base_files,
-    first_line,
-)
 from opsd.errors import ArtefactError, OneLineParser, UsageError, run_cli
 from opsd.files import PARTIAL_MARK, atomic_directory, disk_errors
 from opsd.model_card import model_card
+from opsd.models import (
+    COPIED_FILES,
+    copy_model_files,
+    load_adapter,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    model_folder,
+)
 from opsd.run_identity import (
     FORMAT,
     MANIFEST_NAME,
@@ -41,6 +42,8 @@ from opsd.run_identity import (
     IncompleteMergeError,
     check_merged,
     file_list,
+    read_manifest,
+    read_sentinel,
     run_arguments,
     versions,
     write_manifest,
@@ -49,7 +52,7 @@ from opsd.run_identity import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("merge_lora")
 
@@ -79,32 +82,35 @@ def merge(
     Args:
         base: hub id or folder of the base model.
         adapter: folder of a LoRA checkpoint.
+        out: a link to a folder stays a link; the folder that it leads to is written.
         revision: hub commit of the base; default the one that the run's manifest names.
         accept_base_name: take `base` although a third-party adapter was trained on a model of another name.
 
     Raises:
         UsageError: `out` holds files that are no merged model's, or the adapter is no plain LoRA.
-        ArtefactError: base or checkpoint is missing, incomplete or not the other's; no room or no permission.
+        ArtefactError: base or checkpoint is missing, incomplete or not the other's; the merged weights are
+            not finite; no room or no permission.
     """
     out = Path(out)
     checkpoint = read_adapter(adapter)
-    _refuse_foreign_folder(out, keep=(Path(base), checkpoint.path))
+    refuse_foreign_folder(out, keep=(Path(base), checkpoint.path))
     if revision is None and checkpoint.manifest is not None:
         revision = checkpoint.manifest.get("base_revision")
-    folder = base_folder(base, revision)
-    check_tokenizer(folder, base, trust_remote_code=trust_remote_code)
-    config = base_config(folder, base, trust_remote_code=trust_remote_code)
-    shapes = base_shapes(config, trust_remote_code=trust_remote_code)
-    check_fits(checkpoint, shapes, base)
+    folder = model_folder(base, revision)
+    load = {"trust_remote_code": trust_remote_code}
+    load_config(str(folder), **load)
+    load_tokenizer(str(folder), **load)
+    hollow = load_causal_lm(str(folder), dtype="auto", device_map="meta", **load)
+    check_fits(checkpoint, {name: tuple(weight.shape) for name, weight in hollow.named_parameters()}, base)
     check_same_base(checkpoint, base, folder, accept_name=accept_base_name)
     with disk_errors(out):
-        _check_room(out, config, shapes)
+        _check_room(out, sum(weight.nbytes for weight in hollow.parameters()) + SPARE_BYTES)
         with atomic_directory(out) as temporary:
             model = _merged_model(folder, checkpoint, trust_remote_code=trust_remote_code)
             log.info("writing %s", out)
             model.save_pretrained(temporary, max_shard_size="5GB")
             del model
-            copy_base_files(folder, temporary)
+            copy_model_files(folder, temporary)
             manifest = checkpoint.manifest or _foreign_manifest(checkpoint, base, out)
             write_manifest(temporary, manifest)
             card = model_card(manifest, adapter_step=checkpoint.step)
@@ -115,78 +121,76 @@ def merge(
         )
 
 
-def _refuse_foreign_folder(out: Path, *, keep: Sequence[Path]) -> None:
-    """`out` is replaced whole: refuse one with anything but an earlier merge in it, or with the inputs."""
+def refuse_foreign_folder(out: Path, *, keep: Sequence[Path] = ()) -> None:
+    """Refuse an `out` that a merge must not replace: one with anything but an earlier merge in it, or inputs.
+
+    Raises:
+        UsageError: `out` is a file or a link to itself, holds one of `keep`, or is a folder that this project
+            did not write.
+    """
+    real = Path(os.path.realpath(out))
     for path in keep:
-        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+        if path.exists() and path.resolve().is_relative_to(real):
             raise UsageError(f"--output {out} would replace {path}, which is merged; choose another folder")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--output {out} is a file; choose a folder that does not exist")
-    for entry in sorted(out.iterdir()) if out.is_dir() else ():
+    if real.is_symlink() or (real.exists() and not real.is_dir()):
+        raise UsageError(f"--output {out} is no folder; choose one that does not exist")
+    entries = sorted(real.iterdir()) if real.is_dir() else []
+    for entry in entries:
         # A merge that was killed while it wrote its sentinel leaves the sentinel's temporary file.
         partial = entry.name.startswith(f".{SENTINEL_NAME}{PARTIAL_MARK}")
-        if entry.name not in OWN_FILES and entry.suffix != ".safetensors" and not partial:
+        if entry.is_dir() or not (entry.name in OWN_FILES or entry.suffix == ".safetensors" or partial):
             raise UsageError(f"--output {out} holds {entry.name}, which is no merged model's; choose another")
+    # A merged folder appears with its manifest in it; the names of its other files are any model's.
+    if entries and not (_is_ours(real, read_manifest) or _is_ours(real, read_sentinel)):
+        raise UsageError(
+            f"--output {out} holds a model without a {MANIFEST_NAME} or {SENTINEL_NAME} of this project; "
+            "choose another folder, or move that one away"
+        )
 
 
-def _check_room(out: Path, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    import math
+def _is_ours(folder: Path, read: Callable[[Path], object]) -> bool:
+    try:
+        read(folder)
+    except ArtefactError:
+        return False
+    return True
 
-    import torch
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    bytes_each = (config.dtype or torch.float32).itemsize
-    needed = sum(math.prod(shape) for shape in shapes.values()) * bytes_each + SPARE_BYTES
-    free = shutil.disk_usage(out.parent).free
+def _check_room(out: Path, needed: int) -> None:
+    parent = Path(os.path.realpath(out)).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
     if free < needed:
         raise ArtefactError(
-            f"{out.parent} has {free / 2**30:.2f} GiB free; the merged model needs {needed / 2**30:.2f} GiB; "
+            f"{parent} has {free / 2**30:.2f} GiB free; the merged model needs {needed / 2**30:.2f} GiB; "
             "free some or choose another --output"
         )
 
 
 def _merged_model(folder: Path, checkpoint: Adapter, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The base with W + scale · B A in place of every adapted W, one matrix at a time."""
+    """Return the base with W + scale · B A in place of every adapted W, one matrix at a time."""
     import torch
-    from peft import PeftModel
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     log.info("loading %s", folder)
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ArtefactError(
-            f"the weights of the base model {folder} cannot be loaded: {first_line(error)}"
-        ) from error
-    try:
-        model = PeftModel.from_pretrained(base, checkpoint.path)
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtefactError(f"the adapter {checkpoint.path} cannot be loaded: {first_line(error)}") from error
+    base = load_causal_lm(str(folder), dtype="auto", trust_remote_code=trust_remote_code)
+    model = load_adapter(base, checkpoint.path)
     with torch.no_grad():
-        merge_in_place(model, expected=len(checkpoint.rank_shapes))
-    return model.unload()
+        merge_in_place(model)
+    merged = model.unload()
+    for name, weight in merged.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ArtefactError(
+                f"{folder} with {checkpoint.path} gives values that are not finite in {name}; merge an "
+                "earlier checkpoint, or download the base model again"
+            )
+    return merged
 
 
-def merge_in_place(model: PeftModel, *, expected: int) -> None:
-    """Put W + scale · B A in the place of each adapted W; the old matrix is freed before the next is formed.
-
-    Args:
-        expected: how many modules the checkpoint holds matrices for.
-
-    Raises:
-        ArtefactError: the checkpoint's configuration adapts more or fewer modules than it has matrices for.
-    """
+def merge_in_place(model: PeftModel) -> None:
+    """Put W + scale · B A in the place of each adapted W; free the old matrix before forming the next."""
     from opsd.merging import adapted_layers, merged_matrix
 
-    layers = list(adapted_layers(model))
-    if len(layers) != expected:
-        raise ArtefactError(
-            f"the adapter's configuration targets {len(layers)} modules, its weights {expected}: damaged"
-        )
-    for _, layer in layers:
+    for _, layer in list(adapted_layers(model)):
         layer.get_base_layer().weight.data = merged_matrix(layer, model.active_adapters[0])
 
 
@@ -256,6 +260,7 @@ def _check(args: argparse.Namespace, training_flags: Sequence[str]) -> int:
             hashes=args.hashes,
         )
     except IncompleteMergeError as error:
+        refuse_foreign_folder(Path(args.check))  # told before the training, not before the merge
         print(error, file=sys.stderr)
         return 1
     print(f"{args.check} is complete: step {merged['adapter_step']} of {merged['manifest']['run_name']}")

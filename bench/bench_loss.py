@@ -25,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-METHODS = ("opsd", "eopd", "reopold", "pwopsd")
+from opsd.objectives import METHODS, Hyperparameters, ReductionInput  # noqa: E402 - after the path
+
 COLUMNS = (
     "method", "V", "tokens", "dense MB", "chunked MB", "memory ratio", "dense s", "chunked s", "time ratio",
     "dense CPU s", "chunked CPU s", "CPU ratio",
@@ -58,7 +59,6 @@ def step(form: str, method: str, data, hyper, chunk_positions: int | None = None
 
     from bench.dense import dense_loss
     from opsd.head import Head
-    from opsd.objectives import METHODS as ROWS
     from opsd.token_stats import token_statistics
 
     weight, student, teacher, ids, lengths = data
@@ -66,7 +66,7 @@ def step(form: str, method: str, data, hyper, chunk_positions: int | None = None
     if form == "dense":
         loss = dense_loss(method, student, teacher, weight, ids, lengths, hyper=hyper, step=60)
     else:
-        row = ROWS[method]
+        row = METHODS[method]
         stats = token_statistics(
             student,
             teacher,
@@ -75,7 +75,7 @@ def step(form: str, method: str, data, hyper, chunk_positions: int | None = None
             term=lambda s: row.term(s, hyper),
             head=Head(weight),
         )
-        loss = row.reduce(stats, lengths, hyper, step=60).loss()
+        loss = row.reduce(ReductionInput(stats, lengths, step=60), hyper).loss()
     loss.backward()
     return loss.detach(), student.grad
 
@@ -85,7 +85,6 @@ def work(args) -> None:
     import torch
 
     from bench.memory import PeakMemory
-    from opsd.objectives import Hyperparameters
 
     torch.set_num_threads(args.threads)
     hyper = Hyperparameters()
@@ -195,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", help="of head and hidden states")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="timed steps after the first")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=tuple(METHODS))
     parser.add_argument(
         "--dense_up_to", type=int, default=512, help="most tokens for which the dense form is measured too"
     )

@@ -28,14 +28,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-METHODS = ("opsd", "eopd", "reopold", "pwopsd")
+from opsd.objectives import METHODS  # noqa: E402 - the repository's folder comes first
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--world", choices=["small", "qwen3"], default="small")
     parser.add_argument("--full", action="store_true", help="qwen3: the full shapes; needs a large GPU")
-    parser.add_argument("--method", choices=METHODS, default="pwopsd")
+    parser.add_argument("--method", choices=tuple(METHODS), default="pwopsd")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rollout", choices=["hf", "vllm"], default="hf", help="vllm: small world only")
@@ -103,10 +103,8 @@ def run_round(args, form: str):
 
     from bench.step_forms import DenseTrainer, TimedTrainer
     from bench.step_worlds import adapted_model, problems_of
-    from opsd.arguments import hyperparameters
     from opsd.head import attach_hidden_forward, head_of
     from opsd.models import load_tokenizer
-    from opsd.objectives import METHODS as ROWS
     from opsd.training import _build_engine
 
     with tempfile.TemporaryDirectory() as folder:
@@ -123,8 +121,8 @@ def run_round(args, form: str):
             args=training,
             processing_class=tokenizer,
             train_dataset=problems,
-            method=ROWS[args.method],
-            hyper=hyperparameters(method),
+            method=METHODS[args.method],
+            hyper=method,
             loss_scope="micro_batch",
             engine=engine,
             head=head_of(model.get_base_model()),

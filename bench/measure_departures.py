@@ -297,7 +297,7 @@ def _loss_and_gradient(student: Tensor, teacher: Tensor, clip: float) -> tuple[f
 
 
 def _ours_empty(world: World) -> str:
-    from opsd.objectives import METHODS, Hyperparameters
+    from opsd.objectives import METHODS, Hyperparameters, ReductionInput
     from opsd.token_stats import token_statistics
 
     method, hyper, head = METHODS["opsd"], Hyperparameters(), head_of(world.model)
@@ -310,7 +310,7 @@ def _ours_empty(world: World) -> str:
         term=lambda found: method.term(found, hyper),
         head=head,
     )
-    return str(float(method.reduce(stats, torch.tensor([0, 0]), hyper, step=0).loss().detach()))
+    return str(float(method.reduce(ReductionInput(stats, torch.tensor([0, 0])), hyper).loss().detach()))
 
 
 # --- rollouts -----------------------------------------------------------------------------------------------
@@ -357,6 +357,114 @@ def text_prompts(world: World) -> list[Row]:
         figure = f"{what} of {len(sequences)} whose token ids change when decoded and encoded again"
         rows.append(Row("text", figure, str(changed), "0 (ids go in and come out)"))
     return rows
+
+
+# --- beginning of sequence ----------------------------------------------------------------------------------
+
+BOS = "<bos>"
+
+
+def bos_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The small world's tokenizer with what DSR1's has: a template that opens with the beginning-of-sequence
+    token, and a post-processor that puts one before every text."""
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(path)
+    tokenizer.add_special_tokens({"bos_token": BOS})
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    single, pair = f"{BOS} $A", f"{BOS} $A {BOS} $B"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def beginnings(tokenizer: PreTrainedTokenizerBase, problem: str) -> dict[str, int]:
+    """How many beginning-of-sequence tokens a prompt gets, by way; "here" is this project's."""
+    message = [{"role": "user", "content": problem}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    once = tokenizer(text)["input_ids"]
+    again = tokenizer(tokenizer.decode(once, skip_special_tokens=False))["input_ids"]
+    ways = {
+        "teacher and evaluation": once,
+        "rollout": again,
+        "here": encode_student(tokenizer, problem),
+    }
+    return {way: ids.count(tokenizer.bos_token_id) for way, ids in ways.items()}
+
+
+def beginning_of_sequence(world: World) -> list[Row]:
+    """A template that holds the token, encoded by a tokenizer that adds one; and what a second one moves."""
+    counts = beginnings(bos_tokenizer(world.path), "Find 12 + 30.")
+    rows = [
+        Row(
+            "beginning of sequence",
+            "beginning-of-sequence tokens of a prompt (template and tokenizer each add one, as DSR1's)",
+            f"{counts['teacher and evaluation']} (teacher, evaluation), {counts['rollout']} (rollout)",
+            str(counts["here"]),
+        )
+    ]
+    # The small world was trained without such a token. Its prompts open with one token that is its own, so
+    # doubling that one is the same change to a model that knows the token.
+    first = {ids[0] for ids in world.students + world.teachers}
+    student, teacher = (
+        log_probabilities(world.model, p, world.ids) for p in (world.students, world.teachers)
+    )
+    twice = log_probabilities(world.model, [[p[0], *p] for p in world.students], world.ids)
+    double = log_probabilities(world.model, [[p[0], *p] for p in world.teachers], world.ids)
+    loss, changed = (float(kl(t, s).mean()) for t, s in ((teacher, student), (double, twice)))
+    figure = (
+        f"first token of every prompt ({len(first)} kind) doubled: KL(as it is ‖ doubled), student and "
+        "teacher; KL(teacher ‖ student), nats a token"
+    )
+    theirs = (
+        f"{float(kl(student, twice).mean()):.4f} and {float(kl(teacher, double).mean()):.4f}; "
+        f"{changed:.4f} in place of {loss:.4f}"
+    )
+    return [*rows, Row("beginning of sequence", figure, theirs, f"0 and 0; {loss:.4f}")]
+
+
+# --- bf16 adapters and merges -------------------------------------------------------------------------------
+
+
+def bf16_adapter(world: World) -> list[Row]:
+    """Adapter entries that stay as they are under AdamW's steps at the paper's learning rate, in bf16."""
+    start = torch.empty(RANK, 2560)
+    torch.nn.init.kaiming_uniform_(start, a=5**0.5, generator=torch.Generator().manual_seed(0))
+    way = torch.randn(start.shape, generator=torch.Generator().manual_seed(1)).sign()
+    cells = []
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, still = start.to(dtype), start.to(dtype)
+        for cycle in range(CYCLES):
+            weight = weight + (LEARNING_RATE * (1 - cycle / CYCLES) * way).to(dtype)
+        cells.append(f"{float((weight == still).float().mean()):.1%} unmoved")
+    figure = (
+        f"entries of LoRA's A ({RANK} × 2560, as initialised) after {CYCLES} steps of one direction at "
+        f"{LEARNING_RATE:g}, linear decay"
+    )
+    return [Row("precision of the adapter", figure, *cells)]
+
+
+def bf16_merge(world: World) -> list[Row]:
+    """The share of a small update that is left when W + scale·BA is rounded to bf16."""
+    torch.manual_seed(0)
+    weight = (0.02 * torch.randn(512, 512)).bfloat16()
+    steps = LEARNING_RATE * CYCLES / 2
+    up = steps * torch.randn(512, RANK).sign()
+    down = torch.empty(RANK, 512)
+    torch.nn.init.kaiming_uniform_(down, a=5**0.5)
+    delta = ALPHA / RANK * up @ down
+    merged = (weight.float() + delta).bfloat16()
+    kept = merged.float() - weight.float()
+    unchanged = float((merged == weight).float().mean())
+    share = float((kept * delta).sum() / delta.square().sum())
+    noise = float((kept - delta).norm() / delta.norm())
+    figure = f"W + scale·BA in bf16, W of deviation 0.02, B after {CYCLES} steps at {LEARNING_RATE:g}"
+    cell = (
+        f"{unchanged:.1%} of the entries unchanged; error {noise:.2f} of the update, {share:.2f} of it kept"
+    )
+    exact = float((weight.float() + delta - weight.float() - delta).norm() / delta.norm())
+    return [Row("merge", figure, cell, f"the same; in float32 error {exact:.0e}")]
 
 
 # --- evaluation seeds ---------------------------------------------------------------------------------------
@@ -434,6 +542,9 @@ MEASURES: dict[str, Callable[[World], list[Row]]] = {
     "rollouts": rollout_calls,
     "eos": end_of_sequence,
     "text": text_prompts,
+    "bos": beginning_of_sequence,
+    "adapter": bf16_adapter,
+    "rounding": bf16_merge,
     "seeds": seeds,
 }
 

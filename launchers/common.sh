@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What every launcher shares; sourced, never run. Needs bash and nothing else before `ensure_venv`.
+# What every launcher shares; sourced, never run. Needs bash 4.4 and Python 3.11, nothing that is installed by
+# `ensure_venv`.
 #
 #   DRY_RUN=1   print each command as the shell would need it typed, and do nothing
 #   PYTHON      the Python (3.11 or newer) that makes .venv; VENV another place for it
@@ -11,13 +12,22 @@ set -euo pipefail
 REPO_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="${VENV:-$REPO_ROOT/.venv}"
 DRY_RUN="${DRY_RUN:-0}"
-# shellcheck disable=SC2034  # read by the launchers that source this
-METHODS=(opsd eopd reopold pwopsd)
+# The names of models and methods are those of their files.
+MODEL_TAGS=() METHODS=()
+for file in "$REPO_ROOT"/launchers/models/*.sh; do MODEL_TAGS+=("$(basename -- "$file" .sh)"); done
+for file in "$REPO_ROOT"/launchers/methods/*.sh; do METHODS+=("$(basename -- "$file" .sh)"); done
+# What `run` prints before a command with DRY_RUN=1.
+SHOWN_VARIABLES=(HF_HUB_OFFLINE TRANSFORMERS_OFFLINE)
 export REPO_ROOT VENV DRY_RUN
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"
 export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-0}"
 # A library that finds a tokenizer's threads after a fork only warns about it.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+
+# A relative path would no longer hold where a launcher or a program has changed its folder.
+if [[ -n "${HMMT25_PARQUET_PATH:-}" && "$HMMT25_PARQUET_PATH" != /* ]]; then
+  export HMMT25_PARQUET_PATH="$PWD/$HMMT25_PARQUET_PATH"
+fi
 
 # Exit codes as in opsd/errors.py: 2 = the call is wrong, 3 = a file, folder or model is missing or invalid.
 die() { # CODE MESSAGE
@@ -45,6 +55,17 @@ is_count() {
   [[ "$1" =~ ^[1-9][0-9]{0,8}$ ]]
 }
 
+# Take the lock of file descriptor 9 on NAME without waiting; 1 where another process holds it.
+try_lock() { # NAME
+  local code=0
+  # Without the program, the trainer's and the evaluation's own locks remain.
+  command -v flock >/dev/null || return 0
+  flock -n 9 || code=$?
+  ((code <= 1)) || die 3 "$1 cannot be locked (flock ended with exit code $code; its message is above); choose\
+ a folder on a file system with locks"
+  return "$code"
+}
+
 # The interpreter of .venv, which is made and filled first where need be. Sets VENV_PYTHON.
 #   ensure_venv [--with-vllm]
 ensure_venv() {
@@ -68,9 +89,12 @@ base_python() {
 # Run a command, or with DRY_RUN=1 print it so that it can be pasted into a shell.
 run() {
   if [[ "$DRY_RUN" == 1 ]]; then
-    printf 'HF_HUB_OFFLINE=%q TRANSFORMERS_OFFLINE=%q' "$HF_HUB_OFFLINE" "$TRANSFORMERS_OFFLINE"
-    printf ' %q' "$@"
-    printf '\n'
+    local name line=""
+    for name in "${SHOWN_VARIABLES[@]}"; do
+      line+="$name=$(printf '%q' "${!name}") "
+    done
+    line+="$(printf '%q ' "$@")"
+    printf '%s\n' "${line% }"
   else
     "$@"
   fi

@@ -8,7 +8,8 @@
 # printed and drawn from whatever results there are: EVAL_ROOT/paper_table.md and paper_table.png.
 #
 #   MODELS, METHODS_TO_RUN, BENCHMARKS, SEEDS   lists in quotes, to run a part
-#   TENSOR_PARALLEL                             GPUs that share one copy in evaluation (default 4)
+#   TENSOR_PARALLEL, WORKERS                    see launchers/eval_workers.sh (default: 4 GPUs share a model)
+#   GPUS                                        how many the estimate of hours is for (default 4)
 #   OUTPUT_ROOT, EVAL_ROOT                      default outputs/ and eval_results/ of this checkout
 
 # shellcheck source=common.sh
@@ -18,47 +19,21 @@ read -r -a MODEL_LIST <<<"${MODELS:-qwen3_4b_base dsr1_l8b olmo3_7b_think}"
 read -r -a METHOD_LIST <<<"${METHODS_TO_RUN:-${METHODS[*]}}"
 read -r -a BENCHMARK_LIST <<<"${BENCHMARKS:-math500 aime24 aime25 hmmt25}"
 read -r -a SEED_LIST <<<"${SEEDS:-1 2 3}"
-TENSOR_PARALLEL="${TENSOR_PARALLEL:-4}"
-EVAL_ROOT="${EVAL_ROOT:-$REPO_ROOT/eval_results}"
-
-# What the estimate assumes for 80 GB GPUs: orders of magnitude, measured on no machine. Set each to what you see.
+export TENSOR_PARALLEL="${TENSOR_PARALLEL:-4}"
+export EVAL_ROOT="${EVAL_ROOT:-$REPO_ROOT/eval_results}"
 GPUS="${GPUS:-4}"
-TRAIN_STEPS=150
-SECONDS_PER_STEP_4B="${SECONDS_PER_STEP_4B:-40}"
-SECONDS_PER_STEP_8B="${SECONDS_PER_STEP_8B:-60}"
-SAMPLES=12
-TOKENS_PER_MATH500_SAMPLE="${TOKENS_PER_MATH500_SAMPLE:-5000}"
-TOKENS_PER_CONTEST_SAMPLE="${TOKENS_PER_CONTEST_SAMPLE:-16000}"
-TOKENS_PER_SECOND_4B="${TOKENS_PER_SECOND_4B:-10000}" # of all GPUs together
-TOKENS_PER_SECOND_8B="${TOKENS_PER_SECOND_8B:-7000}"
 
-# GPU-hours of the list above:
-#   training    cells x TRAIN_STEPS x seconds per step x GPUS / 3600
-#   evaluation  cells x seeds x SAMPLES x sum over benchmarks (problems x tokens per sample)
-#               / tokens per second x GPUS / 3600
+# The range of GPU-hours of the list above; each of its assumptions can be set there.
 estimate() {
-  local model benchmark tokens=0 step rate lines=()
-  for benchmark in "${BENCHMARK_LIST[@]}"; do
-    case "$benchmark" in
-      math500) tokens=$((tokens + 500 * TOKENS_PER_MATH500_SAMPLE)) ;;
-      *) tokens=$((tokens + 30 * TOKENS_PER_CONTEST_SAMPLE)) ;;
-    esac
-  done
+  local model facts=()
   for model in "${MODEL_LIST[@]}"; do
-    case "$model" in
-      qwen3_4b_base) step=$SECONDS_PER_STEP_4B rate=$TOKENS_PER_SECOND_4B ;;
-      *) step=$SECONDS_PER_STEP_8B rate=$TOKENS_PER_SECOND_8B ;;
-    esac
-    lines+=("$model $step $rate")
+    unset PARAMETERS KV_BYTES_PER_TOKEN
+    # shellcheck source=models/qwen3_4b_base.sh
+    source "$REPO_ROOT/launchers/models/$model.sh"
+    facts+=(--model "$model" "$PARAMETERS" "$KV_BYTES_PER_TOKEN")
   done
-  printf '%s\n' "${lines[@]}" | awk -v cells="${#METHOD_LIST[@]}" -v seeds="${#SEED_LIST[@]}" \
-    -v steps="$TRAIN_STEPS" -v samples="$SAMPLES" -v tokens="$tokens" -v gpus="$GPUS" '
-    { train = cells * steps * $2 * gpus / 3600
-      evaluation = cells * seeds * samples * tokens / $3 * gpus / 3600
-      printf "  %-16s training %6.1f, evaluation %7.1f GPU-hours\n", $1, train, evaluation
-      sum += train + evaluation }
-    END { printf "  together %.0f GPU-hours, about %.1f days on %d GPUs, less what is already there\n",
-          sum, sum / gpus / 24, gpus }'
+  "$(base_python)" "$REPO_ROOT/launchers/estimate_hours.py" "${facts[@]}" --methods "${#METHOD_LIST[@]}" \
+    --benchmarks "${BENCHMARK_LIST[@]}" --seeds "${#SEED_LIST[@]}" --gpus "$GPUS"
 }
 
 check_lists() {
@@ -67,20 +42,27 @@ check_lists() {
     is_one_of "$item" "${METHODS[@]}" || die 2 "METHODS_TO_RUN: unknown method '$item'; choose from ${METHODS[*]}"
   done
   for item in "${MODEL_LIST[@]}"; do
-    [[ -f "$REPO_ROOT/launchers/models/$item.sh" ]] || die 2 "MODELS: unknown model '$item'; see launchers/models/"
+    is_one_of "$item" "${MODEL_TAGS[@]}" || die 2 "MODELS: unknown model '$item'; choose from ${MODEL_TAGS[*]}"
   done
   for item in "${SEED_LIST[@]}"; do
     [[ "$item" =~ ^[0-9]+$ ]] || die 2 "SEEDS: '$item' is not a whole number"
   done
-  for item in GPUS SECONDS_PER_STEP_4B SECONDS_PER_STEP_8B TOKENS_PER_MATH500_SAMPLE TOKENS_PER_CONTEST_SAMPLE \
-    TOKENS_PER_SECOND_4B TOKENS_PER_SECOND_8B; do
+  for item in GPUS TENSOR_PARALLEL; do
     is_count "${!item}" || die 2 "$item='${!item}' is not a positive whole number"
   done
-  is_count "$TENSOR_PARALLEL" || die 2 "TENSOR_PARALLEL='$TENSOR_PARALLEL' is not a positive whole number"
   [[ -z "${RUN_NAME:-}" ]] || die 2 "RUN_NAME is set, but each cell has a name of its own; unset it"
   if [[ -n "${BASE_MODEL_PATH:-}" ]] && ((${#MODEL_LIST[@]} > 1)); then
     die 2 "BASE_MODEL_PATH is one model's copy, but there are ${#MODEL_LIST[@]} models; choose one with MODELS"
   fi
+}
+
+evaluate() { # CELL
+  local benchmark seed
+  for benchmark in "${BENCHMARK_LIST[@]}"; do
+    for seed in "${SEED_LIST[@]}"; do
+      printf '%s %s %s\n' "$1" "$benchmark" "$seed"
+    done
+  done | bash "$REPO_ROOT/launchers/eval_workers.sh"
 }
 
 # The table and its picture from the result files of the listed models, whichever are there.
@@ -108,10 +90,6 @@ check_hmmt25() {
 
 check_lists
 say "${#MODEL_LIST[@]} models x ${#METHOD_LIST[@]} methods, ${#BENCHMARK_LIST[@]} benchmarks x ${#SEED_LIST[@]} seeds"
-say "estimate from ASSUMED speeds and lengths, none of them measured here (formula: launchers/reproduce_paper.sh;"
-say "each can be set): $SECONDS_PER_STEP_4B and $SECONDS_PER_STEP_8B s a step (4B, 8B), $TOKENS_PER_MATH500_SAMPLE\
- and $TOKENS_PER_CONTEST_SAMPLE tokens a sample (MATH-500, contests), $TOKENS_PER_SECOND_4B and\
- $TOKENS_PER_SECOND_8B tokens a second of $GPUS GPUs (4B, 8B)"
 estimate >&2
 [[ "$DRY_RUN" == 1 ]] || check_hmmt25
 ensure_venv --with-vllm
@@ -131,12 +109,7 @@ for model in "${MODEL_LIST[@]}"; do
       continue
     fi
     DONE=$((DONE + 1))
-    for benchmark in "${BENCHMARK_LIST[@]}"; do
-      for seed in "${SEED_LIST[@]}"; do
-        bash "$REPO_ROOT/launchers/run_eval.sh" "$cell" "$benchmark" "$TENSOR_PARALLEL" "$seed" \
-          || FAILED+=("$cell: $benchmark, seed $seed (exit code $?)")
-      done
-    done
+    evaluate "$cell" || FAILED+=("$cell: evaluation (exit code $?; the parts that failed are named above)")
   done
 done
 

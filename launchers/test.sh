@@ -24,7 +24,7 @@ export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
 
 run "$VENV_PYTHON" -m ruff check .
 run "$VENV_PYTHON" -m ruff format --check .
-run "$VENV/bin/shellcheck" -x launchers/*.sh launchers/models/*.sh .ci/run
+run "$VENV/bin/shellcheck" -x launchers/*.sh launchers/models/*.sh launchers/methods/*.sh .ci/run
 # -v undoes the -q of pyproject.toml, so that the closing line stands out; --dist loadfile keeps one file's
 # fixtures (and its vLLM engine) in one process.
 run "$VENV_PYTHON" -m pytest -v -n "${WORKERS:-2}" --dist loadfile "$@"

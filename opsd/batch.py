@@ -1,7 +1,8 @@
 """Prompts + completions -> token grids for the backbone, and back to flat per-token rows.
 
-A completion follows its prompt directly; padding comes after it, where a causal model cannot look back at it,
-so a sequence's hidden states depend neither on padding nor on batch mates. Validity comes from lengths alone.
+A completion follows its prompt directly; padding comes after it, where a causal model cannot attend to it, so
+a sequence's hidden states depend neither on padding nor on the rest of the batch. Lengths alone say which
+tokens are valid.
 
 Shapes: B sequences, N = Σ lengths completion tokens, H hidden.
 """

@@ -1,4 +1,4 @@
-"""From sampled branches to figures: one row per branch, AUROC of every predictor, curves along the spine."""
+"""Turn sampled branches into figures: a row per branch, AUROC of every predictor, curves along the spine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from opsd.branch_schedule import ScheduleFit, fit_schedule
 from opsd.branch_spines import relative_position
 from opsd.branch_statistics import (
     Estimate,
-    cluster_codes,
     clustered_auroc,
     clustered_mean,
     relative_label,
@@ -55,12 +54,8 @@ PREDICTORS = (
 )
 
 
-def _everything(table: pd.DataFrame) -> pd.Series:
-    return pd.Series(True, index=table.index)
-
-
 SUBSETS = {
-    "all branches": _everything,
+    "all branches": lambda t: t["rank"] >= 1,
     "the teacher's first choice only": lambda t: t["rank"] == 1,
     "tokens that the spine does not hold there": lambda t: ~t["is_spine_token"],
     "spines that end right": lambda t: t["spine_correct"],
@@ -121,11 +116,10 @@ def branch_table(
     tokenizer: PreTrainedTokenizerBase,
     config: BranchConfig,
 ) -> pd.DataFrame:
-    """One row per branch; docs/branch_viability.md lists the columns. The control is a column."""
+    """Return one row per branch; docs/branch_viability.md lists the columns. The control is a column."""
     rows = []
     for problem in problems:
         spine = branches.spines[problem.index]
-        right = bool(verdicts.get((problem.index, spine.answer), False))
         for fork in branches.forks[problem.index]:
             control, _ = _success(branches, (problem.index, fork.offset, 0), verdicts)
             for alternative in fork.alternatives:
@@ -135,14 +129,14 @@ def branch_table(
                     {
                         "problem": problem.index,
                         "position": fork.offset + 1,
-                        "relative_position": relative_position(fork.offset, len(spine.token_ids)),
-                        "spine_tokens": len(spine.token_ids),
-                        "spine_correct": right,
+                        "relative_position": relative_position(fork.offset, len(spine.tokens)),
+                        "spine_tokens": len(spine.tokens),
+                        "spine_correct": bool(verdicts.get((problem.index, spine.answer), False)),
                         "spine_truncated": spine.truncated,
                         "rank": alternative.rank,
                         "token_id": alternative.token_id,
                         "token": printable(tokenizer.decode([alternative.token_id]), 80),
-                        "is_spine_token": alternative.token_id == spine.token_ids[fork.offset],
+                        "is_spine_token": alternative.token_id == spine.tokens[fork.offset],
                         "teacher_entropy": fork.teacher_entropy,
                         "student_entropy": fork.student_entropy,
                         "teacher_probability": alternative.teacher_probability,
@@ -162,16 +156,16 @@ def branch_table(
 
 
 def _success(branches: Branches, key, verdicts) -> tuple[float, float]:
-    """(share of continuations that recover the answer, share that were cut)."""
+    """Return the share of continuations that recover the answer and the share that were cut."""
     samples = branches.continued[key].values()
     recovered = sum(bool(verdicts.get((key[0], done.answer), False)) for done in samples)
     return recovered / len(samples), sum(done.truncated for done in samples) / len(samples)
 
 
 def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
-    """Every figure of the report. All intervals use the same resamples of the problems."""
-    codes, count = cluster_codes(table["problem"].to_numpy())
-    weights = resample_weights(count, resamples=config.resamples, seed=config.seed)
+    """Compute every figure of the report. All intervals use the same resamples of the problems."""
+    names, codes = np.unique(table["problem"].to_numpy(), return_inverse=True)
+    weights = resample_weights(len(names), resamples=config.resamples, seed=config.seed)
     table = table.assign(code=codes)
     spines = table.drop_duplicates("problem")
     return Analysis(
@@ -231,7 +225,7 @@ def _by_rank(table: pd.DataFrame, weights: NDArray[np.float64]):
 
 
 def _schedules(table: pd.DataFrame, weights: NDArray[np.float64]) -> dict[str, ScheduleFit | None]:
-    """A schedule weighs what the teacher proposes, so a branch counts with its probability there."""
+    """Fit schedules; a branch counts with the teacher's probability of its token."""
     columns = (table["relative_position"], table["viability"], table["code"], weights)
     importance = table["teacher_probability"]
     return {

@@ -5,61 +5,70 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import OneLineParser, UsageError, refuse_below_one, refuse_no_share, refuse_unknown
+from opsd.errors import OneLineParser, UsageError
+from opsd.options import (
+    AT_LEAST_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROPER_SHARE,
+    Range,
+    add_options,
+    check_options,
+    option,
+    take,
+)
 from opsd.rollout import Sampling, check_sampling
-
-ENGINES = ("hf", "vllm")
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchConfig:
-    """One diagnostic. The sampling defaults are those of the rollouts in training.
+    """One diagnostic. The sampling defaults are those of the rollouts in training."""
 
-    Attributes:
-        model_name_or_path: folder or hub id of the base model.
-        dataset: table with the columns problem, solution and perhaps answer.
-        output_dir: where journal, branches, plots and report go.
-        adapter: LoRA folder; the student is base + adapter then, the teacher the base.
-        num_problems: the first so many problems; None takes all.
-        num_positions: forks per spine, one drawn in each of so many equal stretches.
-        top_k: how many of the teacher's likeliest next tokens are forced at each fork.
-        continuations: student continuations of each branch, and of each fork's unforced control.
-        score_temperature: divides both sides' logits before entropies, probabilities and KL are read.
-        viable_share: a branch is viable if at least this share of its continuations recovers the answer.
-        max_new_tokens: limit of the spine, and again of every continuation.
-        gpu_memory_utilization: vLLM's share of the GPU; a second copy of the model scores spines beside it.
-    """
-
-    model_name_or_path: str
-    dataset: str
-    output_dir: str
-    adapter: str | None = None
-    model_revision: str | None = None
-    num_problems: int | None = None
-    num_positions: int = 8
-    top_k: int = 3
-    continuations: int = 8
-    rollout_temperature: float = 1.1
-    rollout_top_p: float = 0.95
-    rollout_top_k: int = 20
-    max_new_tokens: int = 1024
-    score_temperature: float = 1.1
-    viable_share: float = 0.5
-    seed: int = 0
-    engine: str = "vllm"
-    dtype: str = "auto"
-    hf_batch_size: int = 64
-    gpu_memory_utilization: float = 0.6
-    tensor_parallel_size: int = 1
-    resamples: int = 2000
-    grading_workers: int | None = None
-    suggest_schedule: bool = False
-    trust_remote_code: bool = False
+    model_name_or_path: str = option(help="folder or hub id of the base model")
+    dataset: str = option(help="file, folder or hub id; columns problem, solution and, if any, answer")
+    output_dir: str = option(help="folder of the results; an unfinished run is continued")
+    adapter: str | None = option(None, "LoRA checkpoint: the student is base + adapter, the teacher the base")
+    model_revision: str | None = option(None, "hub revision of the base model")
+    num_problems: int | None = option(None, "the first so many problems; None = all", range=AT_LEAST_ONE)
+    num_positions: int = option(
+        8, "forks per spine, one in each of so many equal stretches", range=AT_LEAST_ONE
+    )
+    top_k: int = option(3, "teacher's likeliest next tokens forced at each fork", range=AT_LEAST_ONE)
+    continuations: int = option(
+        8, "student continuations per branch, and per fork without a forced token", range=AT_LEAST_ONE
+    )
+    rollout_temperature: float = option(1.1, "sampling of spines and continuations: temperature")
+    rollout_top_p: float = option(0.95, "nucleus mass")
+    rollout_top_k: int = option(20, "likeliest tokens kept; 0 = all")
+    max_new_tokens: int = option(1024, "limit of a spine, and again of each continuation")
+    score_temperature: float = option(
+        1.1, "divides the logits before entropies, probabilities and KL are read", range=POSITIVE
+    )
+    viable_share: float = option(
+        0.5, "viable = at least this share of the continuations recovers the answer", range=PROPER_SHARE
+    )
+    seed: int = option(0, "every spine and continuation has its own hashed seed", range=NOT_NEGATIVE)
+    engine: str = option("vllm", "what samples; hf is transformers", choices=("hf", "vllm"))
+    dtype: str = option("auto", "auto is the checkpoint's own", choices=("auto", "float32", "bfloat16"))
+    hf_batch_size: int = option(
+        64, "sequences at once in transformers, for sampling (hf) and scoring (both)", range=AT_LEAST_ONE
+    )
+    gpu_memory_utilization: float = option(
+        0.6, "vllm's share of the GPU; leave room for a second copy that scores", range=PROPER_SHARE
+    )
+    tensor_parallel_size: int = option(1, "GPUs that share one copy of the model (vllm)", range=AT_LEAST_ONE)
+    resamples: int = option(
+        2000, "bootstrap resamples of the problems; a 95 % interval needs 20", range=Range(20)
+    )
+    grading_workers: int | None = option(
+        None, "processes that grade; None = the cores, at most 8", range=AT_LEAST_ONE
+    )
+    suggest_schedule: bool = option(False, "fit (w_min, tau, s) to the measured curves")
+    trust_remote_code: bool = option(False, "run code that comes with the model")
 
     def sampling(self) -> Sampling:
         """How spines and continuations are drawn."""
@@ -86,19 +95,8 @@ def check_config(config: BranchConfig) -> None:
     Raises:
         UsageError: names the flag, its value and what would do.
     """
+    check_options(BranchConfig, vars(config))
     check_sampling(config.sampling())
-    refuse_below_one(
-        config, "num_problems", "num_positions", "top_k", "continuations", "hf_batch_size",
-        "tensor_parallel_size", "grading_workers",
-    )  # fmt: skip
-    if config.seed < 0:
-        raise UsageError(f"--seed is {config.seed}, but must be at least 0")
-    if config.resamples < 20:
-        raise UsageError(f"--resamples is {config.resamples}, but a 95 % interval needs at least 20")
-    if not config.score_temperature > 0:
-        raise UsageError(f"--score_temperature is {config.score_temperature}, but must be more than 0")
-    refuse_no_share(config, "viable_share", "gpu_memory_utilization")
-    refuse_unknown(config, engine=ENGINES, dtype=DTYPES)
     if config.engine == "hf" and config.tensor_parallel_size > 1:
         raise UsageError("--tensor_parallel_size needs --engine vllm")
     _check_folder(config.folder)
@@ -115,51 +113,14 @@ def _check_folder(folder: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of branch_viability.py. Defaults are those of `BranchConfig`."""
-    default = {field.name: field.default for field in fields(BranchConfig)}
+    """The flags of branch_viability.py: those of `BranchConfig`."""
     p = OneLineParser(
         prog="branch_viability.py",
         description="Which of the privileged teacher's next tokens can the student still finish correctly?",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-
-    def flag(name: str, kind: Any, text: str) -> None:
-        p.add_argument(f"--{name}", type=kind, default=default[name], help=text)
-
-    p.add_argument("--model_name_or_path", required=True, help="folder or hub id of the base model")
-    p.add_argument(
-        "--dataset",
-        required=True,
-        help="file, folder or hub id; columns problem, solution and, if any, answer",
-    )
-    p.add_argument(
-        "--output_dir", required=True, help="folder of the results; an unfinished run is continued"
-    )
-    flag("adapter", str, "LoRA checkpoint: the student is base + adapter, the teacher the base")
-    flag("model_revision", str, "hub revision of the base model")
-    flag("num_problems", int, "the first so many problems; None = all")
-    flag("num_positions", int, "forks per spine, one in each of so many equal stretches")
-    flag("top_k", int, "teacher's likeliest next tokens forced at each fork")
-    flag("continuations", int, "student continuations per branch, and per fork without a forced token")
-    flag("rollout_temperature", float, "sampling of spines and continuations: temperature")
-    flag("rollout_top_p", float, "nucleus mass")
-    flag("rollout_top_k", int, "likeliest tokens kept; 0 = all")
-    flag("max_new_tokens", int, "limit of a spine, and again of each continuation")
-    flag("score_temperature", float, "divides the logits before entropies, probabilities and KL are read")
-    flag("viable_share", float, "viable = at least this share of the continuations recovers the answer")
-    flag("seed", int, "every spine and continuation has its own hashed seed")
-    flag("engine", str, "what samples: vllm or hf (transformers)")
-    flag("dtype", str, "auto (the checkpoint's own), float32 or bfloat16")
-    flag("hf_batch_size", int, "sequences at once in transformers, for sampling (hf) and scoring (both)")
-    flag("gpu_memory_utilization", float, "vllm's share of the GPU; leave room for a second copy that scores")
-    flag("tensor_parallel_size", int, "GPUs that share one copy of the model (vllm)")
-    flag("resamples", int, "bootstrap resamples of the problems")
-    flag("grading_workers", int, "processes that grade; None = the cores, at most 8")
-    p.add_argument(
-        "--suggest_schedule", action="store_true", help="fit (w_min, tau, s) to the measured curves"
-    )
-    p.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_options(p, BranchConfig)
     return p
 
 
@@ -169,6 +130,8 @@ def parse_config(argv: Sequence[str] | None) -> BranchConfig:
     Raises:
         UsageError: an unknown or malformed flag, or a value out of its range.
     """
-    config = BranchConfig(**vars(parser().parse_args(argv)))
+    arguments = vars(parser().parse_args(argv))
+    check_options(BranchConfig, arguments)
+    config = take(BranchConfig, arguments)
     check_config(config)
     return config

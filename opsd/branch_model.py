@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from opsd.branch_config import BranchConfig
 from opsd.branch_spines import BranchProblem, Fork, score_forks
@@ -17,24 +18,6 @@ if TYPE_CHECKING:
     from opsd.rollout import Engine
 
 PADDING_RATIO = 1.25
-
-
-class Backend(Protocol):
-    """What the diagnostic needs of a model. `end_ids` are the tokens that end a completion."""
-
-    def engine(self) -> Engine:
-        """The student's sampler, built at the first call."""
-
-    def end_ids(self) -> frozenset[int]:
-        """Tokens that end a completion."""
-
-    def score(
-        self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
-    ) -> list[list[Fork]]:
-        """The forks of each spine at its offsets."""
-
-    def close(self) -> None:
-        """Release all memory."""
 
 
 class ForkScorer:
@@ -61,27 +44,22 @@ class ForkScorer:
     def score(
         self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
     ) -> list[list[Fork]]:
-        """The forks of each spine. One backbone pass a role; only the forks' positions meet the LM head."""
+        """Return each spine's forks. One backbone pass a role; only forks' positions meet the LM head."""
         starts = [0]
         for spine in spines:
             starts.append(starts[-1] + len(spine))
         rows = [start + offset for start, some in zip(starts, offsets, strict=False) for offset in some]
         student = self._hidden([p.student_ids for p in problems], spines, rows, teacher=False)
         teacher = self._hidden([p.teacher_ids for p in problems], spines, rows, teacher=True)
-        forks = score_forks(
-            student,
-            teacher,
-            [offset for some in offsets for offset in some],
-            student_head=self.head,
-            teacher_head=self.head,
-            temperature=self.temperature,
-            top_k=self.top_k,
+        flat = [offset for some in offsets for offset in some]
+        forks = iter(
+            score_forks(
+                student, teacher, flat, head=self.head, temperature=self.temperature, top_k=self.top_k
+            )
         )
-        return [[forks.pop(0) for _ in some] for some in offsets]
+        return [[next(forks) for _ in some] for some in offsets]
 
     def _hidden(self, prompts, spines, rows, *, teacher: bool):
-        import contextlib
-
         import torch
 
         from opsd.batch import role_batch
@@ -96,10 +74,10 @@ class ForkScorer:
 
 
 class ModelBackend:
-    """`Backend` over a real model. Nothing is loaded before it is needed.
+    """Samples and scores with a real model; nothing is loaded before it is needed.
 
     With --engine hf one model samples and scores. With --engine vllm the engine samples; a second copy of the
-    model in transformers scores the spines and is dropped again.
+    model in transformers scores the spines and is freed again.
 
     Args:
         longest: tokens of the longest request, prompt and continuation together.
@@ -111,43 +89,40 @@ class ModelBackend:
         self.config, self.tokenizer, self.longest = config, tokenizer, longest
         self._engine: Engine | None = None
         self._model: PreTrainedModel | PeftModel | None = None
+        self._scorer: ForkScorer | None = None
 
     def engine(self) -> Engine:
-        """The student's sampler."""
+        """Return the student's sampler, built at the first call."""
         if self._engine is None:
             self._engine = self._vllm_engine() if self.config.engine == "vllm" else self._hf_engine()
         return self._engine
 
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end a completion: the engine's own list."""
+        """Return the tokens that end a completion: the engine's own list."""
         return frozenset(self.engine().end_ids)
 
     def score(
         self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
     ) -> list[list[Fork]]:
-        """The forks of each spine at its offsets."""
-        if not hasattr(self, "_scorer"):
+        """Return the forks of each spine at its offsets."""
+        if self._scorer is None:
+            settings = {"temperature": self.config.score_temperature, "top_k": self.config.top_k}
             self._scorer = ForkScorer(
-                self._loaded_model(),
-                pad_id=self.tokenizer.pad_token_id or 0,
-                temperature=self.config.score_temperature,
-                top_k=self.config.top_k,
+                self._loaded_model(), pad_id=self.tokenizer.pad_token_id or 0, **settings
             )
         return self._scorer.score(problems, spines, offsets)
 
     def scoring_done(self) -> None:
         """Free the copy that only scores."""
-        if self.config.engine == "vllm" and self._model is not None:
-            del self._scorer
-            self._model = None
+        if self.config.engine == "vllm":
+            self._model = self._scorer = None
             _free_memory()
 
     def close(self) -> None:
         """Release engine and model."""
         if self._engine is not None:
             self._engine.close()
-        self._engine = self._model = None
-        self.__dict__.pop("_scorer", None)
+        self._engine = self._model = self._scorer = None
         _free_memory()
 
     def _hf_engine(self) -> Engine:
@@ -178,16 +153,16 @@ class ModelBackend:
 def _load_model(config: BranchConfig) -> PreTrainedModel | PeftModel:
     import torch
 
-    from opsd.models import load_causal_lm, load_config
+    from opsd.models import load_adapter, load_causal_lm
 
-    load = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    own = load_config(config.model_name_or_path, **load).get_text_config().dtype
-    named = {"auto": own or torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    model = load_causal_lm(config.model_name_or_path, dtype=named[config.dtype], **load)
+    model = load_causal_lm(
+        config.model_name_or_path,
+        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )
     if config.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, config.adapter)
+        model = load_adapter(model, config.adapter)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,7 +1,8 @@
-"""The diagnostic's report in Markdown. Every sentence with a figure in it is derived from the analysis."""
+"""Write the diagnostic's report in Markdown; its sentences are derived from the analysis."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opsd.branch_schedule import SHOWN_AT
@@ -14,30 +15,34 @@ if TYPE_CHECKING:
 
 
 def report(analysis: Analysis, config: BranchConfig, facts: dict[str, Any]) -> str:
-    """The whole report.
+    """Return the whole report.
 
     Args:
         facts: `student`, `teacher`, `dataset`, `command`, `versions`: what was measured, with what.
     """
-    everything = analysis.subsets[0]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     parts = [
         "# Branch viability\n",
         _setting(analysis, config, facts),
         "![viability along the spine](viability_vs_position.png)\n",
-        _reading(everything),
+        _reading(analysis.subsets[0]),
         _definitions(config),
         *(_subset(subset) for subset in analysis.subsets),
         _curve(analysis),
         _ranks(analysis),
+        *([_schedules(analysis)] if config.suggest_schedule else ()),
+        f"## Made with\n\n```\n{printable(facts['command'])}\n```\n\n{_cell(versions)}\n",
     ]
-    if config.suggest_schedule:
-        parts.append(_schedules(analysis))
-    parts.append(_provenance(facts))
     return "\n".join(parts)
 
 
 def _cell(text: object) -> str:
     return printable(text, 300).replace("|", "\\|").replace("`", "'")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
 def _setting(analysis: Analysis, config: BranchConfig, facts: dict[str, Any]) -> str:
@@ -73,12 +78,12 @@ def _reading(subset: Subset) -> str:
         f"- Against the unforced control, relative position {_verdict(position, 'relative')}: AUROC for "
         f"relative viability {position.relative.text()}.",
     ]
-    for which, name in (("absolute", "absolute"), ("relative", "relative")):
+    for which in ("absolute", "relative"):
         known = [row for row in subset.rows if getattr(row, which).value is not None]
         if known:
             best = max(known, key=lambda row: abs(getattr(row, which).value - 0.5))
             lines.append(
-                f"- Farthest from chance for {name} viability: {best.predictor.label}, "
+                f"- Farthest from chance for {which} viability: {best.predictor.label}, "
                 f"{getattr(best, which).text()} (the largest of {len(known)}, so partly by selection)."
             )
     return "\n".join(lines) + "\n"
@@ -105,71 +110,81 @@ def _subset(subset: Subset) -> str:
     head = f"## AUROC: {subset.name}\n\n"
     if not subset.branches:
         return f"{head}No branches.\n"
-    lines = [
+    summary = (
         f"{subset.branches} branches of {subset.problems} problems, {subset.viable:.0%} viable, "
-        f"{subset.ties:.0%} tied with their control.\n",
-        "| predictor | read as | absolute viability | relative viability | relative, graded |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in subset.rows:
-        sign = "+" if row.predictor.higher_is_viable else "−"
-        lines.append(
-            f"| {row.predictor.label} | {sign} | {row.absolute.text()} | {row.relative.text()} "
-            f"| {row.graded.text()} |"
+        f"{subset.ties:.0%} tied with their control.\n\n"
+    )
+    header = ("predictor", "read as", "absolute viability", "relative viability", "relative, graded")
+    rows = [
+        (
+            row.predictor.label,
+            "+" if row.predictor.higher_is_viable else "−",
+            *(estimate.text() for estimate in (row.absolute, row.relative, row.graded)),
         )
-    return head + "\n".join(lines) + "\n"
+        for row in subset.rows
+    ]
+    return head + summary + _table(header, rows)
 
 
 def _curve(analysis: Analysis) -> str:
-    lines = [
-        "## Along the spine\n",
-        "| relative position | branches | forced: share that recovers | control | difference |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {p.low:.1f} to {p.high:.1f} | {p.branches} | {p.success.text()} | {p.control.text()} "
-        f"| {p.difference.text()} |"
-        for p in analysis.curve
-    ]
-    return "\n".join(lines) + "\n"
+    header = ("relative position", "branches", "forced: share that recovers", "control", "difference")
+    return "## Along the spine\n\n" + _table(
+        header,
+        [
+            (
+                f"{p.low:.1f} to {p.high:.1f}",
+                p.branches,
+                p.success.text(),
+                p.control.text(),
+                p.difference.text(),
+            )
+            for p in analysis.curve
+        ],
+    )
 
 
 def _ranks(analysis: Analysis) -> str:
-    lines = [
-        "## By the teacher's rank\n",
-        "| rank | branches | mean teacher probability | share that recovers | difference to the control |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {rank} | {count} | {probability:.3f} | {success.text()} | {difference.text()} |"
-        for rank, count, probability, success, difference in analysis.by_rank
-    ]
-    return "\n".join(lines) + "\n"
+    header = (
+        "rank",
+        "branches",
+        "mean teacher probability",
+        "share that recovers",
+        "difference to the control",
+    )
+    return "## By the teacher's rank\n\n" + _table(
+        header,
+        [
+            (rank, count, f"{probability:.3f}", success.text(), difference.text())
+            for rank, count, probability, success, difference in analysis.by_rank
+        ],
+    )
 
 
 def _schedules(analysis: Analysis) -> str:
-    lines = [
-        "## A schedule from these curves\n",
+    fits = {name: fit for name, fit in analysis.schedules.items() if fit is not None}
+    header = ("fitted to", "w_min", "τ", "s", "variance explained", *(f"w({f:g})" for f in SHOWN_AT))
+    rows = [
+        (
+            f"{name} viability",
+            *(parameter.text() for parameter in (fit.w_min, fit.tau, fit.s)),
+            f"{fit.explained:.0%}",
+            *(weight.text() for weight in fit.weights),
+        )
+        for name, fit in fits.items()
+    ]
+    verdicts = [
+        _schedule_verdict(name, fits[name])
+        if name in fits
+        else f"- **{name}**: nothing to fit (no success, or forks in fewer than four bins)."
+        for name in analysis.schedules
+    ]
+    return (
+        "## A schedule from these curves\n\n"
         "w(f) = w_min + (1 − w_min)·σ((f − τ)/s), fitted by weighted least squares to the success of the "
         "branches in bins of f (absolute), or to that success as a share of the control's (relative). A "
-        "branch counts with the teacher's probability of its token; the curve's scale is free.\n",
-        "| fitted to | w_min | τ | s | variance explained | "
-        + " | ".join(f"w({f:g})" for f in SHOWN_AT)
-        + " |",
-        "| --- | --- | --- | --- | --- |" + " --- |" * len(SHOWN_AT),
-    ]
-    verdicts = []
-    for name, fit in analysis.schedules.items():
-        if fit is None:
-            verdicts.append(f"- **{name}**: nothing to fit (no success, or forks in fewer than four bins).")
-            continue
-        shown = " | ".join(weight.text() for weight in fit.weights)
-        lines.append(
-            f"| {name} viability | {fit.w_min.text()} | {fit.tau.text()} | {fit.s.text()} "
-            f"| {fit.explained:.0%} | {shown} |"
-        )
-        verdicts.append(_schedule_verdict(name, fit))
-    return "\n".join([*lines, "", *verdicts]) + "\n"
+        "branch counts with the teacher's probability of its token; the curve's scale is free.\n\n"
+        f"{_table(header, rows)}\n" + "\n".join(verdicts) + "\n"
+    )
 
 
 def _schedule_verdict(name: str, fit: ScheduleFit) -> str:
@@ -184,8 +199,3 @@ def _schedule_verdict(name: str, fit: ScheduleFit) -> str:
         f"{'; '.join(open_questions)}. The fitted curve explains {fit.explained:.0%} of the variance between "
         "bins; take it for no recommendation."
     )
-
-
-def _provenance(facts: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return f"## Made with\n\n```\n{printable(facts['command'])}\n```\n\n{_cell(versions)}\n"

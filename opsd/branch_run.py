@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsd.branch_analysis import Analysis, analyse, branch_table
 from opsd.branch_config import BranchConfig, check_config
-from opsd.branch_model import Backend, ModelBackend
+from opsd.branch_model import ModelBackend
 from opsd.branch_sampling import Sampler, grade_branches
 from opsd.branch_spines import BranchProblem, load_problems
 from opsd.errors import UsageError
@@ -42,7 +42,7 @@ class Plan:
 
 
 def diagnose(config: BranchConfig, *, command: Sequence[str] = (), show: bool = True) -> Analysis:
-    """Run the diagnostic and write its files. A killed run continues; a finished one is analysed anew.
+    """Run the diagnostic and write its files. A killed run is resumed; a finished one is analysed anew.
 
     Raises:
         UsageError: a setting is out of range, prompts do not fit the model, or the journal is another run's.
@@ -110,7 +110,7 @@ def _identity(config: BranchConfig) -> dict[str, Any]:
 
 
 def carry_out(
-    plan: Plan, make_backend: Callable[[], Backend], *, command: Sequence[str] = (), show: bool = True
+    plan: Plan, make_backend: Callable[[], ModelBackend], *, command: Sequence[str] = (), show: bool = True
 ) -> Analysis:
     """Sample what the journal lacks, grade, analyse and write branches, picture and report."""
     config = plan.config

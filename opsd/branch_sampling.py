@@ -1,16 +1,14 @@
 """The diagnostic's sampling: spines, forks, forced branches, unforced controls, journalled as they finish.
 
-Every draw has a hashed seed of its own, so a run that was killed and continued gives the branches that the
-uninterrupted one gives, and any continuation can be drawn again alone.
+Every draw has a hashed seed of its own: a run that was killed and resumed gives the branches of the
+uninterrupted one, and any continuation can be drawn again alone.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -25,9 +23,7 @@ from opsd.seeds import hashed_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from opsd.branch_model import Backend
-
-logger = logging.getLogger(__name__)
+    from opsd.branch_model import ModelBackend
 
 # The branch number of a fork's control; forced alternatives have their rank, from 1.
 CONTROL = 0
@@ -41,7 +37,7 @@ BranchKey = tuple[int, int, int]  # problem index, offset, branch number
 class Spine:
     """A student rollout: token ids (end-of-sequence included), whether it was cut, its boxed answer."""
 
-    token_ids: list[int]
+    tokens: list[int]
     truncated: bool
     answer: str | None
 
@@ -71,12 +67,11 @@ class Branches:
             self.forks[record["problem"]] = [Fork.from_dict(fields) for fields in record["forks"]]
         else:
             key = (record["problem"], record["offset"], record["branch"])
-            self.continued[key][record["sample"]] = Continued(
-                record["answer"], record["truncated"], record["tokens"]
-            )
+            done = Continued(record["answer"], record["truncated"], record["tokens"])
+            self.continued[key][record["sample"]] = done
 
     def every(self) -> Iterator[tuple[BranchKey, int | None]]:
-        """Every branch and control, with the token forced there (None for a control), problem by problem."""
+        """Yield every branch and control, with the token forced there (None for a control)."""
         for problem, forks in sorted(self.forks.items()):
             for fork in forks:
                 yield (problem, fork.offset, CONTROL), None
@@ -94,7 +89,7 @@ class Sampler:
         config: BranchConfig,
         *,
         journal: Journal,
-        backend: Backend,
+        backend: ModelBackend,
         show: bool = True,
     ) -> None:
         self.problems = {problem.index: problem for problem in problems}
@@ -116,7 +111,7 @@ class Sampler:
         self.journal.append(record)
         self.branches.add(record)
 
-    def _text_answer(self, token_ids: Sequence[int]) -> str | None:
+    def _answer(self, token_ids: Sequence[int]) -> str | None:
         return extract_boxed(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def _sample_spines(self) -> None:
@@ -129,15 +124,9 @@ class Sampler:
         ]
         with self._bar("spines", len(self.problems), len(self.branches.spines)) as bar:
 
-            def finish(at: int, spine: Completion) -> None:
-                record = {
-                    "kind": "spine",
-                    "problem": pending[at],
-                    "tokens": list(spine.token_ids),
-                    "truncated": spine.truncated,
-                    "answer": self._text_answer(spine.token_ids),
-                }
-                self._keep(record)
+            def finish(at: int, done: Completion) -> None:
+                spine = Spine(list(done.token_ids), done.truncated, self._answer(done.token_ids))
+                self._keep({"kind": "spine", "problem": pending[at], **asdict(spine)})
                 bar.update()
 
             self.backend.engine().generate(requests, self.config.sampling(), on_finish=finish)
@@ -147,108 +136,82 @@ class Sampler:
         if not pending:
             return
         # Neighbours in length share a batch.
-        pending.sort(key=lambda index: len(self.branches.spines[index].token_ids))
+        pending.sort(key=lambda index: len(self.branches.spines[index].tokens))
         with self._bar("scoring", len(self.problems), len(self.branches.forks)) as bar:
             for start in range(0, len(pending), self.config.hf_batch_size):
                 batch = pending[start : start + self.config.hf_batch_size]
-                spines = [self.branches.spines[index].token_ids for index in batch]
+                spines = [self.branches.spines[index].tokens for index in batch]
                 offsets = [
                     fork_offsets(len(s), self.config.num_positions, seed=self.config.seed, problem=index)
                     for index, s in zip(batch, spines, strict=True)
                 ]
                 scored = self.backend.score([self.problems[index] for index in batch], spines, offsets)
                 for index, forks in zip(batch, scored, strict=True):
-                    self._keep({"kind": "forks", "problem": index, "forks": [f.as_dict() for f in forks]})
+                    self._keep({"kind": "forks", "problem": index, "forks": [asdict(f) for f in forks]})
                 bar.update(len(batch))
-        getattr(self.backend, "scoring_done", lambda: None)()
+        self.backend.scoring_done()
 
     def _continue_branches(self) -> None:
-        count = self.config.continuations
-        pending, total = [], 0
-        for key, token in self.branches.every():
-            total += count
-            missing = [k for k in range(count) if k not in self.branches.continued[key]]
-            if missing:
-                pending.append((key, token, missing))
+        samples = range(self.config.continuations)
+        every = list(self.branches.every())
+        pending = [
+            (key, token, missing)
+            for key, token in every
+            if (missing := [k for k in samples if k not in self.branches.continued[key]])
+        ]
         if not pending:
             return
-        left = sum(len(missing) for _, _, missing in pending)
+        total, left = len(every) * len(samples), sum(len(missing) for *_, missing in pending)
         with self._bar("continuations", total, total - left) as bar:
             work: list[tuple[BranchKey, int, list[int], Request]] = []
             for key, token, missing in pending:
-                if token is not None and token in self.backend.end_ids():
-                    self._keep_ended(key, token, missing)
+                problem, offset, branch = key
+                forced = [] if token is None else [token]
+                prefix = [*self.branches.spines[problem].tokens[:offset], *forced]
+                if token in self.backend.end_ids():
+                    # A forced end-of-sequence leaves nothing to continue.
+                    for sample in missing:
+                        self._keep_continuation(key, sample, Continued(self._answer(prefix), False, 0))
                     bar.update(len(missing))
                     continue
-                work += self._requests(key, token, missing)
+                # One list for all samples of a branch: engines read it and copy what they keep.
+                prompt = [*self.problems[problem].student_ids, *prefix]
+                for sample in missing:
+                    seed = hashed_seed("branch", self.config.seed, problem, offset, branch, sample)
+                    work.append((key, sample, prefix, Request(prompt, seed)))
                 if len(work) >= REQUESTS_PER_CALL:
                     self._generate(work, bar)
                     work = []
             if work:
                 self._generate(work, bar)
 
-    def _prefix(self, key: BranchKey, token: int | None) -> list[int]:
-        problem, offset, _ = key
-        return [*self.branches.spines[problem].token_ids[:offset], *([] if token is None else [token])]
-
-    def _keep_ended(self, key: BranchKey, token: int, missing: list[int]) -> None:
-        """A forced end-of-sequence leaves nothing to continue: the answer is whatever the prefix holds."""
-        answer = self._text_answer(self._prefix(key, token))
-        for sample in missing:
-            self._keep(_continuation(key, sample, Continued(answer, truncated=False, tokens=0)))
-
-    def _requests(self, key: BranchKey, token: int | None, missing: list[int]):
-        problem, offset, branch = key
-        prefix = self._prefix(key, token)
-        # One list for all samples of a branch: engines read it and copy what they keep.
-        prompt = [*self.problems[problem].student_ids, *prefix]
-        for sample in missing:
-            seed = hashed_seed("branch", self.config.seed, problem, offset, branch, sample)
-            yield key, sample, prefix, Request(prompt, seed)
-
     def _generate(self, work: list[tuple[BranchKey, int, list[int], Request]], bar: tqdm) -> None:
         def finish(at: int, completion: Completion) -> None:
             key, sample, prefix, _ = work[at]
-            answer = self._text_answer([*prefix, *completion.token_ids])
-            done = Continued(answer, completion.truncated, len(completion.token_ids))
-            self._keep(_continuation(key, sample, done))
+            answer = self._answer([*prefix, *completion.token_ids])
+            self._keep_continuation(
+                key, sample, Continued(answer, completion.truncated, len(completion.token_ids))
+            )
             bar.update()
 
         requests = [request for *_, request in work]
         self.backend.engine().generate(requests, self.config.sampling(), on_finish=finish)
 
-    @contextmanager
-    def _bar(self, what: str, total: int, done: int) -> Iterator[tqdm]:
-        with tqdm(total=total, initial=done, desc=what, disable=not self.show, mininterval=1) as bar:
-            yield bar
+    def _keep_continuation(self, key: BranchKey, sample: int, done: Continued) -> None:
+        names = dict(zip(("problem", "offset", "branch"), key, strict=True))
+        self._keep({"kind": "continuation", **names, "sample": sample, **asdict(done)})
 
-
-def _continuation(key: BranchKey, sample: int, done: Continued) -> dict:
-    problem, offset, branch = key
-    return {
-        "kind": "continuation",
-        "problem": problem,
-        "offset": offset,
-        "branch": branch,
-        "sample": sample,
-        "answer": done.answer,
-        "truncated": done.truncated,
-        "tokens": done.tokens,
-    }
+    def _bar(self, what: str, total: int, done: int) -> tqdm:
+        return tqdm(total=total, initial=done, desc=what, disable=not self.show, mininterval=1)
 
 
 def grade_branches(
     branches: Branches, problems: Sequence[BranchProblem], grader: Grader
 ) -> dict[tuple[int, str], bool]:
-    """Whether each distinct answer of each problem recovers the gold answer: {(problem, answer): verdict}."""
+    """Grade each distinct answer of each problem: {(problem, answer): it recovers the gold answer}."""
     gold = {problem.index: problem.answer for problem in problems}
-    distinct = {
-        (key[0], done.answer)
-        for key, samples in branches.continued.items()
-        for done in samples.values()
-        if done.answer is not None
-    }
-    distinct |= {(index, s.answer) for index, s in branches.spines.items() if s.answer is not None}
-    pairs = sorted(distinct)
+    answers = {(index, spine.answer) for index, spine in branches.spines.items()}
+    answers |= {(key[0], done.answer) for key, some in branches.continued.items() for done in some.values()}
+    pairs = sorted(pair for pair in answers if pair[1] is not None)
     verdicts = grader.equivalent([(gold[problem], answer) for problem, answer in pairs])
     return dict(zip(pairs, verdicts, strict=True))

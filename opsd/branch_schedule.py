@@ -1,17 +1,16 @@
-"""A position schedule out of a measured viability curve, and how far the data determine it.
+"""Fit a position schedule to a measured viability curve, and say how far the data determine it.
 
-The schedule of PW-OPSD is w(f) = w_min + (1 − w_min)·σ((f − τ)/s) at relative position f (arXiv:2605.21606).
-Its scale is free (the learning rate absorbs it), so the curve fitted is a·w(f) with a ceiling a:
+The schedule of PW-OPSD is w(f) = w_min + (1 − w_min)·σ((f − τ)/s) at relative position f
+(arXiv:2605.21606). Its scale is free (the learning rate absorbs it), so a·w(f) with a ceiling a is fitted:
 
     success of branches in bin b  ≈  a · w(f_b) · C_b,
 
-C_b = 1 for absolute viability, and the success of the unforced control in the same bin for viability relative
-to the control. Least squares over bins of f: with α = a·w_min and β = a·(1 − w_min), both at least
-0, the model is linear in (α, β), so (τ, s) are searched on a grid and the rest is solved exactly. There is no
-local minimum to be caught in, and every resample of the problems is fitted in full.
+C_b = 1 for absolute viability, the success of the unforced control in the bin for relative viability. With
+α = a·w_min and β = a·(1 − w_min), both at least 0, the model is linear in (α, β): (τ, s) are searched on a
+grid, the rest is solved exactly, so there is no local minimum, and every resample is fitted in full.
 
-So free a curve finds a rise in noise too. Whether there is one is therefore tested: the forks of each
-problem trade their positions at random, which keeps all but the order along the spine, and are fitted again.
+So free a curve finds a rise in noise too. A permutation test decides whether there is one: the forks of each
+problem exchange their positions at random, which keeps all but the order along the spine.
 """
 
 from __future__ import annotations
@@ -28,12 +27,14 @@ TAUS = np.linspace(0.0, 1.0, 41)
 WIDTHS = np.geomspace(0.02, 1.0, 25)
 SHUFFLES = 500
 SHOWN_AT = (0.1, 0.3, 0.5, 0.7, 0.9)
-# What counts as undetermined: intervals as wide as these say little more than the parameter's range.
+# An interval as wide as these says little more than the parameter's range.
 WIDE_WEIGHT = 0.5
 WIDE_TAU = 0.4
 WIDE_WIDTH_RATIO = 10.0
-# Above this share of shuffles that fit a rise as good, there is no evidence for one.
+# The permutation test's level.
 SIGNIFICANCE = 0.05
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Parameter:
     high: float | None
 
     def text(self) -> str:
-        """`0.25 [0.10, 0.40]`."""
+        """Return `0.25 [0.10, 0.40]`."""
         ends = "–" if self.low is None else f"{self.low:.2f}, {self.high:.2f}"
         return f"{self.value:.2f} [{ends}]"
 
@@ -55,14 +56,12 @@ class ScheduleFit:
     """A fitted schedule.
 
     Attributes:
-        w_min, tau, s: the schedule.
         ceiling: a, the success that w = 1 stands for.
         weights: w(f) at `SHOWN_AT`, better determined than the parameters.
-        shuffled_share: share of shuffles of the positions within problems that fit a rise as good: its p
-            value.
+        shuffled_share: p value of the permutation test for a rise.
         problems: how many problems were resampled.
         explained: share of the bins' weighted variance that the curve explains, against a constant.
-        grid: where `curve` was evaluated, and its 95 % band: arrays [F].
+        grid, curve, band: [F] places, the curve there and its 95 % band.
     """
 
     w_min: Parameter
@@ -73,12 +72,12 @@ class ScheduleFit:
     shuffled_share: float
     problems: int
     explained: float
-    grid: NDArray[np.float64]
-    curve: NDArray[np.float64]
-    band: tuple[NDArray[np.float64], NDArray[np.float64]]
+    grid: Array
+    curve: Array
+    band: tuple[Array, Array]
 
     def undetermined(self) -> list[str]:
-        """One phrase for everything that these data do not settle; empty when they settle all of it."""
+        """Return a phrase for everything that the data leave open."""
         if self.w_min.low is None:
             return [f"{self.problems} problems are too few for any interval"]
         found = []
@@ -87,21 +86,21 @@ class ScheduleFit:
                 f"whether the weight should rise at all: {self.shuffled_share:.0%} of random shuffles of the "
                 "positions fit a rise as good"
             )
-        if self.w_min.high - self.w_min.low > WIDE_WEIGHT:
-            found.append(f"w_min: anything in [{self.w_min.low:.2f}, {self.w_min.high:.2f}] fits")
-        if self.tau.high - self.tau.low > WIDE_TAU:
-            found.append(f"τ: anything in [{self.tau.low:.2f}, {self.tau.high:.2f}] fits")
-        elif self.tau.value in (TAUS[0], TAUS[-1]):
-            found.append(f"τ: the best fit lies at the end of its range ({self.tau.value:.2f})")
-        if self.s.high / self.s.low > WIDE_WIDTH_RATIO:
-            found.append(f"s: anything in [{self.s.low:.2f}, {self.s.high:.2f}] fits")
-        elif self.s.value in (WIDTHS[0], WIDTHS[-1]):
-            found.append(f"s: the best fit lies at the end of its range ({self.s.value:.2f})")
+        wide = (
+            ("w_min", self.w_min, self.w_min.high - self.w_min.low > WIDE_WEIGHT, ()),
+            ("τ", self.tau, self.tau.high - self.tau.low > WIDE_TAU, (TAUS[0], TAUS[-1])),
+            ("s", self.s, self.s.high / self.s.low > WIDE_WIDTH_RATIO, (WIDTHS[0], WIDTHS[-1])),
+        )
+        for name, fitted, too_wide, ends in wide:
+            if too_wide:
+                found.append(f"{name}: anything in [{fitted.low:.2f}, {fitted.high:.2f}] fits")
+            elif fitted.value in ends:
+                found.append(f"{name}: the best fit lies at the end of its range ({fitted.value:.2f})")
         return found
 
 
-def schedule(f: ArrayLike, *, w_min: float, tau: float, s: float) -> NDArray[np.float64]:
-    """w(f), elementwise; written so that a far tail neither overflows nor warns."""
+def schedule(f: ArrayLike, *, w_min: float, tau: float, s: float) -> Array:
+    """Return w(f), elementwise; written so that a far tail neither overflows nor warns."""
     return w_min + (1 - w_min) * 0.5 * (1 + np.tanh((np.asarray(f, dtype=np.float64) - tau) / (2 * s)))
 
 
@@ -109,7 +108,7 @@ def fit_schedule(
     position: ArrayLike,
     success: ArrayLike,
     clusters: ArrayLike,
-    weights: NDArray[np.float64],
+    weights: Array,
     *,
     control: ArrayLike | None = None,
     importance: ArrayLike | None = None,
@@ -134,31 +133,32 @@ def fit_schedule(
     if (whole[0] > 0).sum() < 4 or whole[2].sum() == 0 or whole[3].sum() == 0:
         return None
     best = _solve(whole[:, None])[0][0]
-    enough = (per_problem[0].sum(axis=1) > 0).sum() >= MIN_CLUSTERS
-    samples = _solve(np.einsum("rg,kgb->krb", weights if enough else weights[:0], per_problem))[0]
+    problems = int((per_problem[0].sum(axis=1) > 0).sum())
+    used = weights if problems >= MIN_CLUSTERS else weights[:0]
+    samples = _solve(np.einsum("rg,kgb->krb", used, per_problem))[0]
     samples = samples[np.isfinite(samples).all(axis=1)]
     grid = np.linspace(0.0, 1.0, 101)
     curves = np.stack([_curve(f, samples.T) for f in grid], axis=1)
     band = np.quantile(curves, [0.025, 0.975], axis=0) if len(curves) >= 20 else np.full((2, 101), np.nan)
+    gain, spread = _against_constant(whole[:, None])
+    named = {
+        name: Parameter(float(best[at]), *interval(samples[:, at]))
+        for at, name in enumerate(("ceiling", "w_min", "tau", "s"))
+    }
     return ScheduleFit(
-        **{
-            name: Parameter(float(best[at]), *interval(samples[:, at]))
-            for at, name in enumerate(("ceiling", "w_min", "tau", "s"))
-        },
+        **named,
         weights=tuple(Parameter(float(_curve(f, best)), *interval(_curve(f, samples.T))) for f in SHOWN_AT),
-        shuffled_share=_shuffled_share(columns, codes, whole),
-        problems=int((per_problem[0].sum(axis=1) > 0).sum()),
-        explained=_share(*_against_constant(whole[:, None])),
+        shuffled_share=_shuffled_share(columns, codes, gain[0]),
+        problems=problems,
+        explained=float(gain[0] / spread[0]) if spread[0] > 1e-12 else 0.0,
         grid=grid,
         curve=_curve(grid, best),
         band=(band[0], band[1]),
     )
 
 
-def _shuffled_share(
-    columns: NDArray[np.float64], codes: NDArray[np.int64], whole: NDArray[np.float64]
-) -> float:
-    """How often a fit to shuffled positions gains as much over a constant as the fit to the true ones."""
+def _shuffled_share(columns: Array, codes: NDArray[np.int64], gain: float) -> float:
+    """Return how often a fit to shuffled positions gains as much over a constant as `gain`."""
     forks, member = np.unique(np.stack([codes, columns[1]], axis=1), axis=0, return_inverse=True)
     member = member.reshape(-1)
     drawn = np.random.default_rng(len(forks))
@@ -169,20 +169,18 @@ def _shuffled_share(
         moved = columns.copy()
         moved[1] = forks[order, 1][member]
         shuffled[:, k] = _bin_sums(moved, np.zeros_like(codes), 1)[:, 0]
-    gain = _against_constant(whole[:, None])[0][0]
     as_good = (_against_constant(shuffled)[0] >= gain - 1e-12).sum()
     return float((1 + as_good) / (1 + SHUFFLES))
 
 
-def _curve(f: ArrayLike, fit: NDArray[np.float64]) -> NDArray[np.float64]:
+def _curve(f: ArrayLike, fit: Array) -> Array:
     _, w_min, tau, s = fit
     return schedule(f, w_min=w_min, tau=tau, s=s)
 
 
-def _columns(position, success, control, importance) -> NDArray[np.float64]:
-    """[4, n]: each branch's importance, f, success and control."""
-    position = np.asarray(position, dtype=np.float64)
-    ones = np.ones_like(position)
+def _columns(position, success, control, importance) -> Array:
+    """Return [4, n]: each branch's importance, f, success and control."""
+    ones = np.ones_like(np.asarray(position, dtype=np.float64))
     rows = (
         ones if importance is None else importance,
         position,
@@ -192,23 +190,22 @@ def _columns(position, success, control, importance) -> NDArray[np.float64]:
     return np.stack([np.asarray(row, dtype=np.float64) for row in rows])
 
 
-def _bin_sums(columns: NDArray[np.float64], codes: NDArray[np.int64], count: int) -> NDArray[np.float64]:
-    """[4, G, BINS]: per problem and bin the importance, and f, success and control weighted by it."""
+def _bin_sums(columns: Array, codes: NDArray[np.int64], count: int) -> Array:
+    """Return [4, G, BINS]: per problem and bin the importance, and f, success and control weighted by it."""
     weight, position = columns[:2]
     flat = codes * BINS + np.minimum((position * BINS).astype(int), BINS - 1)
     parts = [weight, *(weight * column for column in columns[1:])]
-    return np.stack([np.bincount(flat, weights=part, minlength=count * BINS) for part in parts]).reshape(
-        4, count, BINS
-    )
+    summed = np.stack([np.bincount(flat, weights=part, minlength=count * BINS) for part in parts])
+    return summed.reshape(4, count, BINS)
 
 
-def _means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[4, ..., BINS] sums -> [3, ..., BINS] means of f, success and control; 0 in an empty bin."""
+def _means(sums: Array) -> Array:
+    """Return [4, ..., BINS] sums as [3, ..., BINS] means of f, success and control; 0 in an empty bin."""
     return np.divide(sums[1:], sums[0], out=np.zeros_like(sums[1:]), where=sums[0] > 0)
 
 
-def _solve(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """[4, R, BINS] -> ([R, 4] of (a, w_min, τ, s), [R] residual sums); NaN where nothing succeeds."""
+def _solve(sums: Array) -> tuple[Array, Array]:
+    """Fit [4, R, BINS]: [R, 4] of (a, w_min, τ, s), NaN where nothing succeeds, and [R] residual sums."""
     size = sums[0]
     f, y, c = _means(sums)
     best = np.full(len(size), np.inf)
@@ -230,7 +227,7 @@ def _solve(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def _two_coefficients(n, y, u, v):
-    """Least squares of y on α·u + β·v with weights n and α, β ≥ 0, row by row: (α, β, residual sum)."""
+    """Solve least squares of y on α·u + β·v with weights n and α, β ≥ 0, row by row: (α, β, residual sum)."""
 
     def dot(p, q):
         return (n * p * q).sum(axis=1)
@@ -253,14 +250,10 @@ def _two_coefficients(n, y, u, v):
     return alpha, beta, error(alpha, beta)
 
 
-def _against_constant(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """[4, R, BINS] -> ([R] squared error that the fit saves against a constant weight, [R] that error)."""
+def _against_constant(sums: Array) -> tuple[Array, Array]:
+    """Return [R] squared error that the fit saves against a constant weight, and [R] that error."""
     n = sums[0]
     _, y, c = _means(sums)
     constant = (n * c * y).sum(1) / np.maximum((n * c * c).sum(1), 1e-300)
     spread = (n * (y - constant[:, None] * c) ** 2).sum(1)
     return spread - _solve(sums)[1], spread
-
-
-def _share(gain: NDArray[np.float64], spread: NDArray[np.float64]) -> float:
-    return float(gain[0] / spread[0]) if spread[0] > 1e-12 else 0.0

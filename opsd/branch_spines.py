@@ -1,10 +1,10 @@
-"""Forks: the problems, where along a student's rollout branches leave it, and which tokens are forced."""
+"""The diagnostic's problems, the forks along a student's rollout, and the tokens forced there."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -66,20 +66,16 @@ class Fork:
     kl: float
     alternatives: list[Alternative]
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Fork:
-        """Back from `as_dict`."""
+        """Return the fork that `dataclasses.asdict` gave."""
         return cls(**{**fields, "alternatives": [Alternative(**a) for a in fields["alternatives"]]})
 
 
 def load_problems(
     dataset: str, tokenizer: PreTrainedTokenizerBase, *, num_problems: int | None
 ) -> list[BranchProblem]:
-    """The dataset's first problems with both prompts.
+    """Load the dataset's first problems with both prompts.
 
     The answer is the column `answer`, else the content of the last box of `solution`.
 
@@ -110,10 +106,9 @@ def load_problems(
 
 
 def fork_offsets(length: int, count: int, *, seed: int, problem: int) -> list[int]:
-    """`count` offsets in 0..length−1, one drawn in each of `count` equal stretches; all of a shorter spine.
+    """Draw `count` offsets in 0..length−1, one in each of `count` equal stretches; all of a shorter spine.
 
-    Drawn rather than evenly spaced: a text with a period (a step every six tokens) would otherwise be met at
-    the same phase again and again.
+    Evenly spaced offsets would meet a text with a period (a step every six tokens) always at the same phase.
 
     Args:
         length: tokens of the spine, its end-of-sequence included: that token is predicted and trained on too.
@@ -126,7 +121,7 @@ def fork_offsets(length: int, count: int, *, seed: int, problem: int) -> list[in
 
 
 def relative_position(offset: int, length: int) -> float:
-    """f = (i − ½)/L of the token i = offset + 1 that is forced: the position the schedule weighs."""
+    """Return f = (i − ½)/L of the forced token i = offset + 1: the position that the schedule weighs."""
     return (offset + 0.5) / length
 
 
@@ -135,12 +130,11 @@ def score_forks(
     teacher_hidden: Tensor,
     offsets: Sequence[int],
     *,
-    student_head: Head,
-    teacher_head: Head,
+    head: Head,
     temperature: float,
     top_k: int,
 ) -> list[Fork]:
-    """Forks from hidden states, in chunks: no more than `SCORE_CHUNK` rows of logits exist at once.
+    """Compute forks from hidden states; no more than `SCORE_CHUNK` rows of logits exist at once.
 
     Args:
         student_hidden: [K, H] states behind the student's prompt that predict the token at each offset.
@@ -155,48 +149,36 @@ def score_forks(
     for start in range(0, len(offsets), SCORE_CHUNK):
         span = slice(start, start + SCORE_CHUNK)
         with torch.no_grad():
-            student = torch.log_softmax(
-                student_head.logits(student_hidden[span]).float() / temperature, dim=-1
-            )
-            teacher = torch.log_softmax(
-                teacher_head.logits(teacher_hidden[span]).float() / temperature, dim=-1
+            student, teacher = (
+                torch.log_softmax(head.logits(hidden[span]).float() / temperature, dim=-1)
+                for hidden in (student_hidden, teacher_hidden)
             )
             forks += _forks(student, teacher, offsets[span], top_k)
     return forks
 
 
 def _forks(student: Tensor, teacher: Tensor, offsets: Sequence[int], top_k: int) -> list[Fork]:
-    """From log-probabilities [C, V]."""
+    """Compute forks from log-probabilities [C, V]."""
     import torch
 
-    teacher_p = teacher.exp()
-    # A probability of 0 has log −inf: 0 · (−inf) is 0 in an entropy or a divergence, not NaN.
-    held = teacher_p > 0
-    entropy_t = -torch.where(held, teacher_p * teacher, 0.0).sum(-1)
-    entropy_s = -torch.where(student.exp() > 0, student.exp() * student, 0.0).sum(-1)
-    kl = torch.where(held, teacher_p * (teacher - student), 0.0).sum(-1)
+    def expectation(log: Tensor, value: Tensor) -> Tensor:
+        # A probability of 0 has log −inf: 0 · (−inf) is 0 in an entropy or a divergence, not NaN.
+        return torch.where(log.exp() > 0, log.exp() * value, 0.0).sum(-1)
+
     top = teacher.topk(min(max(top_k, 2), teacher.shape[1]), dim=-1)
-    margin = top.values[:, 0].exp() - top.values[:, 1].exp()
     kept = top.indices[:, :top_k]
-    columns = (
-        entropy_t,
-        entropy_s,
-        margin,
-        kl,
-        kept,
-        teacher_p.gather(1, kept),
-        student.gather(1, kept).exp(),
-    )
-    return [
-        Fork(
-            offset,
-            h_t,
-            h_s,
-            gap,
-            divergence,
-            [Alternative(r, *fields) for r, fields in enumerate(zip(ids, p_t, p_s, strict=True), start=1)],
-        )
-        for offset, h_t, h_s, gap, divergence, ids, p_t, p_s in zip(
-            offsets, *(column.tolist() for column in columns), strict=True
-        )
+    figures = torch.stack(
+        [
+            -expectation(teacher, teacher),
+            -expectation(student, student),
+            top.values[:, 0].exp() - top.values[:, 1].exp(),
+            expectation(teacher, teacher - student),
+        ],
+        dim=1,
+    ).tolist()
+    shares = zip(kept, teacher.gather(1, kept).exp(), student.gather(1, kept).exp(), strict=True)
+    alternatives = [
+        [Alternative(k, *row) for k, row in enumerate(zip(*(r.tolist() for r in rows), strict=True), 1)]
+        for rows in shares
     ]
+    return [Fork(at, *row, some) for at, row, some in zip(offsets, figures, alternatives, strict=True)]

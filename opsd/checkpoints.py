@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from opsd.errors import ArtefactError
-from opsd.files import atomic_write_json, fsync_tree
+from opsd.files import atomic_write_json, fsync_tree, remove_folder
 from opsd.provenance import file_sha256
 from opsd.run_identity import differences, file_list, identity, read_json_object, read_manifest
 
@@ -115,7 +114,7 @@ def remove_incomplete(run_folder: Path) -> list[Path]:
     """Delete the checkpoints that are half-written or damaged and return them; of a link, the link alone."""
     removed = [path for _, path in checkpoints(run_folder) if incompleteness(path, hashes=True) is not None]
     for path in removed:
-        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        remove_folder(path)
     return removed
 
 
@@ -131,12 +130,9 @@ def rotate(run_folder: Path, limit: int | None, *, keep: int | None = None) -> l
     complete = [p for step, p in checkpoints(run_folder) if step != keep and incompleteness(p) is None]
     surplus = complete[: max(len(complete) - limit, 0)] if limit is not None and limit > 0 else []
     for path in surplus:
-        folder = path.resolve()
         # Without its marker a folder that a kill leaves half deleted does not pass for a checkpoint.
         (path / MARKER).unlink()
-        if path.is_symlink():
-            path.unlink()
-        shutil.rmtree(folder)
+        remove_folder(path)
     return surplus
 
 

@@ -37,30 +37,6 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help lists the flags")
 
 
-def refuse_below_one(settings: object, *names: str) -> None:
-    """Raise UsageError for the first of these settings, by flag, that is set and less than 1."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}, but must be at least 1")
-
-
-def refuse_no_share(settings: object, *names: str) -> None:
-    """Raise UsageError for the first of these settings, by flag, that is no share in (0, 1]."""
-    for name in names:
-        if not 0 < getattr(settings, name) <= 1:
-            raise UsageError(f"--{name} is {getattr(settings, name)}, but must be in (0, 1]")
-
-
-def refuse_unknown(settings: object, **allowed: tuple[str, ...]) -> None:
-    """Raise UsageError for the first of these settings, by flag, that is none of its words."""
-    for name, words in allowed.items():
-        if getattr(settings, name) not in words:
-            raise UsageError(
-                f"--{name} is {getattr(settings, name)!r}, but must be one of {', '.join(words)}"
-            )
-
-
 def printable(text: object, limit: int = 2000) -> str:
     """`text` with control characters escaped, so that data can neither move the cursor nor forge a line.
 

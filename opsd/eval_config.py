@@ -5,62 +5,81 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import OneLineParser, UsageError, refuse_below_one, refuse_no_share, refuse_unknown
+from opsd.errors import OneLineParser, UsageError
 from opsd.grading import DEFAULT_TIME_LIMIT_S
+from opsd.options import (
+    AT_LEAST_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROPER_SHARE,
+    add_options,
+    check_options,
+    option,
+    take,
+)
 from opsd.rollout import Sampling, check_sampling
 
-ENGINES = ("vllm", "hf")
 # The paper's model length; a model built for fewer positions sets the limit itself.
 MAX_MODEL_LEN = 40960
+
+
+def _top_k(text: str) -> int:
+    value = int(text)
+    return 0 if value == -1 else value  # vLLM writes "off" as -1, and so do the authors' commands
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """One evaluation run. The defaults are the paper's (12 samples, temperature 1.0, top_p 0.95, 38k tokens).
 
-    Attributes:
-        base_model: folder or hub id of the model, a merged one included.
-        dataset: a benchmark's name; any name goes with `dataset_path`.
-        output: the JSON to write. The journal stands beside it while the run lasts.
-        adapter: folder of a LoRA checkpoint to evaluate on top of `base_model`.
-        max_model_len: tokens of prompt + completion that the engine must hold; None takes 40960 or what the
-            model was built for, whichever is less.
-        val_n: samples a problem.
-        num_samples: only the benchmark's first so many problems; None takes all.
-        data_parallel_size: copies of the model, one process each, that share the samples out.
-        hf_batch_size: completions at once in the transformers engine.
-        time_limit: seconds for one parse or comparison in grading.
+    Sampling parameters have their ranges in `opsd.rollout.Sampling`.
     """
 
-    base_model: str
-    dataset: str
-    output: str
-    adapter: str | None = None
-    revision: str | None = None
-    dataset_path: str | None = None
-    enable_thinking: bool = True
-    temperature: float = 1.0
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    max_new_tokens: int = 38912
-    max_model_len: int | None = None
-    val_n: int = 12
-    num_samples: int | None = None
-    seed: int = 0
-    engine: str = "vllm"
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.9
-    hf_batch_size: int = 32
-    grading_workers: int | None = None
-    time_limit: float = DEFAULT_TIME_LIMIT_S
-    trust_remote_code: bool = False
+    base_model: str = option(help="folder (a merged one included) or hub id of the model")
+    dataset: str = option(help="benchmark: math500, aime24, aime25, hmmt25, small, small_hard")
+    output: str = option(
+        help="result JSON to write; an unfinished run is continued from its journal beside it"
+    )
+    adapter: str | None = option(None, "folder of a LoRA checkpoint to evaluate on top of the base model")
+    revision: str | None = option(None, "hub revision of the base model")
+    dataset_path: str | None = option(
+        None, "local file or folder with the benchmark's rows (problem, answer)"
+    )
+    enable_thinking: bool = option(True, "the chat template's thinking flag", off="no_thinking")
+    temperature: float = option(1.0, "divides the logits; 0 = greedy")
+    top_p: float = option(0.95, "nucleus mass")
+    top_k: int = option(0, "likeliest tokens that stay; 0 or -1 = off", kind=_top_k)
+    min_p: float = option(0.0, "smallest probability relative to the likeliest token's; 0 = off")
+    presence_penalty: float = option(0.0, "subtracted from the logit of tokens already generated")
+    max_new_tokens: int = option(38912, "a sample that reaches it is truncated")
+    max_model_len: int | None = option(
+        None,
+        f"prompt + completion, tokens; None = {MAX_MODEL_LEN} or the model's own, whichever is less",
+        range=AT_LEAST_ONE,
+    )
+    val_n: int = option(12, "samples a problem", range=AT_LEAST_ONE)
+    num_samples: int | None = option(
+        None, "only the benchmark's first so many problems; None = all", range=AT_LEAST_ONE
+    )
+    seed: int = option(0, "every (seed, problem, sample) has its own hashed seed", range=NOT_NEGATIVE)
+    engine: str = option("vllm", "what samples; hf is transformers", choices=("vllm", "hf"))
+    tensor_parallel_size: int = option(1, "GPUs that share one copy of the model (vllm)", range=AT_LEAST_ONE)
+    data_parallel_size: int = option(
+        1, "copies of the model, one process each, that share the samples out", range=AT_LEAST_ONE
+    )
+    gpu_memory_utilization: float = option(0.9, "share of each GPU's memory for vllm", range=PROPER_SHARE)
+    hf_batch_size: int = option(32, "completions at once with --engine hf", range=AT_LEAST_ONE)
+    grading_workers: int | None = option(
+        None, "processes that grade; None = the cores, at most 8", range=AT_LEAST_ONE
+    )
+    time_limit: float = option(
+        DEFAULT_TIME_LIMIT_S, "seconds for one parse or comparison in grading", range=POSITIVE
+    )
+    trust_remote_code: bool = option(False, "run code that comes with the model")
 
     def sampling(self) -> Sampling:
         """The sampling parameters as the engines take them."""
@@ -89,23 +108,8 @@ def check_config(config: EvalConfig) -> None:
     Raises:
         UsageError: names the flag, its value and what would do.
     """
+    check_options(EvalConfig, vars(config))
     check_sampling(config.sampling())
-    refuse_below_one(
-        config,
-        "val_n",
-        "num_samples",
-        "max_model_len",
-        "tensor_parallel_size",
-        "data_parallel_size",
-        "hf_batch_size",
-        "grading_workers",
-    )
-    if config.seed < 0:
-        raise UsageError(f"--seed is {config.seed}, but must be at least 0")
-    refuse_no_share(config, "gpu_memory_utilization")
-    if not config.time_limit > 0:
-        raise UsageError(f"--time_limit is {config.time_limit}, but must be more than 0 seconds")
-    refuse_unknown(config, engine=ENGINES)
     if config.engine == "hf" and config.tensor_parallel_size > 1:
         raise UsageError(
             "--tensor_parallel_size needs --engine vllm; with --engine hf use --data_parallel_size, which "
@@ -127,68 +131,15 @@ def _check_output(config: EvalConfig) -> None:
         raise UsageError(f"--output {config.output!r} cannot be written: no permission in {str(existing)!r}")
 
 
-def _top_k(text: str) -> int:
-    value = int(text)
-    return 0 if value == -1 else value  # vLLM writes "off" as -1, and so do the authors' commands
-
-
 def parser() -> argparse.ArgumentParser:
-    """The flags of evaluate_math.py. Defaults are those of `EvalConfig`."""
-    default = {field.name: field.default for field in fields(EvalConfig)}
+    """The flags of evaluate_math.py: those of `EvalConfig`, and --replace."""
     p = OneLineParser(
         prog="evaluate_math.py",
         description="Sample a benchmark from a model, grade it, write the result JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-
-    def flag(name: str, kind: Any, text: str, **more: Any) -> None:
-        p.add_argument(f"--{name}", type=kind, default=default[name], help=text, **more)
-
-    model = "folder or hub id of the model"
-    p.add_argument("--base_model", required=True, help=f"{model} (may be a merged folder)")
-    p.add_argument(
-        "--dataset", required=True, help="benchmark: math500, aime24, aime25, hmmt25, small, small_hard"
-    )
-    p.add_argument("--output", required=True, help="the result JSON; an unfinished run is continued")
-    flag("adapter", str, "folder of a LoRA checkpoint to evaluate on top of the base model")
-    flag("revision", str, "hub revision of the base model")
-    flag("dataset_path", str, "local file or folder with the benchmark's rows (problem, answer)")
-    flag("temperature", float, "divides the logits; 0 = greedy")
-    flag("top_p", float, "nucleus mass")
-    flag("top_k", _top_k, "likeliest tokens that stay; 0 or -1 = off")
-    flag("min_p", float, "smallest probability relative to the likeliest token's; 0 = off")
-    flag("presence_penalty", float, "subtracted from the logit of tokens already generated")
-    flag("max_new_tokens", int, "a sample that reaches it is truncated")
-    flag(
-        "max_model_len",
-        int,
-        f"prompt + completion, tokens; None = {MAX_MODEL_LEN} or the model's own, the lesser",
-    )
-    flag("val_n", int, "samples a problem")
-    flag("num_samples", int, "only the benchmark's first so many problems")
-    flag("seed", int, "every (seed, problem, sample) has its own hashed seed")
-    flag("engine", str, "what samples: vllm or hf (transformers)")
-    flag("tensor_parallel_size", int, "GPUs that share one copy of the model (vllm)")
-    flag("data_parallel_size", int, "copies of the model, one process each, that share the samples out")
-    flag("gpu_memory_utilization", float, "share of each GPU's memory for vllm")
-    flag("hf_batch_size", int, "completions at once with --engine hf")
-    flag("grading_workers", int, "processes that grade; None = the cores, at most 8")
-    flag("time_limit", float, "seconds for one parse or comparison in grading")
-    thinking = p.add_mutually_exclusive_group()
-    thinking.add_argument(
-        "--enable_thinking",
-        action="store_true",
-        default=default["enable_thinking"],
-        help="the chat template's thinking flag on, the default",
-    )
-    thinking.add_argument(
-        "--no_thinking",
-        dest="enable_thinking",
-        action="store_false",
-        help="the chat template's thinking flag off",
-    )
-    p.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_options(p, EvalConfig)
     p.add_argument(
         "--replace",
         action="store_true",
@@ -204,7 +155,7 @@ def parse_config(argv: Sequence[str] | None) -> tuple[EvalConfig, bool]:
         UsageError: an unknown or malformed flag, or a value out of its range.
     """
     arguments = vars(parser().parse_args(argv))
-    replace = arguments.pop("replace")
-    config = EvalConfig(**arguments)
+    check_options(EvalConfig, arguments)
+    config = take(EvalConfig, arguments)
     check_config(config)
-    return config, replace
+    return config, arguments["replace"]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.adapter import run_manifest_of
-from opsd.base_files import base_folder, first_line
-from opsd.errors import ArtefactError, UsageError, refuse_unasked_code
+from opsd.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from opsd.errors import ArtefactError, UsageError
 from opsd.eval_config import MAX_MODEL_LEN, EvalConfig
+from opsd.models import load_adapter, load_causal_lm, load_config, model_folder
 from opsd.provenance import cached_sha256
-from opsd.run_identity import SENTINEL_NAME, base_differences, check_merged, model_identity
+from opsd.run_identity import (
+    SENTINEL_NAME,
+    base_differences,
+    check_merged,
+    model_identity,
+    same_source,
+)
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from opsd.rollout import Engine
 
@@ -43,56 +48,30 @@ class ModelFacts:
     manifest: dict[str, Any] | None
 
 
-def load_tokenizer(config: EvalConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which must have a chat template.
-
-    Raises:
-        ArtefactError: there is no tokenizer, or it has no chat template.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(
-            f"the tokenizer of {config.base_model!r} cannot be loaded: {first_line(error)}; "
-            "put the tokenizer's files into the model's folder"
-        ) from error
-    if not tokenizer.chat_template:
-        raise ArtefactError(
-            f"the tokenizer of {config.base_model!r} has no chat template; use an instruction-tuned model, "
-            "or put a chat_template.jinja beside its tokenizer.json"
-        )
-    return tokenizer
-
-
 def check_model(config: EvalConfig) -> ModelFacts:
-    """Check base model and adapter without loading their weights.
+    """Check base model and adapter without reading their weights.
 
     Raises:
-        ArtefactError: no such model or adapter, not a causal language model, weights missing, empty or cut.
+        ArtefactError: no such model or adapter, not a causal language model, weights missing, empty, cut or
+            of other shapes than the configuration's.
         UsageError: --max_model_len exceeds what the model was built for.
     """
     folder = Path(config.base_model)
-    local = folder.is_dir()
-    if not local and _looks_like_a_path(config.base_model):
-        raise ArtefactError(
-            f"there is no model folder {config.base_model!r}; give a folder or a hub id (org/name)"
-        )
-    model_config = _load_model_config(config)
-    _check_causal(config.base_model, model_config)
+    load = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    model_config = load_config(config.base_model, **load)
     manifest = None
-    if local and (folder / SENTINEL_NAME).exists():
+    if (folder / SENTINEL_NAME).exists():
         merged = check_merged(folder, hashes=True)
         identity = merged["identity"]
         manifest = _manifest_identity(merged)
     else:
-        folder = base_folder(config.base_model, getattr(model_config, "_commit_hash", config.revision))
-        _check_weights(folder)
+        folder = model_folder(
+            config.base_model, getattr(model_config, "_commit_hash", None) or config.revision
+        )
         files = {path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()}
         identity = model_identity({path.name: cached_sha256(path) for path in files})
+    # vLLM leaves what the files lack as it was allocated.
+    load_causal_lm(config.base_model, dtype="auto", device_map="meta", **load)
     adapter_identity = _check_adapter(config, folder) if config.adapter is not None else None
     return ModelFacts(identity, adapter_identity, _max_model_len(config, model_config), manifest)
 
@@ -113,68 +92,31 @@ def _vllm_engine(config: EvalConfig, facts: ModelFacts) -> Engine:
     from opsd.rollout_vllm import VLLMEngine
     from opsd.vllm_setup import local_model
 
-    rank = {}
-    if config.adapter is not None:
-        rank = {"adapter": config.adapter, "max_lora_rank": _adapter_settings(Path(config.adapter))["r"]}
     return VLLMEngine(
         local_model(config.base_model, config.revision),
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_model_len=facts.max_model_len,
         trust_remote_code=config.trust_remote_code,
-        **rank,
+        adapter=config.adapter,
     )
 
 
 def _hf_engine(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from opsd.rollout_hf import HFEngine
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.base_model,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype="auto",
-            use_safetensors=True,
-        )
-        if config.adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, config.adapter)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ArtefactError(f"{config.base_model!r} does not load: {first_line(error)}") from error
+    model = load_causal_lm(
+        config.base_model, dtype="auto", revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    if config.adapter is not None:
+        model = load_adapter(model, config.adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return HFEngine(model.to(device).eval(), tokenizer, batch_size=config.hf_batch_size)
 
 
-def _load_model_config(config: EvalConfig) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse_unasked_code(config.base_model, error)
-        where = "" if Path(config.base_model).is_dir() else "no folder has that name, and as a hub id "
-        raise ArtefactError(
-            f"the model {config.base_model!r} cannot be loaded: {where}its configuration fails with: "
-            f"{first_line(error)}"
-        ) from error
-
-
-def _check_causal(name: str, model_config: PretrainedConfig) -> None:
-    architectures = model_config.architectures or []
-    if not any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
-        raise ArtefactError(
-            f"{name!r} is no causal language model: its config.json names the architectures {architectures}"
-        )
-
-
-def _max_model_len(config: EvalConfig, model_config: PretrainedConfig) -> int:
+def _max_model_len(config: EvalConfig, model_config: PreTrainedConfig) -> int:
     """The asked length, or the lesser of the paper's and what the position embeddings were made for."""
     positions = getattr(model_config, "max_position_embeddings", None)
     rope = getattr(model_config, "rope_parameters", None) or {}
@@ -192,68 +134,16 @@ def _max_model_len(config: EvalConfig, model_config: PretrainedConfig) -> int:
     return config.max_model_len
 
 
-def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ArtefactError(f"{index} is damaged: {first_line(error)}; copy the model again") from error
-    else:
-        shards = ["model.safetensors"]
-    for shard in shards:
-        _check_safetensors(folder / shard)
-
-
-def _check_safetensors(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        raise ArtefactError(f"{file} is missing; the weights must be there as safetensors")
-    try:
-        # Opening compares the header with the file's length.
-        with safe_open(file, framework="np") as tensors:
-            names = tensors.keys()
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtefactError(
-            f"{file} ({file.stat().st_size} bytes) is empty, cut or no safetensors file: "
-            f"{first_line(error)}; copy or download it again"
-        ) from error
-    if not names:
-        raise ArtefactError(f"{file} holds no tensors; copy or download it again")
-
-
-def _adapter_settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(
-            f"{str(folder)!r} holds no adapter_config.json; give a checkpoint folder of a LoRA run"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise ArtefactError(
-            f"{folder / 'adapter_config.json'} cannot be read: {first_line(error)}"
-        ) from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or "r" not in settings:
-        raise ArtefactError(f"the adapter in {str(folder)!r} is not a LoRA adapter")
-    return settings
-
-
 def _check_adapter(config: EvalConfig, base: Path) -> str:
-    folder = Path(config.adapter)
-    settings = _adapter_settings(folder)
-    _check_safetensors(folder / "adapter_model.safetensors")
-    manifest = run_manifest_of(folder)
-    trained_on = settings.get("base_model_name_or_path")
-    if manifest is not None:
-        if wrong := base_differences(manifest, config.base_model, base):
-            raise ArtefactError(
-                f"{folder} was trained on another base model: {wrong[0]}; evaluate it on that one"
-            )
-    elif trained_on and str(trained_on) != config.base_model:
-        logger.warning("the adapter was trained on %s and is evaluated on %s", trained_on, config.base_model)
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    return model_identity({name: cached_sha256(folder / name) for name in names})
+    adapter = read_adapter(config.adapter)
+    wrong = base_differences(adapter.manifest, config.base_model, base) if adapter.manifest else []
+    if wrong:
+        raise ArtefactError(
+            f"{adapter.path} was trained on another base model: {wrong[0]}; evaluate it on that one"
+        )
+    if not adapter.manifest and adapter.base_model and not same_source(adapter.base_model, config.base_model):
+        logger.warning("the adapter was trained on %s, not on %s", adapter.base_model, config.base_model)
+    return model_identity({name: cached_sha256(adapter.path / name) for name in (CONFIG_NAME, WEIGHTS_NAME)})
 
 
 def _manifest_identity(merged: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +152,3 @@ def _manifest_identity(merged: dict[str, Any]) -> dict[str, Any]:
     names = ("run_name", "method", "base_model", "base_revision", "git", "dataset", "seeds")
     kept = {name: manifest.get(name) for name in names}
     return {**kept, "adapter_step": merged.get("adapter_step"), "merged": merged.get("merged")}
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")

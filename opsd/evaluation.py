@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from opsd.benchmarks import LoadedBenchmark, Problem, load_benchmark
 from opsd.errors import ArtefactError, UsageError
 from opsd.eval_config import EvalConfig, check_config
-from opsd.eval_model import ModelFacts, build_engine, check_model, load_tokenizer
+from opsd.eval_model import ModelFacts, build_engine, check_model
 from opsd.eval_scoreboard import Scoreboard
 from opsd.files import remove_partials
 from opsd.grading import Grader
 from opsd.journal import Journal
+from opsd.models import load_tokenizer
 from opsd.prompts import encode_evaluation, evaluation_message
 from opsd.provenance import versions
 from opsd.results import (
@@ -111,7 +112,9 @@ def prepare(config: EvalConfig, *, facts: ModelFacts | None = None) -> Plan:
     benchmark = load_benchmark(config.dataset, dataset_path=config.dataset_path)
     problems = benchmark.problems[: config.num_samples]
     facts = facts or check_model(config)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(
+        config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
     prompts = [
         encode_evaluation(tokenizer, problem.problem, enable_thinking=config.enable_thinking)
         for problem in problems

@@ -69,6 +69,11 @@ def remove_all_partials(folder: Path) -> list[Path]:
     return [leftover for target in targets for leftover in remove_partials(target)]
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder; of a link to one delete the link alone."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder`, and `folder` itself, to the disk."""
     for path in sorted(folder.rglob("*")):
@@ -179,10 +184,10 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
 def atomic_directory(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.
 
-    An existing folder at `path` is replaced. On an error the temporary folder is removed and `path` is
-    untouched.
+    An existing folder at `path` is replaced; where `path` is a link, the link stays and the folder that it
+    leads to is replaced. On an error the temporary folder is removed and `path` is untouched.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path)
     temporary = partial_name(path)

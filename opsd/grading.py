@@ -11,40 +11,40 @@ nor vLLM, so that stored results can be graded again anywhere.
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
+import contextlib
+import json
 import os
+import queue
 import re
-import tempfile
+import socket
+import subprocess
+import sys
+import threading
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
-
-from opsd import grading_worker
 from opsd.errors import UsageError
-from opsd.grading_worker import COMPARE, DONE, PARSE, VERDICT, Job, Verdict
-
-logger = logging.getLogger(__name__)
+from opsd.grading_worker import Verdict, group, walk
 
 # What the authors' files, and ours, hold as `predicted_answer` of an unformatted sample.
 NO_ANSWER = "[No boxed answer found]"
 DEFAULT_TIME_LIMIT_S = 5.0
 DEFAULT_MEMORY_LIMIT_MB = 1024
-# A call into a worker returns after this many seconds with what it has decided.
-SLICE_S = 1.0
-# Seconds that pebble grants on top of slice and limit before it ends a worker that did not end itself.
-BACKSTOP_S = 5.0
-# Jobs in one call into a worker; small enough that two workers end together.
-CHUNK = 8
-# Deaths of a worker in a row without a verdict or a culprit before grading gives up.
-MAX_FRUITLESS_DEATHS = 5
+# How many killed items a result names, and how much of each text.
+NAMED_KILLS, NAMED_CHARACTERS = 50, 200
+# After this many killed items of one problem, as many as it has samples, what is left of it gets a tenth of
+# the limit: ordinary answers need a hundredth, and a problem of hostile ones ends in minutes.
+FULL_LIMIT_KILLS = 12
+# Deaths of a worker in one problem while it was at no item, before grading gives up.
+MAX_IDLE_DEATHS = 5
+ROOT = Path(__file__).resolve().parent.parent
+
+Pair = tuple[int, int]  # indices of two texts of a problem, gold side first
 
 _BOX_TOKENS = re.compile(r"\\boxed\{|[{}]")
 
@@ -95,81 +95,27 @@ class ProblemGrade:
 
 @dataclass(frozen=True)
 class Killed:
-    """One parse (`predicted` is None) or comparison that was ended because of its time or memory."""
+    """One parse (`predicted` is None) or comparison that was killed twice, the second time alone."""
 
-    text: str
+    gold: str
     predicted: str | None = None
-
-
-@dataclass
-class _Memory:
-    """What is known across calls: verdicts by pair of texts, texts that died, texts with no more chances."""
-
-    verdicts: dict[tuple[str, str], Verdict] = field(default_factory=dict)
-    dead: set[str] = field(default_factory=set)
-    suspects: set[str] = field(default_factory=set)
-    strikes: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    killed: list[Killed] = field(default_factory=list)
-
-    def parse_died(self, text: str) -> None:
-        self.dead.add(text)
-        self.killed.append(Killed(text))
-
-    def comparison_died(self, gold: str, predicted: str, *, against_gold: bool) -> None:
-        """Count the pair as not equal and find out which of the two texts is to blame.
-
-        Against the benchmark's own answer it is the prediction; between two predictions it is the one that
-        gets stuck with a second partner, and then its partners are cleared.
-        """
-        self.verdicts[gold, predicted] = None
-        self.killed.append(Killed(gold, predicted))
-        if against_gold:
-            self._blame(predicted)
-            return
-        for text, other in ((gold, predicted), (predicted, gold)):
-            self.strikes[text].add(other)
-        for text in (gold, predicted):
-            if len(self.strikes[text]) > 1:
-                self._blame(text)
-
-    def _blame(self, text: str) -> None:
-        self.suspects.add(text)
-        for partner in self.strikes.pop(text, set()):
-            self.strikes[partner].discard(text)
-
-    def job(self, texts: tuple[str, ...], clustered: bool) -> Job:
-        indices = range(len(texts))
-        pairs = [(0, j) for j in indices[1:]]
-        if clustered:
-            pairs += [(i, j) for i in indices[1:] for j in indices[1:]]
-        known = {
-            (i, j): self.verdicts[texts[i], texts[j]]
-            for i, j in pairs
-            if (texts[i], texts[j]) in self.verdicts
-        }
-        dead = frozenset(i for i in indices if texts[i] in self.dead)
-        suspects = frozenset(i for i in indices if texts[i] in self.suspects)
-        return Job(texts, clustered, known, dead, suspects)
-
-    def complete(self, job: Job) -> bool:
-        try:
-            grading_worker.walk(job, lambda i, j: job.known[i, j])
-        except KeyError:
-            return False
-        return True
 
 
 class Grader:
     """Grades answers in `workers` processes that are killed when one parse or comparison exceeds its limit.
 
     A context manager; processes start with the first answer. Each distinct string is parsed once per problem
-    and each distinct pair decided once, across calls too. A killed parse or comparison counts as not equal
-    and is kept in `killed`.
+    and each distinct pair decided once, across calls too. A killed parse or comparison is tried once more
+    alone in a fresh process; killed again, it counts as not equal, in its problem alone, and is kept in
+    `killed`.
 
     Args:
         workers: processes; None takes the cores this process may use, at most 8.
-        time_limit_s: seconds of wall clock for one parse or one comparison; afterwards the kernel ends it.
+        time_limit_s: seconds of CPU time for one parse or one comparison; afterwards the kernel ends it.
         memory_limit_mb: MiB of address space for each worker.
+
+    Raises:
+        UsageError: a limit is out of range.
     """
 
     def __init__(
@@ -188,8 +134,13 @@ class Grader:
         self.workers = workers or min(8, len(os.sched_getaffinity(0)))
         self.time_limit_s = time_limit_s
         self.memory_limit_mb = memory_limit_mb
-        self._memory = _Memory()
-        self._pool: ProcessPool | None = None
+        self.killed: list[Killed] = []
+        self._verdicts: dict[tuple[str, str], Verdict] = {}
+        self._lock = threading.Lock()
+        self._server: subprocess.Popen[bytes] | None = None
+        self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(self.workers):
+            self._workers.put(_Worker())
 
     def __enter__(self) -> Grader:
         return self
@@ -199,159 +150,196 @@ class Grader:
 
     def close(self) -> None:
         """End the worker processes. The grader may be used again and then starts new ones."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
-
-    @property
-    def killed(self) -> list[Killed]:
-        """Parses and comparisons that were ended so far, in the order in which that happened."""
-        return self._memory.killed
+        for _ in range(self.workers):
+            worker = self._workers.get()
+            worker.close()
+            self._workers.put(worker)
+        if self._server is not None:
+            self._requests.close()
+            self._server.kill()
+            self._server.wait()
+            self._server = None
 
     def limits(self) -> dict[str, object]:
-        """What a result file records about how it was graded."""
+        """Return what a result file records about how it was graded."""
+        named = [
+            {"gold": k.gold[:NAMED_CHARACTERS], "predicted": k.predicted and k.predicted[:NAMED_CHARACTERS]}
+            for k in self.killed[:NAMED_KILLS]
+        ]
         return {
             "math_verify": version("math-verify"),
             "time_limit_s": self.time_limit_s,
             "memory_limit_mb": self.memory_limit_mb,
             "killed": len(self.killed),
+            "killed_items": named,
         }
 
     def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """For each (gold, predicted), math_verify's verdict; False where it was killed. Not symmetric."""
+        """Return math_verify's verdict on each (gold, predicted); False where it was killed. Not symmetric."""
         by_gold: dict[str, dict[str, None]] = defaultdict(dict)
         for gold, predicted in pairs:
             by_gold[gold][predicted] = None
-        self._decide([((gold, *answers), False) for gold, answers in by_gold.items()])
-        return [bool(self._memory.verdicts[pair]) for pair in pairs]
+        decided = self._decide([((gold, *answers), False) for gold, answers in by_gold.items()])
+        verdicts = dict(zip(by_gold, decided, strict=True))
+        return [bool(verdicts[gold][gold, predicted]) for gold, predicted in pairs]
 
     def grade_problem(self, gold: str, predicted: Sequence[str | None]) -> ProblemGrade:
-        """`grade` of a single problem."""
+        """Return `grade` of a single problem."""
         return self.grade([(gold, predicted)])[0]
 
     def grade(self, problems: Sequence[tuple[str, Sequence[str | None]]]) -> list[ProblemGrade]:
-        """Verdict, clusters and vote for each (gold answer, predicted answers; None = unformatted)."""
+        """Return verdicts, clusters and vote for each (gold answer, predicted answers; None = unformatted)."""
         texts = [
             (gold, *dict.fromkeys(p for p in predicted if p is not None)) for gold, predicted in problems
         ]
-        self._decide([(job_texts, True) for job_texts in texts])
-        return [self._grade(gold, predicted) for gold, predicted in problems]
+        decided = self._decide([(job_texts, True) for job_texts in texts])
+        return [_grade(*problem, verdicts) for problem, verdicts in zip(problems, decided, strict=True)]
 
-    def _grade(self, gold: str, predicted: Sequence[str | None]) -> ProblemGrade:
-        verdicts = self._memory.verdicts
-        correct = [text is not None and bool(verdicts[gold, text]) for text in predicted]
-        formatted = [position for position, text in enumerate(predicted) if text is not None]
-        clusters = [
-            [formatted[position] for position in cluster]
-            for cluster in grading_worker.group(
-                [predicted[position] for position in formatted], lambda a, b: verdicts[a, b]
-            )
-        ]
-        invalid = [position for position, text in enumerate(predicted) if text is None]
-        clusters = sorted([*clusters, invalid] if invalid else clusters, key=lambda cluster: cluster[0])
-        if not clusters:
-            return ProblemGrade(correct, clusters, None, False)
-        winner = max(range(len(clusters)), key=lambda index: len(clusters[index]))
-        # The first member of the INVALID cluster is unformatted and therefore not correct.
-        return ProblemGrade(correct, clusters, winner, correct[clusters[winner][0]])
+    def _decide(self, jobs: Sequence[tuple[tuple[str, ...], bool]]) -> list[dict[tuple[str, str], Verdict]]:
+        """Return for each (texts, clustered) every verdict that it needs, by pair of texts."""
+        distinct = list(dict.fromkeys(jobs))
+        with ThreadPoolExecutor(self.workers) as threads:
+            decided = dict(zip(distinct, threads.map(self._decide_problem, distinct), strict=True))
+        verdicts = []
+        for texts, clustered in jobs:
+            known, killed = decided[texts, clustered]
+            self.killed += killed
+            killed.clear()
+            verdicts.append({(texts[i], texts[j]): verdict for (i, j), verdict in known.items()})
+        return verdicts
 
-    # -- the processes -----------------------------------------------------------------------------------
+    def _decide_problem(self, job: tuple[tuple[str, ...], bool]) -> tuple[dict[Pair, Verdict], list[Killed]]:
+        """Return every verdict that one problem needs, and what was killed on the way."""
+        texts, clustered = job
+        pairs = [(i, j) for i in range(len(texts) if clustered else 1) for j in range(1, len(texts))]
+        known = {
+            (i, j): self._verdicts[texts[i], texts[j]]
+            for i, j in pairs
+            if (texts[i], texts[j]) in self._verdicts
+        }
+        with contextlib.suppress(KeyError):
+            walk(len(texts), clustered, lambda i, j: known[i, j])
+            return known, []
+        worker = self._workers.get()
+        try:
+            killed = self._ask(worker, texts, clustered, known)
+        finally:
+            self._workers.put(worker)
+        if not killed:  # what was killed in one problem says nothing about another
+            self._verdicts.update({(texts[i], texts[j]): verdict for (i, j), verdict in known.items()})
+        return known, killed
 
-    def _running_pool(self) -> ProcessPool:
-        if self._pool is None:
-            # Workers are forked from a small server process, never from this one with its threads and GPU.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["opsd.grading_warm"])
-            self._pool = ProcessPool(
-                max_workers=self.workers,
-                initializer=grading_worker.start_worker,
-                initargs=(self.memory_limit_mb,),
-                context=context,
-            )
-        return self._pool
-
-    def _decide(self, wanted: Sequence[tuple[tuple[str, ...], bool]]) -> None:
-        """Fill the memory with every verdict that the (texts, clustered) in `wanted` need."""
-        waiting = list(dict.fromkeys(wanted))
-        fruitless = 0
-        with tempfile.TemporaryDirectory(prefix="grading-") as folder:
-            flying: dict[Future, tuple[list[Job], Path]] = {}
-            serial = 0
-            while waiting or flying:
-                while waiting and len(flying) < 2 * self.workers:
-                    jobs = []
-                    while waiting and len(jobs) < CHUNK:
-                        job = self._memory.job(*waiting.pop(0))
-                        if not self._memory.complete(job):
-                            jobs.append(job)
-                    if jobs:
-                        ledger = Path(folder) / str(serial)
-                        serial += 1
-                        flying[self._launch(jobs, ledger)] = (jobs, ledger)
-                finished = self._wait(flying)
-                for future in finished:
-                    jobs, ledger = flying.pop(future)
-                    progressed, unfinished = self._settle(jobs, ledger, died=_death(future))
-                    waiting[:0] = [(job.texts, job.clustered) for job in unfinished]
-                    fruitless = 0 if progressed else fruitless + 1
-                if fruitless > MAX_FRUITLESS_DEATHS:
+    def _ask(
+        self, worker: _Worker, texts: tuple[str, ...], clustered: bool, known: dict[Pair, Verdict]
+    ) -> list[Killed]:
+        """Let `worker` add to `known` what is missing; give what dies one more try alone in a fresh process."""
+        killed: list[Killed] = []
+        unparsable: list[int] = []
+        alone: tuple[int, ...] = ()
+        idle_deaths = 0
+        while True:
+            patient = len(killed) < FULL_LIMIT_KILLS
+            job = {
+                "texts": texts,
+                "clustered": clustered,
+                "alone": alone,
+                "known": [(*pair, verdict) for pair, verdict in known.items()],
+                "unparsable": unparsable,
+                "cpu_limit_s": self.time_limit_s if patient else self.time_limit_s / 10,
+            }
+            died = worker.run(job, known, self._new_worker)
+            if died is None and not alone:
+                return killed
+            if died == ():
+                idle_deaths += 1
+                if idle_deaths > MAX_IDLE_DEATHS:
                     raise RuntimeError(
-                        f"grading workers ended {fruitless} times without deciding anything; "
+                        f"grading workers ended {idle_deaths} times before they began to work; "
                         f"memory_limit_mb={self.memory_limit_mb} may be too small"
                     )
+            elif died and died == alone:
+                killed.append(Killed(*(texts[index] for index in died)))
+                if len(died) == 1:
+                    unparsable += died
+                else:
+                    known[died] = None
+                alone = ()
+            else:
+                alone = died or ()
 
-    def _launch(self, jobs: list[Job], ledger: Path) -> Future:
-        # The worker's own alarm ends a stuck item; pebble's limit is for a worker that does not get there.
-        backstop_s = SLICE_S + self.time_limit_s + BACKSTOP_S
-        arguments = (jobs, str(ledger), self.time_limit_s, SLICE_S)
-        return self._running_pool().schedule(grading_worker.run_jobs, args=arguments, timeout=backstop_s)
+    def _new_worker(self) -> socket.socket:
+        """Return the socket of a fresh worker process, which the server forks."""
+        with self._lock:
+            if self._server is None or self._server.poll() is not None:
+                self._requests, theirs = socket.socketpair()
+                # The server imports what this process would import, from whichever folder it was started.
+                code = (
+                    f"import sys; sys.path[:] = {[str(ROOT), *sys.path]!r}; "
+                    f"from opsd.grading_worker import serve_forks; serve_forks({self.memory_limit_mb})"
+                )
+                # A session of its own: Ctrl-C is this process's to handle.
+                self._server = subprocess.Popen(
+                    [sys.executable, "-P", "-c", code], stdin=theirs, start_new_session=True
+                )
+                theirs.close()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                socket.send_fds(self._requests, [b"w"], [theirs.fileno()])
+            return ours
 
-    def _wait(self, flying: dict[Future, tuple[list[Job], Path]]) -> list[Future]:
-        """Futures that ended. When none does in time the pool has lost them: it is replaced."""
-        if not flying:
-            return []
-        done, _ = wait(flying, SLICE_S + self.time_limit_s + 3 * BACKSTOP_S, FIRST_COMPLETED)
-        if not done or any(isinstance(future.exception(), BrokenProcessPool) for future in done):
-            logger.warning("the grading processes had to be started anew")
-            self.close()
-            return list(flying)
-        return list(done)
 
-    def _settle(self, jobs: list[Job], ledger: Path, *, died: bool) -> tuple[bool, list[Job]]:
-        """Take a ledger's verdicts into memory, and the culprit if the worker died on one.
+class _Worker:
+    """One worker process at a time; after its death the next job gets a fresh one."""
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+
+    def close(self) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.close()
+            self._stream = None
+
+    def run(
+        self, job: dict[str, Any], known: dict[Pair, Verdict], start: Callable[[], socket.socket]
+    ) -> tuple[int, ...] | None:
+        """Give `job` to the process and take its verdicts into `known`.
 
         Returns:
-            Whether anything was learnt, and the jobs that are not done.
+            None when the job is done; when the process died, the indices of the text that it was parsing or
+            of the two that it was comparing, () if it was at neither.
         """
-        lines = ledger.read_text("ascii").splitlines() if ledger.exists() else []
-        done = set()
-        last: list[str] = []
-        for line in lines:
-            number, kind, *indices = last = line.split()
-            job = jobs[int(number)]
-            if kind == VERDICT:
-                i, j, verdict = map(int, indices)
-                self._memory.verdicts[job.texts[i], job.texts[j]] = bool(verdict)
-            elif kind == DONE:
-                done.add(int(number))
-        if died and last and last[1] in (PARSE, COMPARE):
-            texts = jobs[int(last[0])].texts
-            if last[1] == PARSE:
-                self._memory.parse_died(texts[int(last[2])])
-            else:
-                i, j = int(last[2]), int(last[3])
-                self._memory.comparison_died(texts[i], texts[j], against_gold=i == 0)
-        return bool(lines), [job for number, job in enumerate(jobs) if number not in done]
+        item: tuple[int, ...] = ()
+        try:
+            if self._stream is None:
+                with start() as connection:
+                    self._stream = connection.makefile("rw", encoding="ascii")
+            self._stream.write(json.dumps(job) + "\n")
+            self._stream.flush()
+            for line in self._stream:
+                kind, *fields = line.split()
+                if kind == "done":
+                    return None
+                item = tuple(map(int, fields[:2]))
+                if kind == "verdict":
+                    known[item], item = fields[2] == "1", ()
+        except OSError:
+            pass
+        self.close()
+        return item
 
 
-def _death(future: Future) -> bool:
-    """Whether the worker of `future` ended before its work; other errors are defects and are raised."""
-    if not future.done():
-        return True
-    error = future.exception()
-    if error is None:
-        return False
-    if isinstance(error, (ProcessExpired, FutureTimeout, BrokenProcessPool)):
-        return True
-    raise error
+def _grade(
+    gold: str, predicted: Sequence[str | None], verdicts: dict[tuple[str, str], Verdict]
+) -> ProblemGrade:
+    correct = [text is not None and bool(verdicts[gold, text]) for text in predicted]
+    formatted = [position for position, text in enumerate(predicted) if text is not None]
+    members = group([predicted[position] for position in formatted], lambda a, b: verdicts[a, b])
+    clusters = [[formatted[position] for position in cluster] for cluster in members]
+    invalid = [position for position, text in enumerate(predicted) if text is None]
+    clusters = sorted([*clusters, invalid] if invalid else clusters, key=lambda cluster: cluster[0])
+    if not clusters:
+        return ProblemGrade(correct, clusters, None, False)
+    winner = max(range(len(clusters)), key=lambda index: len(clusters[index]))
+    # The first member of the INVALID cluster is unformatted and therefore not correct.
+    return ProblemGrade(correct, clusters, winner, correct[clusters[winner][0]])

@@ -34,7 +34,7 @@ class Head:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """[C, H] -> [C, V] in the head's own dtype, the logits that the model itself would give.
+        """Compute the model's own logits, [C, H] -> [C, V] in the head's dtype.
 
         Args:
             out: where to write them, [C, V] in the head's dtype; None allocates.
@@ -66,7 +66,7 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a causal language model.
+    """Return the LM head of a causal language model.
 
     Raises:
         UsageError: the head is not a plain linear layer, is trained, or is adapted.
@@ -90,14 +90,14 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def attach_hidden_forward(model: PreTrainedModel) -> None:
-    """Teach a causal LM's forward one more keyword: `positions` returns hidden states instead of logits.
+    """Add the keyword `positions` to a causal LM's forward, which then returns hidden states, not logits.
 
     `model(input_ids, attention_mask, positions=flat_indices)` runs the backbone once and returns [N, H], the
-    last hidden states at `flat_indices` [N] of the flattened [B·T] grid. It stays the model's own forward, so
-    adapters, gradient checkpointing, autocast and DistributedDataParallel see an ordinary call.
+    last hidden states at `flat_indices` [N] of the flattened [B·T] grid. It remains the model's forward, so
+    adapters, gradient checkpointing, autocast and DistributedDataParallel work as usual.
     """
     original = model.forward
-    # Our own wrapper shows the wrapped signature, so the outermost function is looked at too.
+    # `functools.wraps` hides this function's own signature, so both are read.
     signatures = (inspect.signature(original, follow_wrapped=follow) for follow in (True, False))
     if any("positions" in signature.parameters for signature in signatures):
         raise ValueError("the model's forward already takes `positions`")
@@ -116,12 +116,11 @@ def attach_hidden_forward(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, head: Head) -> None:
-    """Compare the chunked head with the model's own logits on a few tokens, before any long work.
+    """Compare `head` with the model's own logits on a few tokens.
 
     Raises:
-        UsageError: they differ (the model's forward does something to its logits that `Head` does not know),
-        or
-            tokens look at later ones (padding at the right is harmless to a causal model only).
+        UsageError: they differ (the model changes its logits in a way that `Head` does not know), or the
+            model is not causal, so that padding at the right would change its hidden states.
     """
     device = head.weight.device
     ids = torch.arange(6, device=device).unsqueeze(0) % head.weight.shape[0]

@@ -175,8 +175,7 @@ class Journal:
         if self.dropped_bytes:
             os.truncate(self.path, reader.offset)
         if not lines:
-            self._write({"format": FORMAT, "regime": self.regime})
-            self.sync()
+            self._write({"format": FORMAT, "regime": self.regime})  # synchronised with the first sample
             return
         header, *self.records = lines
         if header.get("format") != FORMAT or not isinstance(header.get("regime"), dict):

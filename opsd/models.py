@@ -1,69 +1,110 @@
-"""Loading a configuration, a tokenizer and a causal language model, with the user's mistakes named."""
+"""Every `from_pretrained` of the project: configuration, tokenizer, weights, adapter, end-of-sequence ids.
+
+A model is a folder or a hub id. What is loaded is compared with what the folder holds: a tokenizer with its
+`tokenizer.json`, weights with the parameters that the configuration asks for, an adapter with its targets.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd.errors import ArtefactError, UsageError, refuse_unasked_code
-from opsd.run_identity import TOKENIZER_FILES
+from opsd.adapter import read_adapter
+from opsd.errors import ArtefactError, UsageError, printable, refuse_unasked_code
+from opsd.files import atomic_write_json
+from opsd.run_identity import TOKENIZER_FILES, read_json_object
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 HUB_HINT = (
     "check the name; without a connection download it once, then set HF_HUB_OFFLINE=1, or give a local folder"
 )
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Merging copies these; a tokenizer that is loaded and saved may change.
+COPIED_FILES = (
+    *TOKENIZER_FILES,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+# Spaces, tabs and newlines in runs, digits, TeX, an apostrophe, composed letters, signs beyond two bytes.
+PROBE = "Let x = 36+35;\n\n\tso  $\\boxed{\\frac{71}{2}}$ isn't 0.5 %, naïve 2 ≤ π · 漢字 🙂.\nDone"
+_INDISPENSABLE = " 0123456789"
+
+
+def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Return the folder that holds the model: itself, or a hub model's local copy, downloaded where needed.
+
+    Args:
+        weights: False leaves the weights of a hub model where they are.
+
+    Raises:
+        ArtefactError: it is neither a model folder nor a hub model, or the hub cannot be reached.
+    """
+    _check_folder(name)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", *COPIED_FILES, "*.py", *(["*.safetensors"] if weights else [])]
+    with _explained("files", name):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def load_config(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PretrainedConfig:
-    """The configuration of a decoder-only language model.
+) -> PreTrainedConfig:
+    """Load the configuration of a decoder-only language model.
 
     Raises:
-        ArtefactError: it cannot be loaded.
-        UsageError: it is no decoder-only model, or needs code of its own that was not allowed.
+        ArtefactError: it cannot be loaded or describes another kind of model.
+        UsageError: it needs code of its own that was not allowed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _check_folder(name)
-    try:
+    with _explained("configuration", name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        refuse_unasked_code(name, error)
-        raise ArtefactError(
-            f"the configuration of {name!r} cannot be loaded ({_brief(error)}); {HUB_HINT}"
-        ) from error
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.is_encoder_decoder or not (remote or type(config) in AutoModelForCausalLM._model_mapping):
-        raise UsageError(f"{name!r} is a {config.model_type} model, not a causal language model; use one")
+    known = remote or type(config) in AutoModelForCausalLM._model_mapping
+    # A configuration alone does not tell a BERT that was built as a decoder from one that was not.
+    named = [str(one) for one in config.architectures or ()]
+    causal = any(one.endswith(("ForCausalLM", "LMHeadModel")) for one in named)
+    if config.is_encoder_decoder or not known or not causal:
+        raise ArtefactError(
+            f"{name!r} is a {config.model_type} model (architectures {named}), not a causal language model; "
+            "use one"
+        )
     return config
 
 
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token (the end-of-sequence token stands in) and a chat template.
+    """Load the tokenizer, with a pad token (the end-of-sequence token stands in) and a chat template.
 
     Raises:
-        ArtefactError: it cannot be loaded, has no chat template or no end-of-sequence token.
+        ArtefactError: it cannot be loaded, does not give a probe text back, has no chat template or no
+            end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-
-    _check_folder(name)
-    # Without any of these, transformers makes up an empty tokenizer instead of failing.
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+    folder = model_folder(name, revision, weights=False)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ArtefactError(f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the base model's")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtefactError(
-            f"the tokenizer of {name!r} cannot be loaded ({_brief(error)}); {HUB_HINT}"
-        ) from error
+    tokenizer = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ArtefactError(
             f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model, or put a "
@@ -77,37 +118,215 @@ def load_tokenizer(
     return tokenizer
 
 
+def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load what `tokenizer.json` says; the class that `tokenizer_config.json` names decides without one.
+
+    transformers 5 builds some of those classes (LlamaTokenizer, Qwen2Tokenizer, GPT2Tokenizer) with a
+    pre-tokenizer and a decoder of their own, whatever `tokenizer.json` says: spaces are lost, or ids differ.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    file, reference = folder / "tokenizer.json", None
+    if file.is_file():
+        with _explained("tokenizer", name, Exception):  # tokenizers raises no other class
+            reference = Tokenizer.from_file(str(file))
+    with _explained("tokenizer", name):
+        if file.is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_round_trip(tokenizer, reference, name)
+    return tokenizer
+
+
+def check_round_trip(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer | None, name: str) -> None:
+    """Refuse a tokenizer that changes a text, or whose ids are not those of its `tokenizer.json`.
+
+    Characters that it maps to its unknown token are left out of the probe, but for space and digits. A
+    normalizer that `tokenizer.json` declares (lower case, say) may change the text; the log says so.
+
+    Args:
+        reference: the same tokenizer as `tokenizer.json` has it, None without that file.
+
+    Raises:
+        ArtefactError: with the probe and what became of it.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    unknown = tokenizer.unk_token_id
+    probe = "".join(c for c in PROBE if c in _INDISPENSABLE or unknown is None or unknown not in encode(c))
+    ids = encode(probe)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    normalizer = reference.normalizer if reference is not None else None
+    if normalizer is not None and text != probe and text == normalizer.normalize_str(probe):
+        logger.warning("the tokenizer of %r normalizes %r to %r", name, probe, text)
+    elif text != probe:
+        raise ArtefactError(
+            f"the tokenizer of {name!r} turns {probe!r} into {text!r}; copy the tokenizer.json that belongs "
+            "to the model into its folder"
+        )
+    if reference is not None:
+        reference.no_truncation()
+        reference.no_padding()
+        expected = reference.encode(probe, add_special_tokens=False)
+        if ids != expected.ids:
+            raise ArtefactError(
+                f"the tokenizer of {name!r} splits {probe!r} into {tokenizer.convert_ids_to_tokens(ids)}, "
+                f"its tokenizer.json into {expected.tokens}; copy one model's tokenizer files into the folder"
+            )
+
+
+def copy_model_files(folder: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation settings into a merged folder.
+
+    Beside a `tokenizer.json` the tokenizer's class becomes the one that does as that file says, in
+    AutoTokenizer, vLLM and transformers 4 alike; everything else is copied letter for letter.
+    """
+    for name in COPIED_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    if not (folder / "tokenizer.json").is_file():
+        return
+    config = target / TOKENIZER_CONFIG
+    settings = read_json_object(config, what="tokenizer configuration") if config.is_file() else {}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.pop("auto_map", None)
+    # transformers 4 takes a mapping under this name, and a list under the older one, as transformers 5 does.
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings.setdefault("additional_special_tokens", settings.pop("extra_special_tokens"))
+    atomic_write_json(config, settings)
+
+
 def load_causal_lm(
     name: str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
+    device_map: str | None = None,
 ) -> PreTrainedModel:
-    """The model on the CPU, from safetensors alone.
+    """Load the model on the CPU, from safetensors alone, with every parameter from the files.
+
+    Args:
+        dtype: "auto" is the checkpoint's own.
+        device_map: "meta" compares files and configuration without reading weights.
 
     Raises:
-        ArtefactError: weights are missing, truncated or not safetensors.
+        ArtefactError: weights are missing, truncated, of other shapes or not safetensors.
         UsageError: the attention implementation is not available.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    _check_folder(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-        )
+        with _explained("weights", name):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                device_map=device_map,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except ImportError as error:
-        raise UsageError(f"--attn_implementation {attn_implementation}: {_brief(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"--attn_implementation {attn_implementation}: {first_line(error)}") from error
+    # Otherwise the parameters that the files lack would hold random numbers.
+    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
+    wrong += [
+        f"{key} is {' x '.join(map(str, found))}, not {' x '.join(map(str, wanted))}"
+        for key, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    unexpected = sorted(report["unexpected_keys"])
+    if wrong:
+        wrong += [f"{key} belongs to no part of the model" for key in unexpected]
         raise ArtefactError(
-            f"the weights of {name!r} cannot be loaded ({_brief(error)}); {HUB_HINT}"
+            f"the weights of {name!r} do not fit its config.json: {_some(wrong)}; copy or download the model "
+            "again"
+        )
+    if unexpected:
+        logger.warning("%s holds weights that the model does not use: %s", name, _some(unexpected))
+    return model
+
+
+def load_adapter(model: PreTrainedModel, path: Path | str) -> PeftModel:
+    """Put the LoRA adapter of a checkpoint folder on `model`.
+
+    Raises:
+        ArtefactError: it is incomplete or damaged, does not fit the model, or its configuration adapts more
+            or fewer modules than it holds matrices for.
+        UsageError: it is more than LoRA on linear layers.
+    """
+    from peft import PeftModel
+
+    from opsd.merging import adapted_names
+
+    checkpoint = read_adapter(path)
+    with _explained("adapter", str(path)):
+        adapted = PeftModel.from_pretrained(model, str(path))
+    targets = {name.removesuffix(".weight") for name in adapted_names(adapted)}
+    if targets != checkpoint.rank_shapes.keys():
+        raise ArtefactError(
+            f"the adapter {path} is damaged: its configuration targets {len(targets)} modules, its weights "
+            f"{len(checkpoint.rank_shapes)}; take another checkpoint"
+        )
+    return adapted
+
+
+def merge_end_ids(*sources: int | Sequence[int] | None) -> list[int]:
+    """Return the sorted token ids of `sources`, each an id, a sequence of ids or None."""
+    listed = [source if isinstance(source, (list, tuple)) else [source] for source in sources]
+    return sorted({int(token) for some in listed for token in some if token is not None})
+
+
+def end_token_ids(name: str, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> list[int]:
+    """Return the ids that end a completion: the generation configuration's or the model's, the tokenizer's.
+
+    Raises:
+        ArtefactError: the tokenizer, where there is one, cannot be used.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        configured = config.eos_token_id
+    folder, own = model_folder(name, weights=False), None
+    if any((folder / file).is_file() for file in TOKENIZER_FILES):
+        own = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code).eos_token_id
+    return merge_end_ids(configured, own)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line with text of an error's message: libraries write whole pages."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _some(items: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(printable(item, 200) for item in items[:most])
+    return f"{shown} and {len(items) - most} more" if len(items) > most else shown
+
+
+@contextlib.contextmanager
+def _explained(what: str, name: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn what the libraries raise while they load `what` of the model `name` into one line."""
+    from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+    from safetensors import SafetensorError
+
+    kinds = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError)
+    try:
+        yield
+    except (*kinds, SafetensorError, HfHubHTTPError, StrictDataclassError, *more) as error:
+        refuse_unasked_code(name, error)
+        remedy = "copy or download it again" if Path(name).exists() else HUB_HINT
+        raise ArtefactError(
+            f"the {what} of {name!r} cannot be loaded ({first_line(error)}); {remedy}"
         ) from error
 
 
@@ -117,7 +336,3 @@ def _check_folder(name: str) -> None:
         raise ArtefactError(f"{name} has no config.json: it is not a model folder")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ArtefactError(f"the folder {name} does not exist")
-
-
-def _brief(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -1,9 +1,10 @@
-"""A NaN or infinite loss or gradient stops the run with its evidence saved; the optimizer never sees it."""
+"""Stop the run at a NaN or infinite loss or gradient, before the optimizer step, and save what it was."""
 
 from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from opsd.errors import ArtefactError
 from opsd.files import atomic_write_json
-from opsd.token_stats import TokenStats
+from opsd.objectives import TokenStats
 
 logger = logging.getLogger(__name__)
 
 
 class NonFiniteGuard:
-    """Collects one optimizer step's losses and decides once, when the gradients are complete.
+    """Collect the losses of an optimizer step and check them once, with the gradient norm.
 
     Args:
         output_dir: where `nonfinite-step-<N>.json` goes.
@@ -31,11 +32,13 @@ class NonFiniteGuard:
         self._micro_batches: list[tuple[Tensor, list[int], TokenStats]] = []
 
     def see_loss(self, loss: Tensor, problems: list[int], stats: TokenStats) -> None:
-        """Remember a micro-batch until `reset`; nothing is copied from the device."""
+        """Keep a micro-batch's values until `reset`; nothing is copied from the device."""
+        # Attached to the graph, the term would keep [N, H] of each micro-batch until the end of the step.
+        stats = replace(stats, term=None if stats.term is None else stats.term.detach())
         self._micro_batches.append((loss.detach(), problems, stats))
 
     def bad(self, norm: Tensor | float | None) -> bool:
-        """Whether a loss of this rank or the gradient norm is not finite. One look per optimizer step."""
+        """Return whether a loss of this rank or the gradient norm is not finite; reads the device once."""
         losses = [loss.float() for loss, _, _ in self._micro_batches]
         total = torch.stack(losses).sum() if losses else torch.zeros(())
         if norm is not None:
@@ -43,7 +46,7 @@ class NonFiniteGuard:
         return not bool(torch.isfinite(total))
 
     def handle(self, step: int, norm: Tensor | float | None, *, is_main: bool) -> None:
-        """Save the evidence of a non-finite step, and stop unless it is tolerated.
+        """Save the statistics of a non-finite step, and stop unless it is tolerated.
 
         Raises:
             ArtefactError: more non-finite steps than `tolerated`; names the step, the problems and the file.
@@ -55,11 +58,9 @@ class NonFiniteGuard:
         problems = sorted({p for _, ids, _ in self._micro_batches for p in ids})
         if self.seen > self.tolerated:
             raise ArtefactError(
-                f"loss or gradient is not finite at optimizer step {step} (dataset rows {problems}); "
-                "statistics "
-                f"are in {path}. The optimizer has not seen it. Lower --learning_rate, or allow some steps "
-                "to be "
-                "left out with --skip_nonfinite N"
+                f"loss or gradient is not finite at optimizer step {step} (dataset rows {problems}); the "
+                f"weights are unchanged and the statistics are in {path}; lower --learning_rate, or leave N "
+                "such steps out with --skip_nonfinite N"
             )
         if is_main:
             logger.warning(
@@ -86,7 +87,7 @@ class NonFiniteGuard:
 
 
 def _number(value: Tensor | float) -> float | str:
-    """A float, or its name where JSON has no such number."""
+    """A float, or "nan", "inf" or "-inf", which JSON does not have as numbers."""
     value = float(value)
     return value if math.isfinite(value) else str(value)
 

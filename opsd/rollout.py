@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from opsd.errors import UsageError
+from opsd.options import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, PROPER_SHARE, Range, check_options, option
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,43 +18,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw from the next-token distribution. Filters apply in vLLM's order: temperature, min_p, top_k,
-    top_p.
+    """How to draw from the next-token distribution.
 
-    Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: nucleus mass in (0, 1]; 1 = off.
-        top_k: how many of the likeliest tokens stay; 0 = off.
-        min_p: smallest probability relative to the likeliest token's that stays; 0 = off.
-        presence_penalty: subtracted from the logit of every token already generated.
-        max_new_tokens: a completion that reaches this many tokens without end-of-sequence is truncated.
+    Filters apply in vLLM's order: temperature, min_p, top_k, top_p.
     """
 
-    temperature: float
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    max_new_tokens: int
+    temperature: float = option(help="divides the logits; 0 takes the likeliest token", range=NOT_NEGATIVE)
+    top_p: float = option(1.0, "nucleus mass; 1 = off", range=PROPER_SHARE)
+    top_k: int = option(0, "likeliest tokens that stay; 0 = off", range=NOT_NEGATIVE)
+    min_p: float = option(
+        0.0, "smallest probability relative to the likeliest token's; 0 = off", range=FRACTION
+    )
+    presence_penalty: float = option(
+        0.0, "subtracted from the logit of every token already generated", range=Range(-2, 2)
+    )
+    max_new_tokens: int = option(
+        help="a completion that reaches it without end-of-sequence is truncated", range=AT_LEAST_ONE
+    )
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Refuse sampling parameters outside their range.
-
-    Raises:
-        UsageError: names the parameter, its value and its range.
-    """
-    ranges = (
-        ("temperature", sampling.temperature >= 0, "at least 0"),
-        ("top_p", 0 < sampling.top_p <= 1, "in (0, 1]"),
-        ("top_k", sampling.top_k >= 0, "at least 0 (0 = off)"),
-        ("min_p", 0 <= sampling.min_p <= 1, "in [0, 1]"),
-        ("presence_penalty", -2 <= sampling.presence_penalty <= 2, "in [-2, 2]"),
-        ("max_new_tokens", sampling.max_new_tokens >= 1, "at least 1"),
-    )
-    for name, fits, wanted in ranges:
-        if not fits:
-            raise UsageError(f"{name} is {getattr(sampling, name)}, but must be {wanted}")
+    """Raise UsageError for the first sampling parameter outside its range."""
+    check_options(Sampling, vars(sampling))
 
 
 @dataclass(frozen=True)

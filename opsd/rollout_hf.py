@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from opsd.errors import ArtefactError, UsageError
+from opsd.models import merge_end_ids
 from opsd.rollout import Completion, Request, Sampling, check_sampling
 from opsd.seeded_sampling import processors
 
@@ -46,13 +47,6 @@ def generation_state(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the generation configuration's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = configured if isinstance(configured, (list, tuple)) else [configured]
-    return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
-
-
 def _plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model inside DDP and PEFT wrappers. LoRA layers sit in it, so it samples adapted."""
     model = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
@@ -83,7 +77,8 @@ class HFEngine:
             raise UsageError(f"the engine's batch size is {batch_size}, but must be at least 1")
         self.model = _plain_model(model)
         self.batch_size = batch_size
-        self.end_ids = end_ids(self.model, tokenizer)
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        self.end_ids = merge_end_ids(configured, tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (self.end_ids[0] if self.end_ids else 0)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from opsd import vllm_setup
+from opsd import models, vllm_setup
 from opsd.errors import ArtefactError, UsageError
 from opsd.rollout import Completion, Request, Sampling
 from opsd.vllm_process import (
@@ -98,9 +98,9 @@ class VLLMEngine:
         vllm_setup.require_vllm()
         self._placement = vllm_setup.placement(tensor_parallel_size)
         lora = None if adapter is None else vllm_setup.read_adapter(adapter, max_lora_rank)
-        config = vllm_setup.read_config(model_path, trust_remote_code)
+        config = models.load_config(model_path, trust_remote_code=trust_remote_code).get_text_config()
         self.model_path, self.max_model_len, self.vocab_size = model_path, max_model_len, config.vocab_size
-        self.end_ids = vllm_setup.end_token_ids(model_path, config, trust_remote_code)
+        self.end_ids = models.end_token_ids(model_path, config, trust_remote_code=trust_remote_code)
         environment: dict[str, str] = {}
         if not {"VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH"} & set(os.environ):
             quiet_loggers()
@@ -150,6 +150,9 @@ class VLLMEngine:
                 )
             if cpu:
                 arguments |= vllm_setup.cpu_arguments()
+                if self._placement == "mp":
+                    cores = vllm_setup.worker_cores(arguments["tensor_parallel_size"])
+                    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
             self._remedy = vllm_setup.remedy(
                 cpu=cpu,
                 gpu_memory_utilization=arguments["gpu_memory_utilization"],

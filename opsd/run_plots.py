@@ -1,7 +1,7 @@
 """From the metrics.jsonl of one or more training runs to a picture: a panel per quantity, a colour per run.
 
-The keys are those that `opsd/trainer.py` logs. A panel without data in any run is left out; `method/…`
-metrics get a panel each, those of a method that this file has not heard of under their own name.
+The keys are those that `opsd/trainer.py` and `opsd/step_metrics.py` log. A panel without data in any run is
+left out; each `method/…` metric has a panel, under its key where this file does not know it.
 """
 
 from __future__ import annotations

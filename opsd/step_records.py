@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints: metrics.jsonl, one line per logged step, and sample completions."""
+"""Files of a run besides checkpoints: metrics.jsonl, TensorBoard's events, completions; the progress bar."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class MetricsFile(TrainerCallback):
         atomic_write_text(self.run_folder / METRICS_NAME, text)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        # The Trainer's closing summary is no step, and after a resume its mean loss covers a part of the run.
+        # The Trainer's last log is a summary, not a step; in a resumed run its mean loss is that of a part.
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         with open(self.run_folder / METRICS_NAME, "a", encoding="utf-8") as file:
-            # JSON has no NaN: a step that was left out has null where a number is missing.
+            # JSON has no NaN: a step that was left out has null.
             row = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in logs.items()}
             file.write(json.dumps({"step": state.global_step, **row}) + "\n")
             file.flush()
@@ -63,10 +63,10 @@ class MetricsFile(TrainerCallback):
 
 
 class TensorBoardFolder(TensorBoardCallback):
-    """TensorBoard's events in one folder, `runs/`, however often the run is resumed.
+    """Write TensorBoard's events of a run and of its resumptions to one folder, `runs/`.
 
-    transformers makes one folder a start, and the steps that were logged after the last checkpoint would then
-    show twice. Here a start writes at which step it begins; TensorBoard hides what earlier ones have beyond.
+    transformers creates a folder at each start, so that steps logged after the last checkpoint would show
+    twice. Here each start writes its first step, from which on TensorBoard hides the events of earlier ones.
     """
 
     def __init__(self, run_folder: Path):
@@ -84,7 +84,7 @@ class TensorBoardFolder(TensorBoardCallback):
 
 
 class ConciseProgress(ProgressCallback):
-    """The Trainer's progress bar with one short line a log; metrics.jsonl has the rest."""
+    """Show the Trainer's progress bar and one short line per log."""
 
     SHOWN: ClassVar[dict[str, str]] = {
         "loss": "loss {:.4g}",
@@ -96,7 +96,7 @@ class ConciseProgress(ProgressCallback):
     }
 
     def close(self) -> None:
-        """End the bar's line, so that an error begins on a line of its own."""
+        """End the bar's line, so that an error message starts on its own line."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
@@ -115,7 +115,7 @@ def write_completions(
     completions: Sequence[Completion],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """`completions/step-000010.jsonl`: what the student wrote at that optimizer step, on this rank."""
+    """Write the completions of an optimizer step of this rank to `completions/step-000010.jsonl`."""
     lines = [
         json.dumps(
             {

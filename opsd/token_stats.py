@@ -1,10 +1,10 @@
 """Per-token statistics of student and teacher from hidden states, in chunks of positions.
 
-A vocabulary of 150,000 entries makes [N, V] tensors the memory limit of a run, so none is ever formed: a
-chunk of positions meets the LM head, gives its statistics, and the gradient of its per-token terms with
-respect to the student's hidden states is formed at once. A token's term depends on that token's own hidden
-state alone, so what has to survive until the backward pass is [N, H] (the size of the hidden states), and any
-mask, weight or reduction can still be chosen afterwards.
+`dense_statistics` is the definition: whole [N, V] tensors and autograd. With a vocabulary of 150,000 entries
+these tensors are the memory limit of a run, so `token_statistics` computes the same in chunks: it projects a
+chunk of positions with the LM head, takes its statistics, and computes the gradient of the per-token terms
+with respect to the student's hidden states at once. A token's term depends on that token's hidden state
+alone, so the backward pass needs [N, H] only, and any mask, weight or reduction can be chosen afterwards.
 
 Shapes: N positions (completion tokens of all sequences, flat), H hidden, V vocabulary, C positions of a
 chunk. All quantities are at the distillation temperature T, in nats, in float32 (float64 for float64 inputs).
@@ -12,67 +12,23 @@ chunk. All quantities are at the distillation temperature T, in nats, in float32
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd.head import Head
+from opsd.objectives import StatsConfig, TokenStats
 
-# One role's logits of a chunk; it holds two of them, in one buffer for all chunks.
+# Size of one role's logits of a chunk; both roles' logits are in memory at once.
 CHUNK_BYTES_CPU = 22 * 2**20
 CHUNK_BYTES_CUDA = 128 * 2**20
-# Entries of one column, whose maximum is looked at first where the largest of a row are sought on a CPU.
+# Entries of a column in `_largest`.
 COLUMN_ENTRIES = 64
-# On a CPU the elementwise work runs on blocks of rows that stay in the cache.
+# On a CPU elementwise operations run on blocks of rows of this size, which stay in the cache.
 BLOCK_BYTES_CPU = 5 * 2**19
-
-
-@dataclass(frozen=True)
-class TokenStats:
-    """What the objectives read, each [N]. Fields a method does not ask for are None.
-
-    Attributes:
-        term: the method's per-token term; the only field that carries a gradient.
-        student_logprob: log p_S(y) of the sampled token.
-        teacher_logprob: log p_T(y) of the sampled token.
-        student_entropy: H(p_S).
-        teacher_entropy: H(p_T).
-        divergence: Σ_v p_T [log p_T − log p_S], not clipped.
-        clipped_divergence: Σ_v min(p_T [log p_T − log p_S], c).
-        clipped_entries: how many vocabulary entries the clip cut.
-        topk_divergence: Σ_{v∈top-k(p_T)} q [log q − log p_S], q = p_T renormalised over its own top k.
-    """
-
-    term: Tensor | None
-    student_logprob: Tensor
-    teacher_logprob: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    divergence: Tensor | None = None
-    clipped_divergence: Tensor | None = None
-    clipped_entries: Tensor | None = None
-    topk_divergence: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatsConfig:
-    """Which statistics to form, and how.
-
-    Attributes:
-        temperature: divides both sides' logits.
-        divergence_clip: cap on each vocabulary entry of the forward KL; 0 = no cap; None = not formed.
-        top_k: size of the teacher's support in `topk_divergence`; None = not formed.
-        chunk_positions: positions per chunk; None chooses by memory.
-    """
-
-    temperature: float
-    divergence_clip: float | None = None
-    top_k: int | None = None
-    chunk_positions: int | None = None
-
 
 TermFunction = Callable[[TokenStats], Tensor]
 
@@ -86,18 +42,16 @@ def token_statistics(
     term: TermFunction | None = None,
     head: Head | None = None,
 ) -> TokenStats:
-    """Statistics of N positions, with the gradient of `term` flowing to `student` alone.
+    """Compute the statistics of N positions; the gradient of `term` reaches `student` alone.
 
     Args:
-        student: [N, H] hidden states that predict the sampled tokens, or [N, V] raw logits when `head` is
-        None.
-        teacher: the same for the teacher; never receives a gradient.
+        student: [N, H] hidden states that predict the sampled tokens, or, without `head`, [N, V] raw logits.
+        teacher: the same for the teacher; it receives no gradient.
         token_ids: [N] sampled tokens.
-        config: temperature and the statistics to form.
-        term: per-token function of the statistics, [n] fields -> [n]. Gradients reach it through
-        `student_logprob`,
-            `clipped_divergence` and `topk_divergence`; every other field is a constant to it. It is called
-            once per chunk and must treat positions independently.
+        config: temperature and the statistics to compute.
+        term: per-token function of the statistics, [n] fields -> [n], called once per chunk; it must treat
+            positions independently. It is differentiated with respect to the fields in `DIFFERENTIABLE`; the
+            other fields are constants.
         head: the LM head both sides share.
 
     Returns:
@@ -119,6 +73,35 @@ def token_statistics(
     return TokenStats(**{"term": None, **dict(zip(names, outputs, strict=True))})
 
 
+def dense_statistics(
+    student: Tensor, teacher: Tensor, token_ids: Tensor, *, config: StatsConfig, term: TermFunction | None
+) -> TokenStats:
+    """The definition of `token_statistics`: [N, V] raw logits whole, the gradient of `term` by autograd."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    student_log, teacher_log = (
+        (logits.to(dtype) / config.temperature).log_softmax(-1) for logits in (student, teacher.detach())
+    )
+    picked, teacher_probs = token_ids.unsqueeze(1), teacher_log.exp()
+    values = {
+        "student_logprob": student_log.gather(1, picked).squeeze(1),
+        "teacher_logprob": teacher_log.gather(1, picked).squeeze(1),
+        "student_entropy": -(student_log.exp() * student_log).sum(-1).detach(),
+        "teacher_entropy": -(teacher_probs * teacher_log).sum(-1),
+    }
+    if config.divergence_clip is not None:
+        clip = config.divergence_clip or math.inf
+        entries = teacher_probs * (teacher_log - student_log)
+        values["divergence"] = entries.sum(-1).detach()
+        values["clipped_divergence"] = entries.clamp(max=clip).sum(-1)
+        values["clipped_entries"] = (entries > clip).sum(-1).to(dtype)
+    if config.top_k is not None:
+        top_log, top_ids = teacher_log.topk(config.top_k)
+        top_log = top_log.log_softmax(-1)
+        values["topk_divergence"] = (top_log.exp() * (top_log - student_log.gather(1, top_ids))).sum(-1)
+    result = term(TokenStats(term=None, **values)) if term is not None else None
+    return TokenStats(term=result, **{name: value.detach() for name, value in values.items()})
+
+
 def _field_names(config: StatsConfig, term: TermFunction | None) -> list[str]:
     names = [] if term is None else ["term"]
     names += ["student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy"]
@@ -134,7 +117,7 @@ def _rows_per(buffer_bytes: int, vocabulary: int, itemsize: int) -> int:
 
 
 class _Workspace:
-    """The buffers of one call, made once: fresh memory costs a CPU more than the arithmetic in it.
+    """The buffers of one call. On a CPU allocating them costs more time than the arithmetic in them.
 
     Attributes:
         logits: [2C, V], the student's rows and then the teacher's.
@@ -149,7 +132,7 @@ class _Workspace:
 
     def log_softmax(self, logits: Tensor, out: Tensor) -> Tensor:
         """[n, V] -> [n, V] in `out`, without −inf."""
-        # A logit of −inf is probability 0; a finite logarithm makes its 0 · log 0 the 0 that the sums need.
+        # A logit of −inf has probability 0; with a finite logarithm its 0 · log 0 is 0 in the sums, not NaN.
         lowest = torch.finfo(logits.dtype).min
         return torch.log_softmax(logits, dim=-1, out=out[: len(logits)]).clamp_(min=lowest)
 
@@ -159,8 +142,7 @@ class _Workspace:
 
 
 class _ChunkedStatistics(torch.autograd.Function):
-    """Forward: statistics and ∂term/∂student, chunk by chunk. Backward: scale the rows by the upstream
-    gradient."""
+    """Forward: statistics and ∂term/∂student by chunks. Backward: scale its rows by the upstream gradient."""
 
     @staticmethod
     def forward(ctx, student, teacher, token_ids, config, term, head):
@@ -216,7 +198,7 @@ class _ChunkedStatistics(torch.autograd.Function):
 def _project(head: Head | None, student: Tensor, teacher: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """Twice [C, H] -> student's and teacher's raw logits, [C, V] each, in the first 2C rows of `buffer`.
 
-    Both roles share one product with the head: twice the rows for one reading of its weight.
+    One product with the head for both roles reads its weight once.
     """
     hidden = torch.cat([student.detach(), teacher.to(student.dtype)])
     logits = buffer[: hidden.shape[0]]
@@ -239,9 +221,9 @@ def _back_project(head: Head | None, grad_logits: Tensor, dtype: torch.dtype) ->
 def _block_statistics(
     student_logits, teacher_logits, token_ids, config, term, wants_gradient, head, space: _Workspace
 ):
-    """Statistics of a block; with `wants_gradient`, ∂term/∂(raw logits) overwrites `student_logits` in place.
+    """Compute the statistics of a block; ∂term/∂(raw logits), if wanted, overwrites `student_logits`.
 
-    Both logits buffers [n, V] are consumed; everything else of that size lies in `space`.
+    Both [n, V] logits are overwritten; every other tensor of that size is a buffer of `space`.
     """
     slope = head.softcap_slope(student_logits) if head is not None and wants_gradient else None
     inverse_temperature = 1.0 / config.temperature
@@ -278,11 +260,11 @@ def _block_statistics(
 
 
 def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row of [n, V] and their places, [n, k] each, largest first.
+    """The k largest entries of each row of [n, V] and their indices, [n, k] each, largest first.
 
-    On a CPU `topk` copies a whole row into pairs of value and place. Dealt out in turn to C columns, the k
-    largest entries lie in the k columns with the largest maxima (or among the few that are left over), so one
-    pass finds the maxima, and `topk` sees those columns alone.
+    On a CPU `topk` copies a whole row into pairs of value and index. Here a row is divided into columns of
+    every C-th entry (the few entries that remain are kept aside). The k largest are in the k columns with the
+    largest maxima or among the remaining entries, so `topk` runs on these alone.
     """
     columns = rows.shape[1] // COLUMN_ENTRIES
     if rows.device.type != "cpu" or columns < 4 * k:
@@ -297,15 +279,14 @@ def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _divergences(values, student_log, teacher_log, teacher_probs, clip, scratch) -> Tensor:
-    """Forward KL, clipped and not. Leaves `teacher_probs` with the clipped entries at 0; returns its row sums
-    [n].
+    """Write the forward KL, clipped and not; zero clipped entries of `teacher_probs`; return its sums [n].
 
-    Where an entry is cut its own gradient stops; at equality it passes, as torch.clamp has it.
+    A clipped entry has no gradient; one that equals the clip has, as in torch.clamp.
     """
     entries = torch.sub(teacher_log, student_log, out=teacher_log).mul_(teacher_probs)
     values["divergence"] = entries.sum(-1)
     if clip > 0:
-        # 1 and 0 in the computing dtype: counted, they are exact below 2^24, and no integer copy is made.
+        # 1 and 0 in the dtype of the entries: their count is exact below 2^24 and needs no integer copy.
         cut = torch.gt(entries, clip, out=scratch[: len(entries)])
         values["clipped_entries"] = cut.sum(-1)
         values["clipped_divergence"] = entries.clamp_(max=clip).sum(-1)
@@ -331,7 +312,7 @@ def _term_and_slopes(term: TermFunction, values: dict[str, Tensor], wants_gradie
 
 
 def _write_gradient(student_probs, teacher_probs, kept_mass, picked, top_ids, top_probs, slopes) -> None:
-    """∂term/∂(tempered logits) into `student_probs`, from the slopes of the three differentiable statistics.
+    """Write ∂term/∂(tempered logits) into `student_probs`, from the slopes of the differentiable statistics.
 
     ∂ log p_S(y) = δ_y − p_S;  ∂ Σ min(·, c) = p_S Σ_kept p_T − p_T·1[kept];  ∂ top-k KL = p_S − q.
     """
@@ -362,12 +343,10 @@ def sampling_audit(
     top_p: float,
     chunk_positions: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Whether each sampled token lies outside the sampler's support, and its raw log-probability, by the
-    trainer.
+    """Compare sampled tokens with the distribution of the trainer's own logits.
 
-    The support is that of the trainer's own logits: the `top_k` likeliest tokens (0 = all), then the smallest
-    set of them whose mass reaches `top_p`. A large share outside means that the sampler runs other weights or
-    other rules.
+    The sampler's support: the `top_k` likeliest tokens (0 = all), then the smallest set of them whose mass
+    reaches `top_p`. A large share outside it means that the sampler has other weights or other rules.
 
     Args:
         hidden: [N, H] hidden states that predicted the tokens.

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
-from opsd.base_files import base_folder
 from opsd.checkpoints import NAME, check_run, remove_incomplete, resolve_resume
 from opsd.data import Problems, check_positions, check_rows, encode_problems
 from opsd.errors import ArtefactError, UsageError
 from opsd.files import atomic_write_text, lock_file, partial_name, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
-from opsd.models import load_causal_lm, load_config, load_tokenizer
-from opsd.objectives import METHODS, Hyperparameters
+from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
+from opsd.objectives import METHODS
 from opsd.provenance import dataset_fingerprint, weights_sha256
 from opsd.run_identity import (
     MANIFEST_NAME,
@@ -49,7 +48,6 @@ LOCK_NAME = ".lock"
 def train(
     training: TrainingArguments,
     method: MethodArguments,
-    hyper: Hyperparameters,
     rollout: RolloutArguments,
     options: ModelArguments,
 ) -> int:
@@ -64,10 +62,10 @@ def train(
     _check_writable(folder)
     busy = f"another process is training in --output_dir {folder}; wait for it, or choose another folder"
     if training.process_index > 0:
-        return _train(training, method, hyper, rollout, options)
+        return _train(training, method, rollout, options)
     with lock_file(folder / LOCK_NAME, busy=busy):
         try:
-            return _train(training, method, hyper, rollout, options)
+            return _train(training, method, rollout, options)
         finally:
             (folder / LOCK_NAME).unlink(missing_ok=True)
 
@@ -75,7 +73,6 @@ def train(
 def _train(
     training: TrainingArguments,
     method: MethodArguments,
-    hyper: Hyperparameters,
     rollout: RolloutArguments,
     options: ModelArguments,
 ) -> int:
@@ -117,7 +114,7 @@ def _train(
         processing_class=tokenizer,
         train_dataset=problems,
         method=METHODS[method.method],
-        hyper=hyper,
+        hyper=method,
         loss_scope=method.loss_scope,
         engine=engine,
         head=head,
@@ -215,7 +212,7 @@ def _manifest(training, method, rollout, options, config, rows, problems: Proble
     revision = getattr(config, "_commit_hash", None)
     # The main process hashes the weights and leaves the hash to the others in the user's cache.
     with training.main_process_first(desc="hashing the base model's weights"):
-        base_weights = weights_sha256(base_folder(options.model_name_or_path, revision))
+        base_weights = weights_sha256(model_folder(options.model_name_or_path, revision))
     return run_manifest(
         run_name=training.run_name,
         method=method.method,

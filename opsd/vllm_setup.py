@@ -35,14 +35,14 @@ def require_vllm() -> None:
 
 
 def local_model(name: str, revision: str | None) -> str:
-    """`name` as vLLM takes it: for a hub revision the folder that holds it, so that no other is loaded.
+    """Return `name` as vLLM takes it: for a hub revision its own folder, so that no other is loaded.
 
     Raises:
-        ArtefactError: the revision is not to be had.
+        ArtefactError: the revision cannot be downloaded.
     """
-    from opsd.base_files import base_folder
+    from opsd.models import model_folder
 
-    return name if revision is None else str(base_folder(name, revision))
+    return name if revision is None else str(model_folder(name, revision))
 
 
 def on_cpu() -> bool:
@@ -125,38 +125,6 @@ def read_adapter(folder: str, max_lora_rank: int | None) -> Adapter:
     )
 
 
-def read_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """The model's configuration.
-
-    Raises:
-        ArtefactError: there is none, or it is not a text model's.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{model_path}: no model configuration can be read: {error}") from error
-    return config.get_text_config()
-
-
-def end_token_ids(model_path: str, config: PreTrainedConfig, trust_remote_code: bool) -> list[int]:
-    """The tokens that end a completion: the generation configuration's (else the model's) and tokenizer's."""
-    from transformers import AutoTokenizer, GenerationConfig
-    from transformers.utils import cached_file
-
-    try:
-        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:
-        configured = config.eos_token_id
-    own = None
-    # For a folder without a tokenizer AutoTokenizer makes an empty one up, whose end-of-sequence id is 0.
-    if cached_file(model_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
-        own = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code).eos_token_id
-    listed = configured if isinstance(configured, (list, tuple)) else [configured]
-    return sorted({int(token) for token in (*listed, own) if token is not None})
-
-
 def model_dtype(dtype: str, config: PreTrainedConfig) -> str:
     """vLLM's dtype argument. "auto" is the checkpoint's own; vLLM's would turn float32 into bfloat16."""
     own = getattr(config, "dtype", None)
@@ -178,6 +146,23 @@ def cpu_arguments() -> dict[str, Any]:
         raise UsageError(f"VLLM_CPU_KVCACHE_SPACE is {space!r}, but must be a whole number of GiB")
     arguments: dict[str, Any] = {"enforce_eager": True, "enable_chunked_prefill": False}
     return arguments if space else arguments | {"kv_cache_memory_bytes": _CPU_KV_BYTES}
+
+
+def worker_cores(workers: int) -> str:
+    """Divide this process's cores among `workers` processes, as VLLM_CPU_OMP_THREADS_BIND takes them.
+
+    Left to itself, vLLM gives each worker a NUMA node and refuses to start where there are fewer nodes.
+
+    Raises:
+        UsageError: there are fewer cores than workers.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < workers:
+        raise UsageError(
+            f"the tensor parallel size is {workers}, but this process may use only {len(cores)} CPU cores; "
+            "without a GPU every worker needs one"
+        )
+    return "|".join(",".join(map(str, cores[worker::workers])) for worker in range(workers))
 
 
 def remedy(*, cpu: bool, gpu_memory_utilization: float, max_model_len: int, max_num_seqs: int | None) -> str:

@@ -95,11 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from opsd.models import load_causal_lm, load_tokenizer
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = load_causal_lm(str(arguments.model), dtype="auto")
+    tokenizer = load_tokenizer(str(arguments.model))
     print(f"{'problems':14}{'prompt':12}{'right':>8}{'truncated':>11}{'tokens':>8}")
     for name in SETS:
         rows = read_rows(name)[: arguments.problems]

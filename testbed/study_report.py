@@ -27,7 +27,7 @@ from testbed.study import (
     search_scores,
 )
 
-TITLES = {"small": "training difficulty (`small`)", "small_hard": "one notch harder (`small_hard`)"}
+TITLES = {"small": "training difficulty (`small`)", "small_hard": "harder (`small_hard`)"}
 ABLATION = {
     "pwopsd": ("schedule on", "mean per sequence"),
     "pwopsd_global": ("schedule on", "mean over all tokens"),

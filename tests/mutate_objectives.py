@@ -119,20 +119,20 @@ MUTANTS = (
     Mutant(
         "tau with the wrong sign",
         OBJECTIVES,
-        "- hyper.position_tau) / hyper.position_s)",
-        "+ hyper.position_tau) / hyper.position_s)",
+        "- hyper.position_tau) / hyper.position_s",
+        "+ hyper.position_tau) / hyper.position_s",
     ),
     Mutant(
         "s multiplies",
         OBJECTIVES,
-        "- hyper.position_tau) / hyper.position_s)",
-        "- hyper.position_tau) * hyper.position_s)",
+        "- hyper.position_tau) / hyper.position_s",
+        "- hyper.position_tau) * hyper.position_s",
     ),
     Mutant(
         "f_t = i / L without the half",
         OBJECTIVES,
-        "(index.double() + 0.5)",
-        "(index.double() + 1.0)",
+        "(index.double() - 0.5)",
+        "index.double()",
     ),
     Mutant(
         "pwopsd as a mean over all tokens",
@@ -155,8 +155,8 @@ MUTANTS = (
     Mutant(
         "token mean becomes a sum",
         OBJECTIVES,
-        "return Reduction(stats.term.sum(), _count_tokens(lengths, hyper))",
-        "return Reduction(stats.term.sum(), _count_tokens(lengths, hyper) * 0)",
+        "return Reduction(batch.stats.term.sum(), _count_tokens(batch.lengths, hyper))",
+        "return Reduction(batch.stats.term.sum(), _count_tokens(batch.lengths, hyper) * 0)",
     ),
     Mutant(
         "advantage with the wrong sign",
@@ -203,14 +203,14 @@ MUTANTS = (
     Mutant(
         "quantile without interpolation",
         OBJECTIVES,
-        "return torch.lerp(ordered[low], ordered[high], place - low)",
+        "return ordered[low].lerp(ordered[high], place - low)",
         "return ordered[low]",
     ),
     Mutant(
         "refinement begins one step late",
         OBJECTIVES,
-        "    if step < hyper.reopold_t_switch:\n        return",
-        "    if step <= hyper.reopold_t_switch:\n        return",
+        "    if batch.step < hyper.reopold_t_switch:\n        return",
+        "    if batch.step <= hyper.reopold_t_switch:\n        return",
     ),
     Mutant(
         "refinement keeps the certain tokens",
@@ -221,8 +221,8 @@ MUTANTS = (
     Mutant(
         "reopold divides by all tokens",
         OBJECTIVES,
-        "return Reduction(torch.where(keep, stats.term, 0.0).sum(), keep.sum(), metrics)",
-        "return Reduction(torch.where(keep, stats.term, 0.0).sum(), keep.sum() * 0 + keep.numel(), metrics)",
+        "return Reduction(stats.term.where(keep, 0.0).sum(), keep.sum(), metrics)",
+        "return Reduction(stats.term.where(keep, 0.0).sum(), keep.sum() * 0 + keep.numel(), metrics)",
     ),
     Mutant(
         "no protection from a count of 0",

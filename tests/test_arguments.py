@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from opsd.arguments import (
-    BOUNDS,
-    CHOICES,
-    MethodArguments,
-    ModelArguments,
-    RolloutArguments,
-    check_bounds,
-    hyperparameters,
-    parse_arguments,
-)
+from opsd.arguments import GROUPS, TRAINER_DEFAULTS, TRAINER_RANGES, parse_arguments
 from opsd.errors import UsageError, run_cli
+from opsd.objectives import METHODS, Hyperparameters
+from opsd.options import Range, check_range
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = [
@@ -34,7 +28,8 @@ MINIMAL = [
     "--use_cpu",
     "true",
 ]
-ALL_FOUR = "choose one of opsd, eopd, reopold, pwopsd"
+FOUR = "one of opsd, eopd, reopold, pwopsd"
+ALL_FOUR = f"choose {FOUR}"
 
 
 def refusal(*flags: str) -> str:
@@ -63,9 +58,7 @@ def test_defaults_are_the_papers(monkeypatch):
         "reopold_t_switch": 50,
         "loss_scope": "micro_batch",
     }
-    assert vars(hyperparameters(method)) == {
-        name: value for name, value in vars(method).items() if name not in ("method", "loss_scope")
-    }
+    assert isinstance(method, Hyperparameters), "the objective's numbers have one home"
     assert (rollout.rollout_temperature, rollout.rollout_top_p, rollout.rollout_top_k) == (1.1, 0.95, 20)
     assert (rollout.max_completion_length, options.max_length) == (1024, 20000)
     assert (rollout.rollout, rollout.vllm_gpu_memory_utilization) == ("vllm", 0.4)
@@ -89,63 +82,64 @@ def test_defaults_are_the_papers(monkeypatch):
     assert training.logging_nan_inf_filter is False
 
 
-def outside(name: str) -> list[str]:
-    """Values just outside a flag's interval, as text."""
-    low, high, low_allowed, high_allowed = BOUNDS[name]
-    values = ["nan", "inf"] if math.isinf(high) else ["nan", str(high) if not high_allowed else str(high + 1)]
-    if not math.isinf(low):
-        values.append(str(low - 1 if low_allowed else low))
-    values.append("-inf")
+FIELDS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
+RANGES = TRAINER_RANGES | {name: f.metadata["range"] for name, f in FIELDS.items() if f.metadata["range"]}
+
+
+def outside(allowed: Range) -> list[float]:
+    """Values just outside an interval."""
+    values = [math.nan, math.inf, -math.inf]
+    if math.isfinite(allowed.low):
+        values.append(allowed.low if allowed.low_open else allowed.low - 1)
+    if math.isfinite(allowed.high):
+        values.append(allowed.high if allowed.high_open else allowed.high + 1)
     return values
 
 
-def test_every_bound_refuses_what_lies_outside_by_name():
-    for name, (low, high, *_) in BOUNDS.items():
-        for text in outside(name):
-            with pytest.raises(UsageError, match=rf"^--{name} .*must lie in [\[(]{low}, {high}[\])]$"):
-                check_bounds({name: float(text)})
+def test_every_range_refuses_what_lies_outside_and_takes_what_lies_inside():
+    for name, allowed in RANGES.items():
+        for value in outside(allowed):
+            wanted = "finite" if math.isinf(value) else re.escape(str(allowed))
+            with pytest.raises(UsageError, match=rf"^--{name} is {value}, but must be {wanted}$"):
+                check_range(name, value, allowed)
+        for value, is_open in ((allowed.low, allowed.low_open), (allowed.high, allowed.high_open)):
+            if math.isfinite(value) and not is_open:
+                check_range(name, value, allowed)
+        check_range(name, (TRAINER_DEFAULTS | {n: f.default for n, f in FIELDS.items()}).get(name), allowed)
 
 
-def test_every_bound_takes_its_default_and_its_closed_ends():
-    defaults = {}
-    for group in (MethodArguments, RolloutArguments, ModelArguments):
-        defaults |= {f.name: f.default for f in dataclasses.fields(group)}
-    check_bounds({name: defaults[name] for name in BOUNDS if name in defaults})
-    for name, (low, high, low_allowed, high_allowed) in BOUNDS.items():
-        check_bounds({name: low} if low_allowed else {})
-        check_bounds({name: high} if high_allowed else {})
-
-
-def test_every_numeric_flag_of_ours_has_a_bound():
-    for group in (MethodArguments, RolloutArguments, ModelArguments):
-        for f in dataclasses.fields(group):
-            numeric = isinstance(f.default, (int, float)) and not isinstance(f.default, bool)
-            assert not numeric or f.name in BOUNDS, f.name
-            assert f.metadata.get("help"), f"{f.name} says what it is"
+def test_every_flag_of_ours_has_a_help_text_and_every_number_a_range():
+    for name, f in FIELDS.items():
+        numeric = isinstance(f.default, (int, float)) and not isinstance(f.default, bool)
+        assert not numeric or f.metadata["range"], name
+        assert f.metadata["help"], name
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "0"], "--temperature 0.0: must lie in (0.0, inf)"),
-        (["--temperature", "nan"], "--temperature nan: must lie in (0.0, inf)"),
+        (["--temperature", "0"], "--temperature is 0.0, but must be more than 0"),
+        (["--temperature", "nan"], "--temperature is nan, but must be more than 0"),
         (["--temperature", "warm"], "argument --temperature: invalid float value: 'warm'"),
-        (["--jsd_token_clip", "-0.1"], "--jsd_token_clip -0.1: must lie in [0.0, inf)"),
-        (["--position_w_min", "1.5"], "--position_w_min 1.5: must lie in [0.0, 1.0]"),
-        (["--position_s", "0"], "--position_s 0.0: must lie in (0.0, inf)"),
-        (["--position_tau", "inf"], "--position_tau inf: must lie in (-inf, inf)"),
-        (["--eopd_top_k", "0"], "--eopd_top_k 0: must lie in [1, inf)"),
-        (["--reopold_lambda", "1"], "--reopold_lambda 1.0: must lie in (0.0, 1.0)"),
+        (["--jsd_token_clip", "-0.1"], "--jsd_token_clip is -0.1, but must be at least 0"),
+        (["--position_w_min", "1.5"], "--position_w_min is 1.5, but must be in [0, 1]"),
+        (["--position_s", "0"], "--position_s is 0.0, but must be more than 0"),
+        (["--position_tau", "inf"], "--position_tau is inf, but must be finite"),
+        (["--eopd_top_k", "0"], "--eopd_top_k is 0, but must be at least 1"),
+        (["--reopold_lambda", "1"], "--reopold_lambda is 1.0, but must be in (0, 1)"),
         (["--reopold_t_switch", "2.5"], "invalid int value: '2.5'"),
-        (["--rollout_top_p", "0"], "--rollout_top_p 0.0: must lie in (0.0, 1.0]"),
-        (["--max_completion_length", "0"], "--max_completion_length 0: must lie in [1, inf)"),
-        (["--learning_rate", "-1"], "--learning_rate -1.0: must lie in (0.0, inf)"),
-        (["--max_steps", "-1"], "--max_steps -1: must lie in [1, inf)"),
-        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: must lie in [1, inf)"),
-        (["--seed", "-1"], "--seed -1: must lie in [0, 4294967295]"),
-        (["--rollout", "sglang"], "--rollout 'sglang': choose one of hf, vllm"),
-        (["--loss_scope", "epoch"], "--loss_scope 'epoch': choose one of micro_batch, global"),
-        (["--dtype", "float16"], "--dtype 'float16': choose one of auto, float32, bfloat16"),
+        (["--rollout_top_p", "0"], "--rollout_top_p is 0.0, but must be in (0, 1]"),
+        (["--max_completion_length", "0"], "--max_completion_length is 0, but must be at least 1"),
+        (["--learning_rate", "-1"], "--learning_rate is -1.0, but must be more than 0"),
+        (["--max_steps", "-1"], "--max_steps is -1, but must be at least 1"),
+        (
+            ["--per_device_train_batch_size", "0"],
+            "--per_device_train_batch_size is 0, but must be at least 1",
+        ),
+        (["--seed", "-1"], "--seed is -1, but must be in [0, 4294967295]"),
+        (["--rollout", "sglang"], "--rollout is 'sglang', but must be one of hf, vllm"),
+        (["--loss_scope", "epoch"], "--loss_scope is 'epoch', but must be one of micro_batch, global"),
+        (["--dtype", "float16"], "--dtype is 'float16', but must be one of auto, float32, bfloat16"),
         (["--max_completion_length", "20000"], "--max_completion_length 20000 leaves no room for a prompt"),
         (["--no_such_flag", "1"], "--no_such_flag"),
         (["--tempera", "1.0"], "--tempera"),
@@ -183,9 +177,9 @@ def test_what_is_missing_is_named(flag):
         ([], f"--method is missing: {ALL_FOUR}"),
         (["--method"], f"--method is missing: {ALL_FOUR}"),
         (["--method", "--bf16"], f"--method is missing: {ALL_FOUR}"),
-        (["--method", "sft"], f"--method 'sft': {ALL_FOUR}"),
-        (["--method=OPSD"], f"--method 'OPSD': {ALL_FOUR}"),
-        (["--temperature", "nan"], f"--method is missing: {ALL_FOUR}"),
+        (["--method", "sft"], f"--method is 'sft', but must be {FOUR}"),
+        (["--method=OPSD"], f"--method is 'OPSD', but must be {FOUR}"),
+        (["--temperature", "1"], f"--method is missing: {ALL_FOUR}"),
     ],
 )
 def test_the_method_is_asked_for_first(flags, message, capsys):
@@ -207,7 +201,7 @@ def test_the_command_says_so_in_one_line_before_the_heavy_imports():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout == "2 []\n"
-    assert done.stderr == f"error: --method 'grpo': {ALL_FOUR}\n"
+    assert done.stderr == f"error: --method is 'grpo', but must be {FOUR}\n"
 
 
 def test_the_plain_command_without_arguments():
@@ -226,8 +220,8 @@ def test_one_process_over_several_gpus_is_refused():
         _check_devices(SimpleNamespace(n_gpu=4))
 
 
-def test_choices_and_help_know_the_same_names():
-    assert CHOICES["method"] == ("opsd", "eopd", "reopold", "pwopsd")
+def test_help_and_the_names_of_the_methods():
+    assert FIELDS["method"].metadata["choices"] == tuple(METHODS) == ("opsd", "eopd", "reopold", "pwopsd")
     with pytest.raises(SystemExit) as stop:
         parse_arguments(["--help"])
     assert stop.value.code == 0

@@ -89,7 +89,7 @@ def test_a_wrong_method_is_told_before_the_heavy_imports() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "error: --method 'sft'" in done.stderr
+    assert "error: --method is 'sft'" in done.stderr
     assert "transformers" not in done.stderr
     assert " torch" not in done.stderr
 

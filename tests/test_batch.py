@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opsd.batch import length_groups, role_batch
 from opsd.head import head_of
-from opsd.objectives import METHODS, Hyperparameters, reopold_mask
+from opsd.objectives import METHODS, Hyperparameters, ReductionInput, reopold_mask
 from opsd.token_stats import token_statistics
 from tests.test_token_stats import tiny_adapted_model
 
@@ -137,11 +137,15 @@ def loss_and_gradient(model, method, sequences, *, ratio, pad=PAD):
         head=head_of(model.get_base_model()),
     )
     lengths = torch.tensor([len(completion) for completion in completions])
-    reduction = row.reduce(stats, lengths, hyper, step=0)
+    reduction = row.reduce(ReductionInput(stats, lengths), hyper)
     loss = reduction.loss()
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    kept = reopold_mask(stats, hyper, step=0) if method == "reopold" else torch.ones_like(stats.term)
+    kept = (
+        reopold_mask(ReductionInput(stats, lengths), hyper)
+        if method == "reopold"
+        else torch.ones_like(stats.term)
+    )
     weight = kept.split(lengths.tolist())
     return (
         stats.term.detach().split(lengths.tolist()),

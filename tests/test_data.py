@@ -191,9 +191,15 @@ def test_positions_of_the_model():
 
 def test_the_environment_replaces_the_default_dataset(monkeypatch, tmp_path):
     monkeypatch.delenv("PWOPSD_TRAIN_DATASET", raising=False)
-    assert ModelArguments().train_dataset == DEFAULT_DATASET == "siyanzhao/Openthoughts_math_30k_opsd"
+    assert (
+        ModelArguments(model_name_or_path="m").train_dataset
+        == DEFAULT_DATASET
+        == "siyanzhao/Openthoughts_math_30k_opsd"
+    )
     monkeypatch.setenv("PWOPSD_TRAIN_DATASET", "")
-    assert ModelArguments().train_dataset == DEFAULT_DATASET, "an empty variable is as good as none"
+    assert ModelArguments(model_name_or_path="m").train_dataset == DEFAULT_DATASET, (
+        "an empty variable is as good as none"
+    )
     path = write(tmp_path / "mine.jsonl")
     monkeypatch.setenv("PWOPSD_TRAIN_DATASET", path)
     flags = [

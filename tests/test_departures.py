@@ -23,7 +23,7 @@ def test_every_test_that_a_page_cites_exists(page):
         assert re.search(rf"^def {name}\(", (ROOT / file).read_text("utf-8"), re.MULTILINE), (file, name)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "vllm.md"])
 def test_every_file_that_a_page_names_exists(page):
     text = (ROOT / "docs" / page).read_text("utf-8")
     named = set(re.findall(r"\b((?:bench|opsd|tests|launchers)/[\w/]+\.(?:py|sh))\b", text))
@@ -35,13 +35,14 @@ def test_every_file_that_a_page_names_exists(page):
 def test_every_departure_of_the_published_code_has_its_row():
     text = (ROOT / "docs" / "departures.md").read_text("utf-8")
     rows = re.findall(r"^\| \*\*(.+?)\*\* \|", text, re.MULTILINE)
-    assert len(rows) == len(set(rows)) == 19
-    # Each row of the first table says what was measured.
+    assert len(rows) == len(set(rows)) == 23
+    # Each row of the first table says which of the paper's rows it moves, by which half, and how far.
     first = text.split("## Differences in how")[0]
     for row in re.findall(r"^\| \*\*.+\|$", first, re.MULTILINE):
         cells = [cell.strip() for cell in row.strip("|").split(" | ")]
         assert len(cells) == 6, row
-        assert re.search(r"\d|NaN", cells[-1]), row
+        assert re.match(r"(all|Qwen3-4B|DSR1|Olmo-3).*; (training|evaluation)", cells[1]), row
+        assert re.search(r"\d|NaN|not measured", cells[4]), row
 
 
 def test_shared_samples_are_counted_once_each():
@@ -49,6 +50,20 @@ def test_shared_samples_are_counted_once_each():
     assert measure_departures._shared([a, a, b], [a, c, b]) == 2
     assert measure_departures._shared([a, b], [c, c]) == 0
     assert measure_departures._shared([a, a], [a, a]) == 2
+
+
+def test_a_prompt_of_dsr1s_kind_begins_once_here_and_two_or_three_times_there():
+    tokenizer = measure_departures.bos_tokenizer(str(ROOT / "testbed" / "base_model"))
+    counts = measure_departures.beginnings(tokenizer, "Find 12 + 30.")
+    assert counts == {"teacher and evaluation": 2, "rollout": 3, "here": 1}
+
+
+def test_bf16_loses_small_steps_and_float32_does_not():
+    (adapter,) = measure_departures.bf16_adapter(None)
+    assert (adapter.theirs, adapter.ours) == ("90.0% unmoved", "0.0% unmoved")
+    (merge,) = measure_departures.bf16_merge(None)
+    lost = float(re.match(r"([\d.]+)% of the entries unchanged", merge.theirs)[1])
+    assert 15 < lost < 30
 
 
 def test_what_a_mask_by_pad_id_loses():

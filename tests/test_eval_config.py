@@ -74,7 +74,6 @@ def test_flags_reach_the_settings():
         (["--engine", "tgi"], "--engine is 'tgi'"),
         (["--engine", "hf", "--tensor_parallel_size", "2"], "--tensor_parallel_size needs --engine vllm"),
         (["--output", "r.txt"], "must end in .json"),
-        (["--enable_thinking", "--no_thinking"], "--no_thinking"),
         (["--temp", "1"], "--temp"),
         (["--unknown"], "--unknown"),
     ],

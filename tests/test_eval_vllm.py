@@ -100,6 +100,19 @@ def test_the_killed_command_continues(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each of two workers needs a core")
+def test_two_tensor_parallel_workers_give_the_texts_of_one(
+    world: Path, tmp_path: Path, reference: dict[str, Any]
+) -> None:
+    """The command with worker processes of vLLM ("mp"), as the paper evaluates on 4 GPUs; seeded samples."""
+    config = config_of(world, tmp_path / "two.json", engine="vllm", tensor_parallel_size=2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command_of(config), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert load_result(config.output)["results"] == reference["results"]
+
+
+@pytest.mark.slow
 def test_two_copies_give_the_result_of_one_process(
     world: Path, tmp_path: Path, reference: dict[str, Any]
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -66,9 +66,14 @@ def tiny_base(folder: Path, kind: str = "qwen3-tied", *, dtype: torch.dtype = to
     model.save_pretrained(folder)
     vocabulary = {word: i for i, word in enumerate(["<p>", "<e>", "<u>", "<a>", *"0123456789+-= "])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<p>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<p>", eos_token="<e>", additional_special_tokens=["<u>", "<a>"]
+        tokenizer_object=core,
+        pad_token="<p>",
+        unk_token="<p>",
+        eos_token="<e>",
+        additional_special_tokens=["<u>", "<a>"],
     )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -186,7 +191,7 @@ def test_merged_folder_is_complete_and_says_what_it_is(world, tmp_path):
     assert merged["base_model"] == str(base)
     assert {"python", "torch", "peft"} <= merged["versions"].keys()
     assert read_manifest(out) == read_manifest(checkpoint.parent)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False) == "<u>1"
@@ -247,13 +252,14 @@ def test_killed_inside_the_sentinel_is_merged_again(world, tmp_path, monkeypatch
     base, checkpoint = world
     out = tmp_path / "m"
 
-    def killed(path, value):
+    def killed(path, value, real=opsd.files.atomic_write_json):
+        if Path(path).name != SENTINEL_NAME:
+            return real(path, value)
         Path(path).with_name(f".{SENTINEL_NAME}{opsd.files.PARTIAL_MARK}1-0").write_text("{")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("opsd.run_identity.atomic_write_json", killed)
-        patch.setattr(merge_lora, "write_manifest", lambda folder, value: (folder / "manifest.json").touch())
         with pytest.raises(KeyboardInterrupt):
             merge_lora.merge(str(base), checkpoint, out)
     merge_lora.merge(str(base), checkpoint, out)
@@ -451,18 +457,16 @@ def test_bases_that_cannot_be_used_are_refused(world, tmp_path, monkeypatch):
 
     cases = [
         ("no tokenizer", lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer"),
-        ("cut tokenizer", lambda f: cut(f / "tokenizer.json"), "no usable tokenizer"),
+        ("cut tokenizer", lambda f: cut(f / "tokenizer.json"), "tokenizer of .* cannot be loaded"),
         ("no template", lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
-        ("no config", lambda f: (f / "config.json").unlink(), "no usable config.json"),
+        ("no config", lambda f: (f / "config.json").unlink(), "no config.json"),
         ("not causal", encoder, "not a causal language model"),
         ("no weights", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
-        ("cut weights", lambda f: cut(f / "model.safetensors"), "SHA-256"),
+        ("cut weights", lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
     ]
     for name, damage, words in cases:
         refused(ArtefactError, words, tmp_path, variant(name, damage), checkpoint, accept_base_name=True)
-    refused(
-        ArtefactError, "neither a folder nor", tmp_path, "no/such-model", checkpoint, accept_base_name=True
-    )
+    refused(ArtefactError, "HF_HUB_OFFLINE", tmp_path, "no/such-model", checkpoint, accept_base_name=True)
 
 
 def test_too_little_room_is_told_beforehand(world, tmp_path, monkeypatch):
@@ -499,6 +503,73 @@ def test_foreign_folders_are_never_replaced(world, tmp_path):
             merge_lora.merge(str(base), checkpoint, target)
     assert (home / "thesis.tex").read_text() == "years of work"
     assert (base / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("manifest", [None, '{"name": "an extension", "version": 3}'])
+def test_a_strangers_model_folder_is_never_replaced(world, tmp_path, manifest):
+    """Its files are named as ours are. The check before a training refuses it too."""
+    base, checkpoint = world
+    theirs = shutil.copytree(base, tmp_path / "x_merged")
+    if manifest:
+        (theirs / "manifest.json").write_text(manifest)
+    before = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    for attempt in (
+        lambda: merge_lora.merge(str(base), checkpoint, theirs),
+        lambda: merge_lora.main(["--check", str(theirs)]),
+    ):
+        with pytest.raises(UsageError, match=r"holds a model without a manifest\.json or \.ready"):
+            attempt()
+    assert before == {path.name: path.read_bytes() for path in theirs.iterdir()}
+
+
+@pytest.mark.parametrize("target", ["empty", "absent", "merged"])
+def test_a_linked_output_stays_a_link(world, tmp_path, target):
+    """`x_merged` on a big disk: the folder behind the link is filled, or replaced."""
+    base, checkpoint = world
+    disk, out = tmp_path / "disk" / "models", tmp_path / "x_merged"
+    out.symlink_to(disk)
+    if target == "empty":
+        disk.mkdir(parents=True)
+    if target == "merged":
+        merge_lora.merge(str(base), checkpoint, disk)
+        (disk / "model.safetensors").write_bytes(b"")
+    merge_lora.merge(str(base), checkpoint, out)
+    assert out.is_symlink()
+    check_merged(disk, hashes=True, expected_run_name="tiny_pwopsd")
+    assert [path.name for path in disk.parent.iterdir()] == ["models"]
+
+
+def test_a_link_to_itself_is_refused(world, tmp_path):
+    base, checkpoint = world
+    (tmp_path / "x").symlink_to(tmp_path / "x")
+    with pytest.raises(UsageError, match="is no folder"):
+        merge_lora.merge(str(base), checkpoint, tmp_path / "x")
+
+
+def test_a_linked_checkpoint_is_its_runs(world, tmp_path):
+    base, checkpoint = world
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copyfile(checkpoint.parent / "manifest.json", run / "manifest.json")
+    shutil.copytree(checkpoint, tmp_path / "disk" / "hundred")
+    (run / checkpoint.name).symlink_to(tmp_path / "disk" / "hundred")
+    merge_lora.merge(str(base), run / checkpoint.name, tmp_path / "m")
+    check_merged(tmp_path / "m", expected_run_name="tiny_pwopsd", expected_step=100)
+
+
+@pytest.mark.parametrize("side", ["base", "adapter"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_merges_that_are_not_finite_are_refused(world, tmp_path, side, value):
+    from safetensors.torch import load_file, save_file
+
+    base, checkpoint = shutil.copytree(world[0], tmp_path / "base"), foreign(world[1], tmp_path / "theirs")
+    file = base / "model.safetensors" if side == "base" else checkpoint / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(key for key in weights if "norm" in key or "up_proj.lora_B" in key)
+    weights[name].view(-1)[3] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    words = "not finite in .*(norm|up_proj)"
+    refused(ArtefactError, words, tmp_path, base, checkpoint, accept_base_name=True)
 
 
 def test_adapters_of_another_project_merge_without_a_manifest(world, tmp_path):

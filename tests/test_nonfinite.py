@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from transformers import TrainerCallback
 
 from opsd.errors import ArtefactError
 from opsd.nonfinite import NonFiniteGuard
-from opsd.objectives import METHODS
+from opsd.objectives import METHODS, StatsConfig, TokenStats
 from opsd.step_records import read_metrics
-from opsd.token_stats import TokenStats
+from opsd.token_stats import token_statistics
 from opsd.trainer import OPSDTrainer
 from tests.test_trainer import adapter, run
 
@@ -56,9 +58,9 @@ def spoil(trainer, where: str, value: float, steps: set[int]) -> None:
         return
     method = trainer.method
 
-    def reduce(stats, lengths, hyper, *, step, threshold=None):
-        reduction = method.reduce(stats, lengths, hyper, step=step, threshold=threshold)
-        return dataclasses.replace(reduction, total=reduction.total * (value if step in steps else 1.0))
+    def reduce(batch, hyper):
+        reduction = method.reduce(batch, hyper)
+        return dataclasses.replace(reduction, total=reduction.total * (value if batch.step in steps else 1.0))
 
     trainer.method = dataclasses.replace(method, reduce=reduce)
 
@@ -209,6 +211,26 @@ def test_the_evidence_counts_and_bounds_what_is_finite(tmp_path):
         "min": 1.0,
         "max": 1.0,
     }
+
+
+def test_the_guard_keeps_no_graph(tmp_path):
+    """The hidden states of a micro-batch are freed after its backward pass, not at the end of the step."""
+    guard = NonFiniteGuard(tmp_path, tolerated=0)
+    hidden = torch.randn(3, 20, requires_grad=True)
+    stats = token_statistics(
+        hidden * 1.0,
+        torch.randn(3, 20),
+        torch.tensor([1, 2, 3]),
+        config=StatsConfig(temperature=1.0, divergence_clip=0.05),
+        term=lambda stats: stats.clipped_divergence,
+    )
+    loss = stats.term.sum()
+    loss.backward()
+    guard.see_loss(loss, [1], stats)
+    alive = weakref.ref(hidden)
+    del hidden, stats, loss
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("method", METHODS)

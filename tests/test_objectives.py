@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from opsd.objectives import (
     METHODS,
     Hyperparameters,
+    ReductionInput,
     entropy_threshold,
     position_fractions,
     position_weights,
@@ -46,7 +47,7 @@ def dense_loss(method, student, teacher, ids, mask, *, hyper, step=0, **config):
     stats = token_statistics(
         student[mask], teacher[mask], ids[mask], config=stats_config, term=lambda s: row.term(s, hyper)
     )
-    return row.reduce(stats, mask.sum(1), hyper, step=step).loss()
+    return row.reduce(ReductionInput(stats, mask.sum(1), step), hyper).loss()
 
 
 def golden(name, key):

@@ -117,21 +117,23 @@ def test_every_metric_of_the_methods_has_a_title(tmp_path):
     """What a reduction logs is drawn under a name and unit of its own, and nothing has a title in vain."""
     import torch
 
-    from opsd.objectives import Hyperparameters
-    from opsd.token_stats import TokenStats
+    from opsd.objectives import Hyperparameters, ReductionInput, TokenStats
 
     ones = torch.ones(4)
     names = dict.fromkeys(vars(TokenStats(**dict.fromkeys(TokenStats.__annotations__, ones))), ones)
     logged = set()
     for method in METHODS.values():
-        reduction = method.reduce(TokenStats(**names), torch.tensor([1, 3]), Hyperparameters(), step=0)
+        reduction = method.reduce(
+            ReductionInput(TokenStats(**names), torch.tensor([1, 3])), Hyperparameters()
+        )
         logged |= set(reduction.metrics)
     assert logged == set(METHOD_PANELS)
 
 
 def test_the_trainer_logs_what_the_panels_show():
     """Every key of a panel is one that the trainer or transformers writes: a renamed one would go missing."""
-    source = Path(run_plots.__file__).with_name("trainer.py").read_text("utf-8")
+    folder = Path(run_plots.__file__).parent
+    source = "".join((folder / name).read_text("utf-8") for name in ("trainer.py", "step_metrics.py"))
     for key in (key for each in PANELS for key, _ in each.series):
         assert (
             key in ("loss", "grad_norm", "learning_rate")

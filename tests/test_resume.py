@@ -302,7 +302,7 @@ def test_rotation_spares_the_checkpoint_to_merge_and_follows_links(tmp_path: Pat
     (run / "checkpoint-1").symlink_to(disk)
     assert checkpoints.rotate(run, 1, keep=2) == [run / "checkpoint-1", run / "checkpoint-3"]
     assert [step for step, _ in checkpoints.checkpoints(run)] == [2, 4]
-    assert not disk.exists()
+    assert not (disk / checkpoints.MARKER).exists()
 
 
 # -- one run, one identity -----------------------------------------------------------------------------------
@@ -435,9 +435,10 @@ def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> N
         "STACK": "cpu",
         "OUTPUT_ROOT": str(tmp_path / "outputs"),
         "MERGE_STEP": "3",
+        "RUN_NAME": "small_pwopsd_short",
         "OMP_NUM_THREADS": "1",
     }
-    run = tmp_path / "outputs" / "small_pwopsd"
+    run = tmp_path / "outputs" / "small_pwopsd_short"
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     while checkpoints.newest_complete(run) is None:
         assert first.poll() is None, "the launcher ended before its first checkpoint"
@@ -445,11 +446,11 @@ def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> N
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     left = checkpoints.newest_complete(run).name
-    assert not (tmp_path / "outputs" / "small_pwopsd_merged").exists()
+    assert not (tmp_path / "outputs" / "small_pwopsd_short_merged").exists()
     again = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert f"resuming from {run}/{left}" in again.stderr or left == "checkpoint-3"
-    check_merged(tmp_path / "outputs" / "small_pwopsd_merged", expected_step=3, hashes=True)
+    check_merged(tmp_path / "outputs" / "small_pwopsd_short_merged", expected_step=3, hashes=True)
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
     shutil.rmtree(tmp_path / "outputs")
 

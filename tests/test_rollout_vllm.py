@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opsd import vllm_setup
+from opsd import models, vllm_setup
 from opsd.errors import ArtefactError, UsageError
 from opsd.rollout import Completion, Request, Sampling
 from opsd.rollout_vllm import VLLMEngine
@@ -369,28 +369,38 @@ def test_ranks_share_engines_in_equal_groups_or_not_at_all(monkeypatch):
     assert (vllm_setup.placement(1), vllm_setup.placement(2)) == ("uni", "mp")
 
 
+def test_every_worker_has_cores_of_its_own(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 2, 7})
+    assert vllm_setup.worker_cores(2) == "2,7|5"
+    with pytest.raises(
+        UsageError, match="tensor parallel size is 4, but this process may use only 3 CPU cores"
+    ):
+        vllm_setup.worker_cores(4)
+
+
 def test_the_checkpoints_dtype_is_kept(world):
-    config = vllm_setup.read_config(str(world.folder), False)
+    config = models.load_config(str(world.folder))
     assert vllm_setup.model_dtype("auto", config) == "float32"
     assert vllm_setup.model_dtype("bfloat16", config) == "bfloat16"
-    assert vllm_setup.end_token_ids(str(world.folder), config, False) == END_IDS
+    assert models.end_token_ids(str(world.folder), config) == END_IDS
 
 
 @pytest.mark.slow
 def test_two_ranks_share_an_engine_or_have_one_each(tmp_path):
     """Pushes work, each rank gets its own completions alone, and the process group survives both engines."""
-    make_model("qwen3", False, tmp_path, END_IDS)
+    make_model("qwen3", False, tmp_path / "model", END_IDS)
+    (found := tmp_path / "found").mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*command, str(ROOT / "tests" / "vllm_two_ranks.py"), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [*command, str(ROOT / "tests" / "vllm_two_ranks.py"), str(tmp_path / "model"), str(found)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert sorted(line for line in result.stdout.splitlines() if line.startswith("rank")) == [
-        "rank 0: shared engine 3 right, group alive; own engine 3 right, group alive",
-        "rank 1: shared engine 2 right, group alive; own engine 2 right, group alive",
-    ]
+    assert {path.name: path.read_text() for path in found.iterdir()} == {
+        "0": "shared engine 3 right, group alive; own engine 3 right, group alive",
+        "1": "shared engine 2 right, group alive; own engine 2 right, group alive",
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -251,10 +252,8 @@ def test_reproduce_small_runs_every_cell_with_every_seed():
     commands = [words for _, words in dry_run("reproduce_small.sh", TRAINING_SEEDS="1 2", SEEDS="1 2")]
     trains = [words for words in commands if any(word.endswith("ea_opsd_train.py") for word in words)]
 
-    def flag(words: list[str], name: str) -> str | None:
-        # The launcher's own value comes first, the study's last; the last one counts.
-        places = [i for i, word in enumerate(words) if word == f"--{name}"]
-        return words[places[-1] + 1] if places else None
+    def flag(words: list[str], name: str) -> str:
+        return words[words.index(f"--{name}") + 1]
 
     named = {Path(flag(words, "output_dir")).name: words for words in trains}
     searched = [name for name in named if "_lr" in name]
@@ -269,7 +268,7 @@ def test_reproduce_small_runs_every_cell_with_every_seed():
     assert flag(named["small_pwopsd_global_t2"], "position_global_reduction") == "True"
     assert flag(named["small_pwopsd_flat_t1"], "position_w_min") == "1"
     assert flag(named["small_reopold_t1"], "reopold_t_switch") == "16"  # a third of 50 steps
-    assert flag(named["small_reopold_t42"], "reopold_t_switch") is None
+    assert flag(named["small_reopold_t42"], "reopold_t_switch") == "50"
     seeds = {name.split("_t")[-1]: flag(words, "seed") for name, words in named.items() if "_t" in name}
     assert seeds == {"1": "1", "2": "2", "42": "42"}
     evaluations = [words for words in commands if any(word.endswith("evaluate_math.py") for word in words)]
@@ -296,7 +295,8 @@ def test_reproduce_small_refuses_wrong_settings(settings):
 def test_a_failed_run_of_the_study_is_named_and_the_others_go_on(tmp_path):
     """The launcher's own job control, with a train.sh and run_eval.sh that only note their calls."""
     tree = tmp_path / "tree"
-    (tree / "launchers").mkdir(parents=True)
+    for folder in ("methods", "models"):
+        shutil.copytree(LAUNCHERS / folder, tree / "launchers" / folder)
     for name in ("common.sh", "reproduce_small.sh", "ablation.sh"):
         (tree / "launchers" / name).write_bytes((LAUNCHERS / name).read_bytes())
     (tree / "launchers" / "install.py").write_text("")

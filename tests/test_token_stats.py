@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.head import Head, attach_hidden_forward, head_of
-from opsd.objectives import METHODS, Hyperparameters
-from opsd.token_stats import COLUMN_ENTRIES, StatsConfig, _largest, sampling_audit, token_statistics
+from opsd.objectives import METHODS, Hyperparameters, ReductionInput, StatsConfig
+from opsd.token_stats import COLUMN_ENTRIES, _largest, dense_statistics, sampling_audit, token_statistics
 
 
 def chunked_loss(method, student, teacher, ids, lengths, *, head, hyper, step=0, chunk=None):
@@ -22,7 +22,7 @@ def chunked_loss(method, student, teacher, ids, lengths, *, head, hyper, step=0,
     stats = token_statistics(
         student, teacher, ids, config=config, term=lambda s: row.term(s, hyper), head=head
     )
-    return row.reduce(stats, torch.tensor(lengths), hyper, step=step).loss()
+    return row.reduce(ReductionInput(stats, torch.tensor(lengths), step), hyper).loss()
 
 
 def plain_logits(head, hidden):
@@ -34,36 +34,12 @@ def plain_logits(head, hidden):
 
 
 def dense_loss(method, student, teacher, ids, lengths, *, hyper, step=0):
-    """Full [N, V] log-softmax of both roles, elementwise divergence, autograd; nothing shared with opsd/."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    log_s = (student.to(dtype) / hyper.temperature).log_softmax(-1)
-    log_t = (teacher.to(dtype) / hyper.temperature).log_softmax(-1).detach()
-    y = ids[:, None]
-    mine, theirs = log_s.gather(1, y)[:, 0], log_t.gather(1, y)[:, 0]
-    reward = theirs - mine.detach()
-    if method == "eopd":
-        top, where = log_t.topk(hyper.eopd_top_k, -1)
-        q = top.exp() / top.exp().sum(-1, keepdim=True)
-        forward = (q * (q.log() - log_s.gather(1, where))).sum(-1)
-        gate = -(log_t.exp() * log_t).sum(-1) > hyper.eopd_entropy_threshold
-        return (-reward * (mine - mine.detach() + 1) + gate * forward).mean()
-    if method == "reopold":
-        entropy = -(log_s.exp() * log_s).sum(-1).detach()
-        floor = math.log(hyper.reopold_lambda) / (1 - hyper.reopold_lambda)
-        refine = step >= hyper.reopold_t_switch
-        keep = entropy >= entropy.quantile(1 - hyper.reopold_beta) if refine else reward >= floor
-        return -(reward.clamp(min=floor) * mine)[keep].sum() / max(int(keep.sum()), 1)
-    entries = log_t.exp() * (log_t - log_s)
-    terms = entries.clamp(max=hyper.jsd_token_clip or math.inf).sum(-1)
-    if method == "opsd":
-        return terms.mean()
-    means = []
-    for row in terms.split(lengths):
-        if len(row):
-            f = (torch.arange(len(row), dtype=dtype) + 0.5) / len(row)
-            gate = torch.sigmoid((f - hyper.position_tau) / hyper.position_s)
-            means.append(((hyper.position_w_min + (1 - hyper.position_w_min) * gate) * row).mean())
-    return torch.stack(means).mean()
+    """The loss from whole [N, V] logits; tests/reference_objectives.py is independent of opsd/."""
+    row = METHODS[method]
+    stats = dense_statistics(
+        student, teacher, ids, config=row.statistics(hyper), term=lambda s: row.term(s, hyper)
+    )
+    return row.reduce(ReductionInput(stats, torch.tensor(lengths), step), hyper).loss()
 
 
 def random_inputs(seed, lengths, hidden, vocabulary, dtype, *, bias=False, scale=1.0, softcap=None):
@@ -143,6 +119,31 @@ def test_loss_and_gradient_equal_the_dense_form(
     ours, dense = float(ours.detach()), float(dense.detach())
     assert abs(ours - dense) <= tolerance * max(abs(dense), 1.0)
     assert relative_error(gradient, expected) <= tolerance
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    chunk=st.sampled_from([None, 1, 3, 100]),
+    clip=st.sampled_from([None, 0.0, 0.05]),
+    top_k=st.sampled_from([None, 1, 16]),
+    temperature=st.sampled_from([0.8, 1.0, 1.1]),
+)
+def test_every_statistic_equals_its_definition(seed, chunk, clip, top_k, temperature):
+    student, teacher, ids, head = random_inputs(seed, [5, 0, 8], 6, 40, torch.float64, softcap=30.0)
+    config = StatsConfig(temperature=temperature, divergence_clip=clip, top_k=top_k, chunk_positions=chunk)
+
+    def term(stats):
+        extra = (stats.clipped_divergence, stats.topk_divergence)
+        return sum((part for part in extra if part is not None), start=stats.student_logprob**2)
+
+    ours = token_statistics(student, teacher, ids, config=config, term=term, head=head)
+    logits = plain_logits(head, student), plain_logits(head, teacher)
+    dense = dense_statistics(*logits, ids, config=config, term=term)
+    for name, value in vars(dense).items():
+        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-10, atol=1e-12, msg=name)
+    gradients = [torch.autograd.grad(stats.term.sum(), student)[0] for stats in (ours, dense)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import opsd.trainer
-from opsd.arguments import hyperparameters, parse_arguments
+from opsd.arguments import parse_arguments
 from opsd.checkpoints import incompleteness
 from opsd.objectives import METHODS
 from opsd.prompts import encode_student, encode_teacher
@@ -85,7 +85,7 @@ def run(tmp_path: Path, method: str, *flags: str, inside=None, name: str = "run"
     patch.setattr(opsd.trainer, "OPSDTrainer", Opened)
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     try:
-        assert train(training, arguments, hyperparameters(arguments), rollout, options) == 0
+        assert train(training, arguments, rollout, options) == 0
     finally:
         patch.undo()
     return tmp_path / name, Opened.outcome
@@ -286,13 +286,21 @@ def test_the_papers_precision_and_gradient_checkpointing(tmp_path):
             )
             return stats
 
+        def inputs_of_adapters(module, inputs):
+            if torch.is_grad_enabled():  # the student pass; rollouts and the teacher have no gradients
+                dtypes.setdefault("adapter inputs", set()).add(inputs[0].dtype)
+
         trainer._statistics = looked
+        for name, module in trainer.model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_pre_hook(inputs_of_adapters)
         OPSDTrainer.train(trainer)
         return trainer
 
     flags = ("--bf16", "true", "--gradient_checkpointing", "true", "--max_steps", "2", "--save_steps", "2")
     folder, trainer = run(tmp_path, "pwopsd", *flags, inside=inside)
     assert dtypes["weight"] == torch.bfloat16
+    assert dtypes["adapter inputs"] == {torch.bfloat16}, "not cast to float32 and back"
     assert dtypes["term"] == torch.float32
     assert all(value.dtype == torch.float32 for value in adapter(trainer.model).values())
     rows = read_metrics(folder)

@@ -1,9 +1,13 @@
-"""Run by test_rollout_vllm.py: torchrun --nproc_per_node 2 tests/vllm_two_ranks.py MODEL"""
+"""Run by test_rollout_vllm.py: torchrun --nproc_per_node 2 tests/vllm_two_ranks.py MODEL FOLDER
+
+Each rank writes what it found to FOLDER/<rank>: two ranks that print may share a line.
+"""
 
 from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -41,11 +45,11 @@ def sample(folder: str, tensor_parallel: int) -> str:
     return f"{right} right, group {'alive' if count == 2 else 'dead'}"
 
 
-def main(folder: str) -> None:
+def main(folder: str, found: str) -> None:
     dist.init_process_group("gloo")
     shared, own = sample(folder, 2), sample(folder, 1)
-    print(f"rank {dist.get_rank()}: shared engine {shared}; own engine {own}", flush=True)
+    (Path(found) / str(dist.get_rank())).write_text(f"shared engine {shared}; own engine {own}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

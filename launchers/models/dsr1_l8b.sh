@@ -6,3 +6,6 @@ DEFAULT_PER_DEVICE_BATCH=2
 DEFAULT_ROLLOUT=vllm
 VLLM_MEMORY_SHARE=0.30
 MODEL_FLAGS=()
+# For the estimate of hours: parameters, and bytes of the key-value cache for a token of context.
+PARAMETERS=8.03e9
+KV_BYTES_PER_TOKEN=131072

@@ -6,3 +6,6 @@ DEFAULT_PER_DEVICE_BATCH=4
 DEFAULT_ROLLOUT=vllm
 VLLM_MEMORY_SHARE=0.40
 MODEL_FLAGS=()
+# For the estimate of hours: parameters, and bytes of the key-value cache for a token of context.
+PARAMETERS=4.02e9
+KV_BYTES_PER_TOKEN=147456

@@ -15,5 +15,7 @@ MODEL_FLAGS=(
   --gradient_checkpointing False
   --use_cpu True
 )
+PARAMETERS=7e5
+KV_BYTES_PER_TOKEN=2048
 # The paper's 38,912 new tokens are more positions than this model has; its answers take about a hundred.
 EVAL_FLAGS=(--max_new_tokens 160)
