@@ -21,7 +21,7 @@ import pytest
 from opsd import checkpoints, files
 from opsd.journal import Journal
 from opsd.run_identity import SENTINEL_NAME, file_list, read_sentinel, write_manifest, write_sentinel
-from tests.test_manifest import a_manifest
+from tests.test_run_identity import a_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Path and shutil call these through the module, so that patching the module is enough.
