@@ -132,12 +132,9 @@ def rotate(run_folder: Path, limit: int | None, *, keep: int | None = None) -> l
     complete = [p for step, p in checkpoints(run_folder) if step != keep and incompleteness(p) is None]
     surplus = complete[: max(len(complete) - limit, 0)] if limit is not None and limit > 0 else []
     for path in surplus:
-        folder = path.resolve()
         # Without its marker a folder that a kill leaves half deleted does not pass for a checkpoint.
         (path / MARKER).unlink()
-        if path.is_symlink():
-            path.unlink()
-        remove_folder(folder)
+        remove_folder(path)
     return surplus
 
 

@@ -12,7 +12,13 @@ from opsd.errors import ArtefactError, UsageError
 from opsd.eval_config import MAX_MODEL_LEN, EvalConfig
 from opsd.models import load_adapter, load_causal_lm, load_config, model_folder
 from opsd.provenance import cached_sha256
-from opsd.run_identity import SENTINEL_NAME, base_differences, check_merged, model_identity, same_source
+from opsd.run_identity import (
+    SENTINEL_NAME,
+    base_differences,
+    check_merged,
+    model_identity,
+    same_source,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -54,15 +60,18 @@ def check_model(config: EvalConfig) -> ModelFacts:
     load = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     model_config = load_config(config.base_model, **load)
     manifest = None
-    load_causal_lm(config.base_model, dtype="auto", device_map="meta", **load)  # vLLM does not miss a tensor
-    if folder.is_dir() and (folder / SENTINEL_NAME).exists():
+    if (folder / SENTINEL_NAME).exists():
         merged = check_merged(folder, hashes=True)
         identity = merged["identity"]
         manifest = _manifest_identity(merged)
     else:
-        folder = model_folder(config.base_model, getattr(model_config, "_commit_hash", config.revision))
+        folder = model_folder(
+            config.base_model, getattr(model_config, "_commit_hash", None) or config.revision
+        )
         files = {path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()}
         identity = model_identity({path.name: cached_sha256(path) for path in files})
+    # vLLM leaves what the files lack as it was allocated.
+    load_causal_lm(config.base_model, dtype="auto", device_map="meta", **load)
     adapter_identity = _check_adapter(config, folder) if config.adapter is not None else None
     return ModelFacts(identity, adapter_identity, _max_model_len(config, model_config), manifest)
 
@@ -127,12 +136,12 @@ def _max_model_len(config: EvalConfig, model_config: PreTrainedConfig) -> int:
 
 def _check_adapter(config: EvalConfig, base: Path) -> str:
     adapter = read_adapter(config.adapter)
-    if adapter.manifest is not None:
-        if wrong := base_differences(adapter.manifest, config.base_model, base):
-            raise ArtefactError(
-                f"{adapter.path} was trained on another base model: {wrong[0]}; evaluate it on that one"
-            )
-    elif adapter.base_model and not same_source(adapter.base_model, config.base_model):
+    wrong = base_differences(adapter.manifest, config.base_model, base) if adapter.manifest else []
+    if wrong:
+        raise ArtefactError(
+            f"{adapter.path} was trained on another base model: {wrong[0]}; evaluate it on that one"
+        )
+    if not adapter.manifest and adapter.base_model and not same_source(adapter.base_model, config.base_model):
         logger.warning("the adapter was trained on %s, not on %s", adapter.base_model, config.base_model)
     return model_identity({name: cached_sha256(adapter.path / name) for name in (CONFIG_NAME, WEIGHTS_NAME)})
 

@@ -3,7 +3,6 @@ records."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import pickle
@@ -62,9 +61,13 @@ def train(
     _check_engine(rollout, training.world_size)
     _check_writable(folder)
     busy = f"another process is training in --output_dir {folder}; wait for it, or choose another folder"
-    main = training.process_index == 0
-    with lock_file(folder / LOCK_NAME, busy=busy) if main else contextlib.nullcontext():
+    if training.process_index > 0:
         return _train(training, method, rollout, options)
+    with lock_file(folder / LOCK_NAME, busy=busy):
+        try:
+            return _train(training, method, rollout, options)
+        finally:
+            (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
 def _train(

@@ -260,11 +260,6 @@ def test_killed_inside_the_sentinel_is_merged_again(world, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr("opsd.run_identity.atomic_write_json", killed)
-        patch.setattr(
-            merge_lora,
-            "write_manifest",
-            lambda folder, value: (folder / "manifest.json").write_text(json.dumps(value)),
-        )
         with pytest.raises(KeyboardInterrupt):
             merge_lora.merge(str(base), checkpoint, out)
     merge_lora.merge(str(base), checkpoint, out)
@@ -559,7 +554,7 @@ def test_a_linked_checkpoint_is_its_runs(world, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "disk" / "hundred")
     (run / checkpoint.name).symlink_to(tmp_path / "disk" / "hundred")
     merge_lora.merge(str(base), run / checkpoint.name, tmp_path / "m")
-    check_merged(tmp_path / "m", expected_arguments={"method": "pwopsd"}, expected_step=100)
+    check_merged(tmp_path / "m", expected_run_name="tiny_pwopsd", expected_step=100)
 
 
 @pytest.mark.parametrize("side", ["base", "adapter"])

@@ -315,7 +315,7 @@ def test_rotation_spares_the_checkpoint_to_merge_and_follows_links(tmp_path: Pat
     (run / "checkpoint-1").symlink_to(disk)
     assert checkpoints.rotate(run, 1, keep=2) == [run / "checkpoint-1", run / "checkpoint-3"]
     assert [step for step, _ in checkpoints.checkpoints(run)] == [2, 4]
-    assert not disk.exists()
+    assert not (disk / checkpoints.MARKER).exists()
 
 
 # -- one run, one identity -----------------------------------------------------------------------------------

@@ -151,13 +151,13 @@ def test_two_bare_starts_do_not_share_a_run(world: World, tmp_path: Path) -> Non
     launcher = os.open(run, os.O_RDONLY)
     fcntl.flock(launcher, fcntl.LOCK_EX)
     with (
-        lock_file(run / LOCK_NAME, busy="") as held,
+        lock_file(run / LOCK_NAME, busy=""),
         pytest.raises(UsageError, match="another process is trai"),
     ):
         ea_opsd_train.main(train(w, output_dir=run))
-    assert held.closed
     assert [path.name for path in run.iterdir()] == [LOCK_NAME]
     assert ea_opsd_train.main(train(w, output_dir=run)) == 0
+    assert not (run / LOCK_NAME).exists()
     os.close(launcher)
 
 
