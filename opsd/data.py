@@ -142,6 +142,7 @@ def encode_problems(
         ArtefactError: a missing column, no rows, or no usable one.
     """
     import datasets
+    import pyarrow
 
     check_columns(rows, source)
     sha256 = dataset_fingerprint(rows.select_columns(list(COLUMNS)))
@@ -151,19 +152,24 @@ def encode_problems(
     kinds = {"index": "int64", "problem": "string", "left_out": "string", "spells_control": "bool"}
     features = {name: datasets.Value(kind) for name, kind in kinds.items()}
     ids = datasets.List(datasets.Value("int32"))
-    table = rows.map(
-        _encode,
-        with_indices=True,
-        batched=True,
-        batch_size=ENCODING_BATCH,
-        fn_kwargs={"tokenizer": tokenizer, "limit": max_prompt_length},
-        remove_columns=rows.column_names,
-        features=datasets.Features(features | {"student_ids": ids, "teacher_ids": ids}),
-        cache_file_name=str(file),
-        load_from_cache_file=True,
-        new_fingerprint=key,
-        desc="encoding problems",
-    )
+    try:
+        table = rows.map(
+            _encode,
+            with_indices=True,
+            batched=True,
+            batch_size=ENCODING_BATCH,
+            fn_kwargs={"tokenizer": tokenizer, "limit": max_prompt_length},
+            remove_columns=rows.column_names,
+            features=datasets.Features(features | {"student_ids": ids, "teacher_ids": ids}),
+            cache_file_name=str(file),
+            load_from_cache_file=True,
+            new_fingerprint=key,
+            desc="encoding problems",
+        )
+    except pyarrow.ArrowInvalid as error:
+        raise ArtefactError(
+            f"{file} is damaged ({error}); delete it and run the same command again"
+        ) from error
     reasons = {kind: reason.format(limit=max_prompt_length) for kind, reason in LEFT_OUT.items()}
     left_out = table["left_out"][:]
     for kind, reason in reasons.items():
