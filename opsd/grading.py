@@ -175,7 +175,7 @@ class Grader:
         }
 
     def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Return math_verify's verdict on each (gold, predicted), False where killed. Not symmetric."""
+        """Return math_verify's verdict on each (gold, predicted), False where it was killed."""
         by_gold: dict[str, dict[str, None]] = defaultdict(dict)
         for gold, predicted in pairs:
             by_gold[gold][predicted] = None
@@ -188,7 +188,7 @@ class Grader:
         return self.grade([(gold, predicted)])[0]
 
     def grade(self, problems: Sequence[tuple[str, Sequence[str | None]]]) -> list[ProblemGrade]:
-        """Return verdicts, clusters and vote for each (gold, predicted answers; None = unformatted)."""
+        """Return the grade of each (gold answer, predicted answers; None = unformatted)."""
         texts = [
             (gold, *dict.fromkeys(p for p in predicted if p is not None)) for gold, predicted in problems
         ]
@@ -232,7 +232,7 @@ class Grader:
     def _ask(
         self, worker: _Worker, texts: tuple[str, ...], clustered: bool, known: dict[Pair, Verdict]
     ) -> list[Killed]:
-        """Let `worker` add to `known` what is missing; try what dies once more, alone in a fresh process."""
+        """Add to `known` what is missing; what dies is tried once more alone in a fresh process."""
         killed: list[Killed] = []
         unparsable: list[int] = []
         alone: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Decide cheaply what most pairs of answers are; math_verify decides the others."""
+"""Decide cheap pairs of answers without math_verify. For grading processes alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpmath import MPContext
 from sympy import Add, E, Expr, Float, I, Integer, Interval, Mul, Pow, Rational, Symbol, Union, pi
 
 _PLAIN_NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,6})?")
-# math_verify rounds decimals to 6 places, far below MARGIN; 60 digits keep MARGIN through a cancellation.
+# math_verify rounds decimals to 6 places, far below MARGIN; 60 digits outlast a cancellation.
 MARGIN, LARGEST = 1e-3, 1e9
 _mp = MPContext()
 _mp.dps = 60

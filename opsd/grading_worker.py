@@ -28,7 +28,7 @@ WALL_FACTOR = 60
 
 Verdict = bool | None  # None: the comparison was killed, which counts as not equal
 
-# The kinds of answers in competitions. Parsing each once fills the parser's tables before workers fork.
+# The kinds of answers that competitions have. Parsing them fills the parser's tables before a fork.
 _WARM_FORMS = (
     "\\frac{1}{2}", "-\\frac{3}{4}\\pi", "2\\sqrt{3}", "\\frac{1+\\sqrt{5}}{2}", "1 + 2\\sqrt{3}", "2.5",
     "90^\\circ", "(1,2)", "\\left(\\frac{1}{2}, -3\\right)", "[1, 2)", "(-\\infty, 1) \\cup (2, \\infty)",
