@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 
-from opsd.branch_config import parse_config
+from opsd.diagnostic.config import parse_config
 from opsd.errors import printable, run_cli
 
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the diagnostic that the command line asks for."""
     config = parse_config(argv)
     # torch and transformers take seconds to import; a wrong flag is answered before that.
-    from opsd.branch_run import diagnose
+    from opsd.diagnostic.run import diagnose
 
     analysis = diagnose(config, command=sys.argv[1:] if argv is None else argv)
     everything = analysis.subsets[0]

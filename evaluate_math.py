@@ -12,14 +12,14 @@ run's result or journal at OUTPUT), 3 a missing or damaged model, benchmark or f
 from __future__ import annotations
 
 from opsd.errors import printable, run_cli
-from opsd.eval_config import parse_config
+from opsd.evaluation.config import parse_config
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the evaluation that the command line asks for."""
     config, replace = parse_config(argv)
     # torch and transformers take seconds to import; a wrong flag is answered before that.
-    from opsd.evaluation import evaluate
+    from opsd.evaluation.run import evaluate
 
     result = evaluate(config, replace=replace)
     n = result["val_n"]

@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 
 from opsd.errors import OneLineParser, UsageError, printable, run_cli
-from opsd.plots import check_picture
-from opsd.run_plots import draw, load_runs
+from opsd.report.plots import check_picture
+from opsd.report.run_plots import draw, load_runs
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,8 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from opsd.errors import ArtefactError, OneLineParser, UsageError, printable, run_cli
-from opsd.grading import DEFAULT_TIME_LIMIT_S, Grader, ProblemGrade
-from opsd.results import ground_truth, load_result, predicted_answer, write_result
+from opsd.evaluation.grading import DEFAULT_TIME_LIMIT_S, Grader, ProblemGrade
+from opsd.evaluation.results import ground_truth, load_result, predicted_answer, write_result
 
 DEFAULT_PATTERN = "eval_results/*.json"
 BEFORE = "majority_vote_before_recompute"

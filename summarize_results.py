@@ -24,8 +24,10 @@ from pathlib import Path
 
 from opsd.errors import OneLineParser, UsageError, printable, run_cli
 from opsd.files import atomic_write_text
-from opsd.plots import check_picture
-from opsd.summary import (
+from opsd.report.commands import missing_commands
+from opsd.report.notes import regime_line, table_notes
+from opsd.report.plots import check_picture
+from opsd.report.summary import (
     METRICS,
     Row,
     Statistic,
@@ -36,11 +38,9 @@ from opsd.summary import (
     paper_row,
     row_title,
 )
-from opsd.summary_commands import missing_commands
-from opsd.summary_notes import regime_line, table_notes
 
 DEFAULT_PATTERN = "eval_results/*_38k*.json"
-PAPER_NUMBERS = Path(__file__).resolve().parent / "opsd" / "paper_numbers.json"
+PAPER_NUMBERS = Path(__file__).resolve().parent / "opsd" / "report" / "paper_numbers.json"
 CSV_COLUMNS = [
     "source",
     "model",
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             atomic_write_text(args.output, text)
         if args.plot and tables:
-            from opsd.summary_plot import draw
+            from opsd.report.summary_plot import draw
 
             draw(tables, numbers, args.plot)
     except OSError as error:

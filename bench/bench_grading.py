@@ -2,9 +2,9 @@
 
 Two measurements, printed as one Markdown table each.
 
-1. Grading and voting over problems x samples answers: `opsd.grading.Grader` against the plain form, one
-   process that calls math_verify's parse and verify for each comparison. All verdicts must be equal.
-   Neither the plain form's imports nor the start of the grader's processes is part of the ratio; the start is
+1. Grading and voting over problems x samples answers: `opsd.evaluation.grading.Grader` against the plain
+   form, one process that calls math_verify's parse and verify for each comparison. All verdicts must be
+   equal. Neither the plain form's imports nor the start of the grader's processes is part of the ratio; the start is
    printed beside it. Other work on the machine lengthens both, the form with more processes more: compare the
    load average that is printed, and the processor seconds, which it changes little.
 2. Hostile answers, each graded three times beside ordinary ones: seconds for each, killed comparisons, and
@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from opsd.errors import ArtefactError, run_cli
-from opsd.grading import Grader, ProblemGrade
+from opsd.evaluation.grading import Grader, ProblemGrade
 
 Problems = list[tuple[str, list[str | None]]]
 

@@ -69,7 +69,7 @@ def adapted_model(name: str, rank: int) -> Any:
 def requests_of(tokenizer: Any, count: int) -> list[Any]:
     """The first `count` problems of the small world with the seeds of a first step."""
     from opsd.prompts import encode_student
-    from opsd.rollout import Request
+    from opsd.rollout.engine import Request
     from opsd.seeds import rollout_seed
 
     lines = (ROOT / "testbed" / "data" / "train.jsonl").read_text("utf-8").splitlines()[:count]
@@ -104,9 +104,9 @@ def main() -> int:
         import vllm
 
         from opsd.models import load_tokenizer
-        from opsd.rollout import Sampling
-        from opsd.rollout_hf import HFEngine
-        from opsd.rollout_vllm import VLLMEngine
+        from opsd.rollout.engine import Sampling
+        from opsd.rollout.hf import HFEngine
+        from opsd.rollout.vllm import VLLMEngine
     torch.set_num_threads(args.threads)
     on_gpu = torch.cuda.is_available()
     tokenizer, model = load_tokenizer(args.model), adapted_model(args.model, args.rank)

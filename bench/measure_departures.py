@@ -32,8 +32,8 @@ from opsd.batch import role_batch  # noqa: E402
 from opsd.head import attach_hidden_forward, head_of  # noqa: E402
 from opsd.models import load_causal_lm, load_tokenizer  # noqa: E402
 from opsd.prompts import encode_student, encode_teacher  # noqa: E402
-from opsd.rollout import Completion, Request, Sampling  # noqa: E402
-from opsd.rollout_hf import HFEngine  # noqa: E402
+from opsd.rollout.engine import Completion, Request, Sampling  # noqa: E402
+from opsd.rollout.hf import HFEngine  # noqa: E402
 from opsd.seeds import evaluation_seed, rollout_seed  # noqa: E402
 from opsd.tables import load_table  # noqa: E402
 
@@ -474,8 +474,8 @@ def seeds(world: World) -> list[Row]:
     """Samples that evaluations of two neighbouring seeds share, on the real vLLM engine."""
     figure = f"samples of {SAMPLES} that seeds 0 and 1 share (vLLM, mean over problems)"
     try:
-        from opsd.rollout_vllm import VLLMEngine
-        from opsd.vllm_setup import require_vllm
+        from opsd.rollout.vllm import VLLMEngine
+        from opsd.rollout.vllm_setup import require_vllm
 
         require_vllm()
     except Exception as error:

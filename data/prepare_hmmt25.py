@@ -14,8 +14,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from opsd.benchmarks import BENCHMARKS, HMMT25_DEFAULT, HMMT25_VARIABLE, answer_text, hub_rows, read_rows
 from opsd.errors import ArtefactError, OneLineParser, run_cli
+from opsd.evaluation.benchmarks import (
+    BENCHMARKS,
+    HMMT25_DEFAULT,
+    HMMT25_VARIABLE,
+    answer_text,
+    hub_rows,
+    read_rows,
+)
 from opsd.files import atomic_write_bytes
 
 HUB_ID = "MathArena/hmmt_feb_2025"

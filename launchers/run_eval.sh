@@ -10,7 +10,7 @@
 #   SEED         a whole number from 0; without one the samples are seed 0's and the name holds no seed
 #
 # Writes eval_results/METHOD_NAME_DATASET_38k_seedSEED.json (no _DATASET for math500, no _seedSEED without one; 38k
-# is 38,912 new tokens, other lengths and the first K problems have other names: opsd/result_names.py), and all
+# is 38,912 new tokens, other lengths and the first K problems have other names: opsd/evaluation/names.py), and all
 # output also to eval_results/logs/. A killed evaluation is continued by the same command. A finished JSON
 # of the very same run is left as it is; one of another regime or model is set aside under a new name, never
 # deleted. Two workers on one cell: the first does it, the second says so and exits 0 at once.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opsd.head import Head
 from opsd.objectives import Reduction, TokenStats
-from opsd.rollout import Sampling
+from opsd.rollout.engine import Sampling
 from opsd.token_stats import sampling_audit
 
 if TYPE_CHECKING:

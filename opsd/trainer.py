@@ -25,10 +25,10 @@ from opsd.files import disk_errors
 from opsd.head import Head
 from opsd.nonfinite import NonFiniteGuard
 from opsd.objectives import Hyperparameters, Method, ReductionInput, StepScale, TokenStats
-from opsd.rollout import Completion, Engine, Request, Sampling
+from opsd.records import write_completions
+from opsd.rollout.engine import Completion, Engine, Request, Sampling
 from opsd.seeds import rollout_seed
 from opsd.step_metrics import StepMetrics
-from opsd.step_records import write_completions
 from opsd.token_stats import token_statistics
 
 

@@ -21,6 +21,8 @@ from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
 from opsd.objectives import METHODS
 from opsd.provenance import weights_sha256
+from opsd.records import ConciseProgress, MetricsFile, TensorBoardFolder
+from opsd.rollout.vllm_setup import local_model, require_vllm
 from opsd.run_identity import (
     MANIFEST_NAME,
     differences,
@@ -30,15 +32,13 @@ from opsd.run_identity import (
     run_manifest,
     write_manifest,
 )
-from opsd.step_records import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.tables import load_table
-from opsd.vllm_setup import local_model, require_vllm
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from opsd.rollout import Engine
+    from opsd.rollout.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -319,10 +319,10 @@ def _build_engine(
     training: TrainingArguments,
 ) -> Engine:
     if rollout.rollout == "hf":
-        from opsd.rollout_hf import HFEngine
+        from opsd.rollout.hf import HFEngine
 
         return HFEngine(model, tokenizer, batch_size=rollout.hf_rollout_batch_size)
-    from opsd.rollout_vllm import VLLMEngine
+    from opsd.rollout.vllm import VLLMEngine
 
     return VLLMEngine(
         local_model(options.model_name_or_path, options.model_revision),

@@ -69,7 +69,7 @@ def table(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison. UsageError where the files are of different benchmarks or sampling."""
     from opsd.errors import UsageError
-    from opsd.results import load_result, regime_differences
+    from opsd.evaluation.results import load_result, regime_differences
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
     parser.add_argument("base", type=Path)

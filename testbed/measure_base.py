@@ -53,9 +53,9 @@ def measure(
 
     A completion is right when the content of its last `\\boxed{}` is the answer, digit for digit.
     """
-    from opsd.grading import extract_boxed
-    from opsd.rollout import Request, Sampling
-    from opsd.rollout_hf import HFEngine
+    from opsd.evaluation.grading import extract_boxed
+    from opsd.rollout.engine import Request, Sampling
+    from opsd.rollout.hf import HFEngine
     from opsd.seeds import hashed_seed
 
     requests = [

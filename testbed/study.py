@@ -62,7 +62,7 @@ def eval_root() -> Path:
 
 def rollout_accuracy(run: Path, answers: Sequence[str]) -> list[float]:
     """Share of right rollouts of each optimizer step, from the completions that the run has written."""
-    from opsd.grading import extract_boxed
+    from opsd.evaluation.grading import extract_boxed
 
     shares = []
     for path in sorted((run / "completions").glob("step-*.jsonl")):
@@ -80,8 +80,8 @@ def kind_of(training_seed: int | None) -> str:
 
 def training_record(run: Path, answers: Sequence[str]) -> dict[str, Any] | None:
     """What the study keeps of a run; None for a folder that is no finished run of the study."""
+    from opsd.records import read_metrics
     from opsd.run_identity import read_manifest
-    from opsd.step_records import read_metrics
 
     match = _RUN.fullmatch(run.name)
     if match is None or match["cell"] not in CELLS or not (match["rate"] or match["seed"]):
@@ -116,7 +116,7 @@ def training_records() -> list[dict[str, Any]]:
 
 def result_record(path: Path) -> dict[str, Any] | None:
     """What the study keeps of a result file; None for one that is not the study's."""
-    from opsd.results import load_result
+    from opsd.evaluation.results import load_result
 
     match = _RESULT.fullmatch(path.name)
     run = _RUN.fullmatch(match["run"]) if match else None

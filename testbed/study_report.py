@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from opsd import plots
 from opsd.errors import ArtefactError
 from opsd.files import atomic_write_text
 from opsd.objectives import Hyperparameters, position_weights
+from opsd.report import plots
 from testbed.study import (
     BENCHMARKS,
     CELLS,

@@ -534,7 +534,7 @@ def run_case(case: Case, world: World) -> tuple[int, str]:
     """(exit code, what was written to stderr)."""
     argv = case.argv(world)
     if case.settings is not None:
-        from tests.test_launchers import SETTINGS
+        from tests.launchers.test_launchers import SETTINGS
 
         environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
         command = ["bash", str(ROOT / "launchers" / case.program), *argv]

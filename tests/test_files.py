@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from opsd import checkpoints, files
-from opsd.journal import Journal
+from opsd.evaluation.journal import Journal
 from opsd.run_identity import SENTINEL_NAME, file_list, read_sentinel, write_manifest, write_sentinel
 from tests.test_run_identity import a_manifest
 

@@ -204,8 +204,8 @@ def test_merged_folder_is_complete_and_says_what_it_is(world, tmp_path):
 @pytest.mark.vllm
 def test_merged_folder_is_read_by_vllm(tmp_path):
     pytest.importorskip("vllm")
-    from opsd.rollout import Request, Sampling
-    from opsd.rollout_vllm import VLLMEngine
+    from opsd.rollout.engine import Request, Sampling
+    from opsd.rollout.vllm import VLLMEngine
 
     base = tiny_base(tmp_path / "base", head_dim=32)
     merge_lora.merge(str(base), train_nothing(base, tmp_path / "run"), tmp_path / "run_merged")

@@ -18,13 +18,13 @@ import ea_opsd_train
 import evaluate_math
 import merge_lora
 from opsd.errors import ArtefactError
+from opsd.evaluation.results import load_result
 from opsd.models import PROBE, check_round_trip, load_causal_lm, load_tokenizer
 from opsd.prompts import encode_evaluation, encode_student, encode_teacher, render_evaluation
-from opsd.results import load_result
 from tests.bad_input_cases import World, branch, build_world, evaluate, merge, train
+from tests.rollout.vllm_models import config_of, needs_vllm
 from tests.test_merge_lora import train_nothing
 from tests.test_prompts import DEEPSEEK, OLMO3, QWEN3
-from tests.vllm_models import config_of, needs_vllm
 
 BASE = Path(__file__).resolve().parent.parent / "testbed" / "base_model"
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
@@ -251,7 +251,7 @@ def test_every_program_refuses_a_base_that_lacks_a_tensor(
     """transformers fills it with random numbers, vLLM with what the memory held."""
     if program == "vllm":
         pytest.importorskip("vllm")
-        monkeypatch.setattr("opsd.rollout_vllm.VLLMEngine.__init__", lambda *_, **__: pytest.fail("started"))
+        monkeypatch.setattr("opsd.rollout.vllm.VLLMEngine.__init__", lambda *_, **__: pytest.fail("started"))
     w = World(world.root, tmp_path)
     base = w.copy(world.base, lambda folder: changed(folder, lambda weights: weights.pop(NORM)))
     with pytest.raises(ArtefactError, match=rf"do not fit its config\.json: {NORM} is missing"):

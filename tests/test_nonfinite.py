@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from opsd.errors import ArtefactError
 from opsd.nonfinite import NonFiniteGuard
 from opsd.objectives import METHODS, StatsConfig, TokenStats
-from opsd.step_records import read_metrics
+from opsd.records import read_metrics
 from opsd.token_stats import token_statistics
 from opsd.trainer import OPSDTrainer
 from tests.test_trainer import adapter, run

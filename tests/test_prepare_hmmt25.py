@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from opsd import benchmarks, files
-from opsd.benchmarks import HMMT25_VARIABLE, load_benchmark
+from opsd import files
 from opsd.errors import ArtefactError, run_cli
+from opsd.evaluation import benchmarks
+from opsd.evaluation.benchmarks import HMMT25_VARIABLE, load_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("prepare_hmmt25", ROOT / "data" / "prepare_hmmt25.py")

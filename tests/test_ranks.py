@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opsd.step_records import read_metrics
+from opsd.records import read_metrics
 from opsd.trainer import OPSDTrainer
-from tests.forked_runs import train_argv
-from tests.rank_runs import carry_out
-from tests.test_launchers import LAUNCHERS, ROOT
+from tests.launchers.test_launchers import LAUNCHERS, ROOT
+from tests.programs.forked_runs import train_argv
+from tests.programs.rank_runs import carry_out
 from tests.test_resume import BASE, write_rows
 
 # |two ranks' update - one rank's| / |one rank's update| over all adapter weights, two AdamW steps in float32.
@@ -63,7 +63,7 @@ def launch(folder: Path, rows: Path, fault: str | None = None) -> subprocess.Com
 def launch_plan(path: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(LAUNCHERS / "accelerate_launch.py")]
     command += ["--config_file", str(LAUNCHERS / "accelerate_cpu.yaml"), "--num_processes", "2"]
-    command += [str(ROOT / "tests" / "rank_runs.py"), str(path)]
+    command += [str(ROOT / "tests" / "programs" / "rank_runs.py"), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     # The limit is for a hang; what is waited for takes a fraction of it.
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)

@@ -20,14 +20,14 @@ import merge_lora
 from opsd import checkpoints
 from opsd.adapter import run_manifest_of
 from opsd.errors import ArtefactError, UsageError
-from opsd.results import load_result
+from opsd.evaluation.results import load_result
+from opsd.records import read_metrics
 from opsd.run_identity import check_merged, read_manifest, write_manifest
-from opsd.step_records import read_metrics
-from tests.forked_runs import Job, run_elsewhere, train_argv
-from tests.test_launchers import LAUNCHERS, SETTINGS, load_install
+from tests.launchers.test_launchers import LAUNCHERS, SETTINGS, load_install
+from tests.programs.forked_runs import Job, run_elsewhere, train_argv
+from tests.rollout.vllm_models import needs_vllm
 from tests.test_merge_lora import scale_weights
 from tests.test_run_identity import a_manifest
-from tests.vllm_models import needs_vllm
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "testbed" / "base_model"
@@ -46,7 +46,7 @@ class Story:
     """One method's run and what befalls it. Twelve problems, four a step: an epoch ends with step 3.
 
     Attributes:
-        moments: where the first process, the second, … is killed (tests/forked_runs.py). One more finishes.
+        moments: where the first process, the second, … is killed (`forked_runs`). One more finishes.
         resumed_from: the checkpoint that each process but the first went on from; None = from the start.
     """
 
@@ -470,8 +470,15 @@ def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing() -> None:
-    """The short form of tests/kill_runs.py: one kill each of training, merging and evaluation."""
-    command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), "--kills", "1", "--seed", "3"]
+    """The short form of tests/programs/kill_runs.py: one kill each of training, merging and evaluation."""
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "programs" / "kill_runs.py"),
+        "--kills",
+        "1",
+        "--seed",
+        "3",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

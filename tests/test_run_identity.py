@@ -17,11 +17,11 @@ import merge_lora
 from opsd import arguments, provenance
 from opsd import run_identity as m
 from opsd.arguments import parse_arguments
-from opsd.branch_config import BranchConfig
+from opsd.diagnostic.config import BranchConfig
 from opsd.errors import ArtefactError
-from opsd.eval_config import EvalConfig
-from opsd.eval_model import check_model
-from opsd.results import REGIME_FIELDS
+from opsd.evaluation.config import EvalConfig
+from opsd.evaluation.model import check_model
+from opsd.evaluation.results import REGIME_FIELDS
 from tests.test_merge_lora import scale_weights, tiny_base, train_nothing
 
 ARGUMENTS = {

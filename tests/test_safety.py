@@ -24,11 +24,11 @@ import recompute_majn
 import summarize_results
 from opsd.checkpoints import mark_complete
 from opsd.errors import ArtefactError, UsageError, printable, run_cli
-from opsd.grading import Grader
+from opsd.evaluation.grading import Grader
+from opsd.evaluation.results import load_result
 from opsd.model_card import model_card
-from opsd.results import load_result
 from tests.bad_input_cases import World, a_result, build_world, evaluate, merge, ships_code, train
-from tests.test_launchers import LAUNCHERS, SETTINGS
+from tests.launchers.test_launchers import LAUNCHERS, SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
@@ -167,7 +167,7 @@ def test_a_file_system_without_locks_is_an_error(
 ) -> None:
     import ea_opsd_train
     from opsd import files
-    from opsd.journal import Journal
+    from opsd.evaluation.journal import Journal
 
     def fail(*_: object) -> None:
         raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))

@@ -17,10 +17,10 @@ from opsd.arguments import parse_arguments
 from opsd.checkpoints import incompleteness
 from opsd.objectives import METHODS
 from opsd.prompts import encode_student, encode_teacher
-from opsd.rollout import Completion, Request
-from opsd.rollout_hf import HFEngine
+from opsd.records import read_metrics
+from opsd.rollout.engine import Completion, Request
+from opsd.rollout.hf import HFEngine
 from opsd.seeds import rollout_seed
-from opsd.step_records import read_metrics
 from opsd.trainer import OPSDTrainer
 from opsd.training import train
 from tests.test_token_stats import dense_loss

@@ -22,7 +22,7 @@ CALLS = {
     "remove_partials",
 }  # fmt: skip
 FILES = ("files.py", "checkpoints.py", "journal.py")
-TESTS = ("tests/test_files.py", "tests/test_journal.py")
+TESTS = ("tests/test_files.py", "tests/evaluation/test_journal.py")
 
 
 def statements(source: str) -> list[ast.Expr]:

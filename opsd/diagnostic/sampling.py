@@ -1,0 +1,217 @@
+"""The diagnostic's sampling: spines, forks, forced branches, unforced controls, journalled as they finish.
+
+Every draw has a hashed seed of its own: a run that was killed and resumed gives the branches of the
+uninterrupted one, and any continuation can be drawn again alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from opsd.diagnostic.config import BranchConfig
+from opsd.diagnostic.spines import BranchProblem, Fork, fork_offsets
+from opsd.evaluation.grading import Grader, extract_boxed
+from opsd.evaluation.journal import Journal
+from opsd.rollout.engine import Completion, Request
+from opsd.seeds import hashed_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opsd.diagnostic.model import ModelBackend
+
+# The branch number of a fork's control; forced alternatives have their rank, from 1.
+CONTROL = 0
+# Continuations in one engine call. Enough to fill any batch; the requests' token lists stay a few hundred MB.
+REQUESTS_PER_CALL = 8192
+
+BranchKey = tuple[int, int, int]  # problem index, offset, branch number
+
+
+@dataclass(frozen=True)
+class Spine:
+    """A student rollout: token ids (end-of-sequence included), whether it was cut, its boxed answer."""
+
+    tokens: list[int]
+    truncated: bool
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Continued:
+    """One continuation: the answer boxed last in spine prefix + forced token + continuation, None if none."""
+
+    answer: str | None
+    truncated: bool
+    tokens: int
+
+
+@dataclass
+class Branches:
+    """All that was drawn. `continued[key][sample]`; keys are (problem, offset, branch number)."""
+
+    spines: dict[int, Spine] = field(default_factory=dict)
+    forks: dict[int, list[Fork]] = field(default_factory=dict)
+    continued: dict[BranchKey, dict[int, Continued]] = field(default_factory=lambda: defaultdict(dict))
+
+    def add(self, record: dict) -> None:
+        """Take in one record of the journal."""
+        if record["kind"] == "spine":
+            self.spines[record["problem"]] = Spine(record["tokens"], record["truncated"], record["answer"])
+        elif record["kind"] == "forks":
+            self.forks[record["problem"]] = [Fork.from_dict(fields) for fields in record["forks"]]
+        else:
+            key = (record["problem"], record["offset"], record["branch"])
+            done = Continued(record["answer"], record["truncated"], record["tokens"])
+            self.continued[key][record["sample"]] = done
+
+    def every(self) -> Iterator[tuple[BranchKey, int | None]]:
+        """Yield every branch and control, with the token forced there (None for a control)."""
+        for problem, forks in sorted(self.forks.items()):
+            for fork in forks:
+                yield (problem, fork.offset, CONTROL), None
+                for alternative in fork.alternatives:
+                    yield (problem, fork.offset, alternative.rank), alternative.token_id
+
+
+class Sampler:
+    """Draws what the journal does not hold yet."""
+
+    def __init__(
+        self,
+        problems: Sequence[BranchProblem],
+        tokenizer: PreTrainedTokenizerBase,
+        config: BranchConfig,
+        *,
+        journal: Journal,
+        backend: ModelBackend,
+        show: bool = True,
+    ) -> None:
+        self.problems = {problem.index: problem for problem in problems}
+        self.tokenizer, self.config, self.journal = tokenizer, config, journal
+        self.backend, self.show = backend, show
+        self.branches = Branches()
+        for record in journal.records:
+            self.branches.add(record)
+
+    def run(self) -> Branches:
+        """Draw spines, score their forks, continue every branch, apart from what the journal holds."""
+        self._sample_spines()
+        self._score_forks()
+        self._continue_branches()
+        self.journal.sync()
+        return self.branches
+
+    def _keep(self, record: dict) -> None:
+        self.journal.append(record)
+        self.branches.add(record)
+
+    def _answer(self, token_ids: Sequence[int]) -> str | None:
+        return extract_boxed(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _sample_spines(self) -> None:
+        pending = [index for index in self.problems if index not in self.branches.spines]
+        if not pending:
+            return
+        requests = [
+            Request(self.problems[index].student_ids, hashed_seed("spine", self.config.seed, index))
+            for index in pending
+        ]
+        with self._bar("spines", len(self.problems), len(self.branches.spines)) as bar:
+
+            def finish(at: int, done: Completion) -> None:
+                spine = Spine(list(done.token_ids), done.truncated, self._answer(done.token_ids))
+                self._keep({"kind": "spine", "problem": pending[at], **asdict(spine)})
+                bar.update()
+
+            self.backend.engine().generate(requests, self.config.sampling(), on_finish=finish)
+
+    def _score_forks(self) -> None:
+        pending = [index for index in self.problems if index not in self.branches.forks]
+        if not pending:
+            return
+        # Neighbours in length share a batch.
+        pending.sort(key=lambda index: len(self.branches.spines[index].tokens))
+        with self._bar("scoring", len(self.problems), len(self.branches.forks)) as bar:
+            for start in range(0, len(pending), self.config.hf_batch_size):
+                batch = pending[start : start + self.config.hf_batch_size]
+                spines = [self.branches.spines[index].tokens for index in batch]
+                offsets = [
+                    fork_offsets(len(s), self.config.num_positions, seed=self.config.seed, problem=index)
+                    for index, s in zip(batch, spines, strict=True)
+                ]
+                scored = self.backend.score([self.problems[index] for index in batch], spines, offsets)
+                for index, forks in zip(batch, scored, strict=True):
+                    self._keep({"kind": "forks", "problem": index, "forks": [asdict(f) for f in forks]})
+                bar.update(len(batch))
+        self.backend.scoring_done()
+
+    def _continue_branches(self) -> None:
+        samples = range(self.config.continuations)
+        every = list(self.branches.every())
+        pending = [
+            (key, token, missing)
+            for key, token in every
+            if (missing := [k for k in samples if k not in self.branches.continued[key]])
+        ]
+        if not pending:
+            return
+        total, left = len(every) * len(samples), sum(len(missing) for *_, missing in pending)
+        with self._bar("continuations", total, total - left) as bar:
+            work: list[tuple[BranchKey, int, list[int], Request]] = []
+            for key, token, missing in pending:
+                problem, offset, branch = key
+                forced = [] if token is None else [token]
+                prefix = [*self.branches.spines[problem].tokens[:offset], *forced]
+                if token in self.backend.end_ids():
+                    # A forced end-of-sequence leaves nothing to continue.
+                    for sample in missing:
+                        self._keep_continuation(key, sample, Continued(self._answer(prefix), False, 0))
+                    bar.update(len(missing))
+                    continue
+                # One list for all samples of a branch: engines read it and copy what they keep.
+                prompt = [*self.problems[problem].student_ids, *prefix]
+                for sample in missing:
+                    seed = hashed_seed("branch", self.config.seed, problem, offset, branch, sample)
+                    work.append((key, sample, prefix, Request(prompt, seed)))
+                if len(work) >= REQUESTS_PER_CALL:
+                    self._generate(work, bar)
+                    work = []
+            if work:
+                self._generate(work, bar)
+
+    def _generate(self, work: list[tuple[BranchKey, int, list[int], Request]], bar: tqdm) -> None:
+        def finish(at: int, completion: Completion) -> None:
+            key, sample, prefix, _ = work[at]
+            answer = self._answer([*prefix, *completion.token_ids])
+            self._keep_continuation(
+                key, sample, Continued(answer, completion.truncated, len(completion.token_ids))
+            )
+            bar.update()
+
+        requests = [request for *_, request in work]
+        self.backend.engine().generate(requests, self.config.sampling(), on_finish=finish)
+
+    def _keep_continuation(self, key: BranchKey, sample: int, done: Continued) -> None:
+        names = dict(zip(("problem", "offset", "branch"), key, strict=True))
+        self._keep({"kind": "continuation", **names, "sample": sample, **asdict(done)})
+
+    def _bar(self, what: str, total: int, done: int) -> tqdm:
+        return tqdm(total=total, initial=done, desc=what, disable=not self.show, mininterval=1)
+
+
+def grade_branches(
+    branches: Branches, problems: Sequence[BranchProblem], grader: Grader
+) -> dict[tuple[int, str], bool]:
+    """Grade each distinct answer of each problem: {(problem, answer): it recovers the gold answer}."""
+    gold = {problem.index: problem.answer for problem in problems}
+    answers = {(index, spine.answer) for index, spine in branches.spines.items()}
+    answers |= {(key[0], done.answer) for key, some in branches.continued.items() for done in some.values()}
+    pairs = sorted(pair for pair in answers if pair[1] is not None)
+    verdicts = grader.equivalent([(gold[problem], answer) for problem, answer in pairs])
+    return dict(zip(pairs, verdicts, strict=True))

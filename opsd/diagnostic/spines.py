@@ -1,0 +1,192 @@
+"""The diagnostic's problems, the forks along a student's rollout, and the tokens forced there."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from opsd.data import LEFT_OUT, check_columns, has_text, warn_of_rows
+from opsd.errors import ArtefactError
+from opsd.evaluation.benchmarks import answer_text
+from opsd.evaluation.grading import extract_boxed
+from opsd.prompts import encode_student, encode_teacher
+from opsd.seeds import hashed_seed
+from opsd.tables import load_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from opsd.head import Head
+
+# Positions that meet the LM head at once while scoring: two [C, V] float32 buffers, 0.15 GB at V = 151,936.
+SCORE_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class BranchProblem:
+    """One problem behind both prompts (token ids), with its answer. `index` is its row in the dataset."""
+
+    index: int
+    problem: str
+    answer: str
+    student_ids: list[int]
+    teacher_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One of the teacher's next tokens; `rank` 1 is its likeliest. The scoring temperature applies."""
+
+    rank: int
+    token_id: int
+    teacher_probability: float
+    student_probability: float
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A place where branches leave the spine: they share its first `offset` tokens.
+
+    Attributes:
+        offset: how many spine tokens precede the forced one.
+        teacher_entropy, student_entropy: H(p_T), H(p_S), nats.
+        margin: the teacher's largest probability minus its second largest.
+        kl: Σ_v p_T [log p_T − log p_S], nats.
+        alternatives: the teacher's top k, likeliest first.
+    """
+
+    offset: int
+    teacher_entropy: float
+    student_entropy: float
+    margin: float
+    kl: float
+    alternatives: list[Alternative]
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Fork:
+        """Return the fork that `dataclasses.asdict` gave."""
+        return cls(**{**fields, "alternatives": [Alternative(**a) for a in fields["alternatives"]]})
+
+
+def load_problems(
+    dataset: str, tokenizer: PreTrainedTokenizerBase, *, num_problems: int | None
+) -> list[BranchProblem]:
+    """Load the dataset's first problems with both prompts.
+
+    The answer is the column `answer`, else the content of the last box of `solution`.
+
+    Rows without text are left out with one counted warning.
+
+    Raises:
+        ArtefactError: no such dataset, a missing column, no row with text, or a problem without an answer.
+    """
+    rows = load_table(dataset)
+    check_columns(rows, dataset)
+    rows = rows.select(range(min(len(rows), num_problems or len(rows))))
+    problems, left_out = [], []
+    for index, row in enumerate(rows):
+        if not has_text(row["problem"], row["solution"]):
+            left_out.append(index)
+            continue
+        answer = answer_text(row.get("answer")) or extract_boxed(row["solution"])
+        if not answer:
+            raise ArtefactError(
+                f"row {index} of {dataset!r} has neither an `answer` nor a \\boxed answer in its solution; "
+                "a branch of it cannot be graded"
+            )
+        problems.append(
+            BranchProblem(
+                index,
+                row["problem"],
+                answer,
+                encode_student(tokenizer, row["problem"]),
+                encode_teacher(tokenizer, row["problem"], row["solution"]),
+            )
+        )
+    warn_of_rows(left_out, len(rows), LEFT_OUT["empty"])
+    if not problems:
+        raise ArtefactError(f"no row of {dataset!r} has text in problem and solution; clean the dataset")
+    return problems
+
+
+def fork_offsets(length: int, count: int, *, seed: int, problem: int) -> list[int]:
+    """Draw `count` offsets in 0..length−1, one in each of `count` equal stretches; all of a shorter spine.
+
+    Evenly spaced offsets would meet a text with a period (a step every six tokens) always at the same phase.
+
+    Args:
+        length: tokens of the spine, its end-of-sequence included: that token is predicted and trained on too.
+    """
+    if length <= count:
+        return list(range(length))
+    drawn = random.Random(hashed_seed("fork", seed, problem, length, count))
+    edges = [length * k // count for k in range(count + 1)]
+    return [drawn.randrange(low, high) for low, high in pairwise(edges)]
+
+
+def relative_position(offset: int, length: int) -> float:
+    """Return f = (i − ½)/L of the forced token i = offset + 1: the position that the schedule weighs."""
+    return (offset + 0.5) / length
+
+
+def score_forks(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    offsets: Sequence[int],
+    *,
+    head: Head,
+    temperature: float,
+    top_k: int,
+) -> list[Fork]:
+    """Compute forks from hidden states; no more than `SCORE_CHUNK` rows of logits exist at once.
+
+    Args:
+        student_hidden: [K, H] states behind the student's prompt that predict the token at each offset.
+        teacher_hidden: [K, H] the same behind the teacher's prompt.
+        offsets: K offsets.
+        temperature: divides both sides' logits.
+        top_k: alternatives per fork; fewer where the vocabulary is smaller.
+    """
+    import torch
+
+    forks: list[Fork] = []
+    for start in range(0, len(offsets), SCORE_CHUNK):
+        span = slice(start, start + SCORE_CHUNK)
+        with torch.no_grad():
+            student, teacher = (
+                torch.log_softmax(head.logits(hidden[span]).float() / temperature, dim=-1)
+                for hidden in (student_hidden, teacher_hidden)
+            )
+            forks += _forks(student, teacher, offsets[span], top_k)
+    return forks
+
+
+def _forks(student: Tensor, teacher: Tensor, offsets: Sequence[int], top_k: int) -> list[Fork]:
+    """Compute forks from log-probabilities [C, V]."""
+    import torch
+
+    def expectation(log: Tensor, value: Tensor) -> Tensor:
+        # A probability of 0 has log −inf: 0 · (−inf) is 0 in an entropy or a divergence, not NaN.
+        return torch.where(log.exp() > 0, log.exp() * value, 0.0).sum(-1)
+
+    top = teacher.topk(min(max(top_k, 2), teacher.shape[1]), dim=-1)
+    kept = top.indices[:, :top_k]
+    figures = torch.stack(
+        [
+            -expectation(teacher, teacher),
+            -expectation(student, student),
+            top.values[:, 0].exp() - top.values[:, 1].exp(),
+            expectation(teacher, teacher - student),
+        ],
+        dim=1,
+    ).tolist()
+    shares = zip(kept, teacher.gather(1, kept).exp(), student.gather(1, kept).exp(), strict=True)
+    alternatives = [
+        [Alternative(k, *row) for k, row in enumerate(zip(*(r.tolist() for r in rows), strict=True), 1)]
+        for rows in shares
+    ]
+    return [Fork(at, *row, some) for at, row, some in zip(offsets, figures, alternatives, strict=True)]

@@ -1,0 +1,159 @@
+"""What fixes an evaluation run: the settings, their bounds, and the command line that sets them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opsd.errors import OneLineParser, UsageError
+from opsd.evaluation.grading import DEFAULT_TIME_LIMIT_S
+from opsd.evaluation.names import PAPER_MAX_NEW_TOKENS
+from opsd.options import (
+    AT_LEAST_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROPER_SHARE,
+    add_options,
+    check_options,
+    option,
+    take,
+)
+from opsd.rollout.engine import Sampling, check_sampling
+
+# The paper's model length; a model built for fewer positions sets the limit itself.
+MAX_MODEL_LEN = 40960
+
+
+def _top_k(text: str) -> int:
+    value = int(text)
+    return 0 if value == -1 else value  # vLLM writes "off" as -1, and so do the authors' commands
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """One evaluation run. The defaults are the paper's (12 samples, temperature 1.0, top_p 0.95, 38k tokens).
+
+    Sampling parameters have their ranges in `opsd.rollout.engine.Sampling`.
+    """
+
+    base_model: str = option(help="folder (a merged one included) or hub id of the model")
+    dataset: str = option(help="benchmark: math500, aime24, aime25, hmmt25, small, small_hard")
+    output: str = option(
+        help="result JSON to write; an unfinished run is continued from its journal beside it"
+    )
+    adapter: str | None = option(None, "folder of a LoRA checkpoint to evaluate on top of the base model")
+    revision: str | None = option(None, "hub revision of the base model")
+    dataset_path: str | None = option(
+        None, "local file or folder with the benchmark's rows (problem, answer)"
+    )
+    enable_thinking: bool = option(True, "the chat template's thinking flag", off="no_thinking")
+    temperature: float = option(1.0, "divides the logits; 0 = greedy")
+    top_p: float = option(0.95, "nucleus mass")
+    top_k: int = option(0, "likeliest tokens that stay; 0 or -1 = off", kind=_top_k)
+    min_p: float = option(0.0, "smallest probability relative to the likeliest token's; 0 = off")
+    presence_penalty: float = option(0.0, "subtracted from the logit of tokens already generated")
+    max_new_tokens: int = option(PAPER_MAX_NEW_TOKENS, "a sample that reaches it is truncated")
+    max_model_len: int | None = option(
+        None,
+        f"prompt + completion, tokens; None = {MAX_MODEL_LEN} or the model's own, whichever is less",
+        range=AT_LEAST_ONE,
+    )
+    val_n: int = option(12, "samples a problem", range=AT_LEAST_ONE)
+    num_samples: int | None = option(
+        None, "only the benchmark's first so many problems; None = all", range=AT_LEAST_ONE
+    )
+    seed: int = option(0, "every (seed, problem, sample) has its own hashed seed", range=NOT_NEGATIVE)
+    engine: str = option("vllm", "what samples; hf is transformers", choices=("vllm", "hf"))
+    tensor_parallel_size: int = option(1, "GPUs that share one copy of the model (vllm)", range=AT_LEAST_ONE)
+    gpu_memory_utilization: float = option(0.9, "share of each GPU's memory for vllm", range=PROPER_SHARE)
+    hf_batch_size: int = option(32, "completions at once with --engine hf", range=AT_LEAST_ONE)
+    grading_workers: int | None = option(
+        None, "processes that grade; None = the cores, at most 8", range=AT_LEAST_ONE
+    )
+    time_limit: float = option(
+        DEFAULT_TIME_LIMIT_S, "seconds for one parse or comparison in grading", range=POSITIVE
+    )
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+
+    def sampling(self) -> Sampling:
+        """The sampling parameters as the engines take them."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)
+
+    @property
+    def journal_path(self) -> Path:
+        """Where the samples of an unfinished run stand."""
+        return Path(f"{self.output}.journal.jsonl")
+
+
+def check_config(config: EvalConfig) -> None:
+    """Refuse settings that no model could make right, before anything is loaded.
+
+    Raises:
+        UsageError: names the flag, its value and what would do.
+    """
+    check_options(EvalConfig, vars(config))
+    check_sampling(config.sampling())
+    if config.engine == "hf" and config.tensor_parallel_size > 1:
+        raise UsageError(
+            f"--tensor_parallel_size is {config.tensor_parallel_size}, but --engine hf uses one GPU; use "
+            "--engine vllm, or evaluate other cells on the other GPUs"
+        )
+    _check_output(config)
+
+
+def _check_output(config: EvalConfig) -> None:
+    output = Path(config.output)
+    if output.suffix != ".json":
+        raise UsageError(f"--output is {config.output!r}, but must end in .json")
+    if output.is_dir():
+        raise UsageError(f"--output {config.output!r} is a folder; name a file in it")
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not existing.is_dir() and existing != output.absolute():
+        raise UsageError(f"--output {config.output!r} cannot be made: {str(existing)!r} is a file")
+    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {config.output!r} cannot be written: no permission in {str(existing)!r}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of evaluate_math.py: those of `EvalConfig`, and --replace."""
+    p = OneLineParser(
+        prog="evaluate_math.py",
+        description="Sample a benchmark from a model, grade it, write the result JSON.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_options(p, EvalConfig)
+    p.add_argument(
+        "--replace",
+        action="store_true",
+        help="set a result of another run that stands at OUTPUT aside under a new name (default: refuse)",
+    )
+    return p
+
+
+def parse_config(argv: Sequence[str] | None) -> tuple[EvalConfig, bool]:
+    """The configuration that a command line asks for, and whether another run's result may be set aside.
+
+    Raises:
+        UsageError: an unknown or malformed flag, or a value out of its range.
+    """
+    arguments = vars(parser().parse_args(argv))
+    check_options(EvalConfig, arguments)
+    config = take(EvalConfig, arguments)
+    check_config(config)
+    return config, arguments["replace"]

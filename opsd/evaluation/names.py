@@ -1,0 +1,77 @@
+"""Names of result files: `<method_name>[_<dataset>]_<length>[_first<K>][_seed<N>].json`.
+
+    python -m opsd.evaluation.names METHOD_NAME DATASET SEED [flags of evaluate_math.py ...]
+
+prints the name without `.json`, for the launchers; SEED may be empty. Needs no package beside Python.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from opsd.errors import OneLineParser, UsageError, run_cli
+
+PAPER_MAX_NEW_TOKENS = 38912
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"(?P<run>.+)_\d+k?(?:_first(?P<first>\d+))?(?:_seed\d+)?\.json")
+
+
+def length_tag(max_new_tokens: int) -> str:
+    """Return the length as it stands in a name: `38k` for 38,912, `160` where 1,024 does not divide it."""
+    return str(max_new_tokens) if max_new_tokens % 1024 else f"{max_new_tokens // 1024}k"
+
+
+def result_path(
+    method_name: str,
+    dataset: str,
+    seed: int | None = None,
+    *,
+    max_new_tokens: int = PAPER_MAX_NEW_TOKENS,
+    num_samples: int | None = None,
+    folder: Path | str = "eval_results",
+) -> Path:
+    """Return where the result of one cell lies.
+
+    Args:
+        dataset: math500 does not stand in the name.
+        num_samples: the first so many problems; None for the whole benchmark.
+
+    Raises:
+        UsageError: a part is not a plain file name, or the seed is negative.
+    """
+    for name in (method_name, dataset):
+        if not _PART.fullmatch(name):
+            raise UsageError(f"{name!r} cannot be part of a file name; use letters, digits, '.', '_' and '-'")
+    if seed is not None and seed < 0:
+        raise UsageError(f"the seed is {seed}, but must be at least 0")
+    parts = [method_name] if dataset == "math500" else [method_name, dataset]
+    parts.append(length_tag(max_new_tokens))
+    parts += [] if num_samples is None else [f"first{num_samples}"]
+    parts += [] if seed is None else [f"seed{seed}"]
+    return Path(folder) / f"{'_'.join(parts)}.json"
+
+
+def parse_name(path: Path | str, dataset: str) -> tuple[str, int | None] | None:
+    """Return method name and `first<K>` of a result file of `dataset`; None for a name of another form."""
+    match = _NAME.fullmatch(Path(path).name)
+    if match is None:
+        return None
+    run = match["run"] if dataset == "math500" else match["run"].removesuffix(f"_{dataset}")
+    return run, int(match["first"]) if match["first"] else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the name that these flags of evaluate_math.py give."""
+    method_name, dataset, seed, *flags = sys.argv[1:] if argv is None else argv
+    parser = OneLineParser(prog="evaluate_math.py", allow_abbrev=False, add_help=False)
+    parser.add_argument("--max_new_tokens", type=int, default=PAPER_MAX_NEW_TOKENS)
+    parser.add_argument("--num_samples", type=int)
+    known, _ = parser.parse_known_args(flags)
+    print(result_path(method_name, dataset, int(seed) if seed else None, **vars(known)).stem)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

@@ -1,0 +1,346 @@
+"""The result file of one evaluation: per-sample records first, aggregates as functions of them.
+
+Keys and units are those of the authors' files (docs/evaluation.md lists them), so that files of earlier runs
+can be read, graded again and put into one table with new ones. `schema_version` is this project's addition:
+the authors' files have none. A file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from opsd.errors import ArtefactError, printable
+from opsd.evaluation.grading import NO_ANSWER, ProblemGrade
+from opsd.files import atomic_write_text
+
+# 2 has the authors' units. This project's first files state no version, hold shares under the same keys, and
+# are the only ones without a version that hold FIRST_FILES_KEY.
+SCHEMA_VERSION = 2
+FIRST_FILES_KEY = "truncation_share"
+# What must be equal for two results to be the same run. Fields that a file of an earlier run lacks are not
+# compared (see `regime_differences`).
+REGIME_FIELDS = (
+    "base_model",
+    "model_identity",
+    "dataset",
+    "dataset_fingerprint",
+    "prompt_style",
+    "enable_thinking",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "max_new_tokens",
+    "val_n",
+    "seed",
+    "num_problems",
+)
+_WHOLE, _NUMBER = (int,), (int, float)
+# Types of the keys that every result has, those of earlier runs included.
+REQUIRED_FIELDS: dict[str, tuple[type, ...]] = {
+    "base_model": (str,),
+    "dataset": (str,),
+    "temperature": _NUMBER,
+    "top_p": _NUMBER,
+    "max_new_tokens": _WHOLE,
+    "val_n": _WHOLE,
+    "num_problems": _WHOLE,
+    "results": (list,),
+}
+# Types of the keys that may be absent or null.
+OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {
+    "schema_version": _WHOLE,
+    "seed": _WHOLE,
+    "enable_thinking": (bool,),
+    "top_k": _NUMBER,
+    "min_p": _NUMBER,
+    "presence_penalty": _NUMBER,
+    "model_identity": (str,),
+    "dataset_fingerprint": (str,),
+    "prompt_style": (str,),
+    "grading": (dict,),
+    "training_run": (dict,),
+    "truncation_share": _NUMBER,
+}
+GROUND_TRUTH_KEYS = ("ground_truth", "answer", "gt_answer")
+# 500 problems x 12 samples x 38,912 tokens are below 1 GB of text.
+MAX_RESULT_BYTES = 4 * 2**30
+
+
+# -- building ------------------------------------------------------------------------------------------------
+
+
+def problem_record(
+    *,
+    problem_id: int | str,
+    problem: str,
+    ground_truth: str,
+    texts: Sequence[str],
+    predicted: Sequence[str | None],
+    truncated: Sequence[bool],
+    grade: ProblemGrade,
+) -> dict[str, Any]:
+    """One entry of `results`.
+
+    Args:
+        texts: the full generation of each sample, in order of sampling.
+        predicted: its answer, None when it is unformatted.
+        truncated: whether it was cut at max_new_tokens.
+        grade: verdicts and vote of the same samples.
+    """
+    generations = [
+        {
+            "predicted_answer": NO_ANSWER if answer is None else answer,
+            "full_generation": text,
+            "correct": correct,
+            "formatted": answer is not None,
+            "truncated": cut,
+        }
+        for text, answer, cut, correct in zip(texts, predicted, truncated, grade.correct, strict=True)
+    ]
+    return {
+        "problem_id": problem_id,
+        "problem": problem,
+        "ground_truth": ground_truth,
+        "val_n": len(generations),
+        "generations": generations,
+        "num_correct": grade.num_correct,
+        "pass_at_n": grade.passed,
+        "majority_vote_correct": grade.majority_correct,
+    }
+
+
+def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the top-level figures of `results`.
+
+    `pass_at_n` and `majority_vote_at_n` count problems, `average_at_n` and `formatted_count` samples; the
+    `_pct` keys and `format_rate` are percent, `truncation_share` is a share in [0, 1].
+    """
+    generations = [generation for record in results for generation in record["generations"]]
+    problems, samples = len(results), len(generations)
+    passed = sum(any(g["correct"] for g in record["generations"]) for record in results)
+    correct = sum(generation["correct"] for generation in generations)
+    majority = sum(bool(record.get("majority_vote_correct")) for record in results)
+    formatted = sum(predicted_answer(generation) is not None for generation in generations)
+    return {
+        "num_problems": problems,
+        "total_solutions": samples,
+        "pass_at_n": passed,
+        "pass_at_n_pct": 100 * passed / max(problems, 1),
+        "average_at_n": correct,
+        "average_at_n_pct": 100 * correct / max(samples, 1),
+        "majority_vote_at_n": majority,
+        "majority_vote_at_n_pct": 100 * majority / max(problems, 1),
+        "formatted_count": formatted,
+        "format_rate": 100 * formatted / max(samples, 1),
+        "truncation_share": sum(bool(g.get("truncated")) for g in generations) / max(samples, 1),
+    }
+
+
+def build_result(
+    *, regime: Mapping[str, Any], results: Sequence[Mapping[str, Any]], **extra: Any
+) -> dict[str, Any]:
+    """Return the whole result: regime, aggregates, `extra` (versions, engine, grading), records.
+
+    Args:
+        regime: a value for every field of REGIME_FIELDS but num_problems, which is counted.
+        results: entries from `problem_record`.
+        extra: further top-level keys; they may not hide a key of the schema.
+
+    Raises:
+        ValueError: a field of the regime is missing or unknown, or an extra key hides one of the schema.
+    """
+    expected = set(REGIME_FIELDS) - {"num_problems"}
+    if set(regime) - {"num_problems"} != expected:
+        raise ValueError(f"regime has {sorted(regime)}, needs {sorted(expected)}")
+    figures = aggregate(results)
+    head = {name: regime[name] for name in REGIME_FIELDS if name in expected} | figures
+    if hidden := sorted({*head, "schema_version", "results", "date"} & set(extra)):
+        raise ValueError(f"extra keys hide the schema's: {hidden}")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"schema_version": SCHEMA_VERSION, **head, "date": date, **extra, "results": list(results)}
+
+
+def write_result(path: Path | str, result: Mapping[str, Any]) -> None:
+    """Write `result` whole. NaN and infinities raise ValueError."""
+    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # A lone surrogate has no UTF-8 form; as an escape it survives.
+        text = json.dumps(result, indent=2, allow_nan=False)
+    atomic_write_text(path, text + "\n")
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def load_result(path: Path | str) -> dict[str, Any]:
+    """Read and check a result file of this project or of the authors' release.
+
+    Counts and percentages have the units of `aggregate` whichever schema the file has.
+
+    Raises:
+        ArtefactError: it is missing, over MAX_RESULT_BYTES, torn, not strict JSON, or not a result file.
+    """
+    path = Path(path)
+    result = _strict_json(path)
+    if not isinstance(result, dict):
+        raise ArtefactError(f"{path} is not a result file: its top level is not an object")
+    if missing := [name for name in REQUIRED_FIELDS if name not in result]:
+        raise ArtefactError(f"{path} is not a result file: it lacks {', '.join(missing)}")
+    if fault := _fault(result):
+        raise ArtefactError(f"{path} is damaged: {fault}; move it away and evaluate again")
+    if result.get("schema_version") is None and FIRST_FILES_KEY in result:
+        _convert_shares(result)
+    return result
+
+
+def _strict_json(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON value")
+
+    def finite(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else refuse(printable(text, 40))
+
+    try:
+        size = path.stat().st_size
+        if size > MAX_RESULT_BYTES:
+            raise ArtefactError(
+                f"{path} has {size:,} bytes; result files are read up to {MAX_RESULT_BYTES:,}"
+            )
+        return json.loads(path.read_bytes(), parse_constant=refuse, parse_float=finite)
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} is damaged: {error}; move it away and evaluate again") from error
+
+
+def _fault(result: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with a result, if anything."""
+    for name, types in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items():
+        value = result.get(name)
+        if value is None and name in OPTIONAL_FIELDS:
+            continue
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            return f"{name} is {printable(value, 60)!r}, but must be of type {types[-1].__name__}"
+    if (version := result.get("schema_version")) not in (None, SCHEMA_VERSION):
+        return f"schema_version is {version}, but {SCHEMA_VERSION} is the newest that this checkout reads"
+    killed = (result.get("grading") or {}).get("killed", 0)
+    if not isinstance(killed, int):
+        return f"grading.killed is {printable(killed, 60)!r}, but must be a count"
+    records, val_n = result["results"], result["val_n"]
+    if not records or len(records) != result["num_problems"]:
+        return f"num_problems is {result['num_problems']}, but `results` holds {len(records)}"
+    faults = (_record_fault(record, val_n) for record in records)
+    return next((f"entry {index} of `results` {fault}" for index, fault in enumerate(faults) if fault), None)
+
+
+def _record_fault(record: Any, val_n: int) -> str | None:
+    """Say what is wrong with one entry of `results`, if anything."""
+    if not isinstance(record, dict) or not isinstance(record.get("generations"), list):
+        return "has no list of generations"
+    if val_n < 1 or len(record["generations"]) != val_n:
+        problem = printable(record.get("problem_id"), 60)
+        return f"(problem {problem}) has {len(record['generations'])} of {val_n} generations"
+    try:
+        ground_truth(record)
+    except KeyError:
+        return f"has no answer as text or number under {', '.join(GROUND_TRUTH_KEYS)}"
+    if not isinstance(record.get("majority_vote_correct", False), (bool, type(None))):
+        return "has a `majority_vote_correct` that is not true or false"
+    for generation in record["generations"]:
+        if not isinstance(generation, dict) or not isinstance(
+            generation.get("predicted_answer"), (str, type(None))
+        ):
+            return "has a generation without a predicted answer as text"
+        if not isinstance(generation.get("correct"), bool):
+            return "has a generation whose `correct` is not true or false"
+    return None
+
+
+def _convert_shares(result: dict[str, Any]) -> None:
+    """Give one of this project's first files, in place, the units that `aggregate` has now."""
+    counts = aggregate(result["results"])
+    changed = ("pass_at_n", "average_at_n", "majority_vote_at_n", "format_rate")
+    result.update({name: counts[name] for name in changed if name in result})
+    before = result.get("majority_vote_before_recompute")
+    if isinstance(before, dict) and isinstance(before.get("majority_vote_at_n"), (int, float)):
+        before["majority_vote_at_n"] = round(before["majority_vote_at_n"] * len(result["results"]))
+    result["schema_version"] = SCHEMA_VERSION
+
+
+def ground_truth(record: Mapping[str, Any]) -> str:
+    """Return the gold answer of one entry as text, `27.0` for the number 27.0; KeyError without one."""
+    for key in GROUND_TRUTH_KEYS:
+        value = record.get(key)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+    raise KeyError("ground_truth")
+
+
+def predicted_answer(generation: Mapping[str, Any]) -> str | None:
+    """The answer of one sample, None when it is unformatted; `formatted` may be missing."""
+    answer = generation.get("predicted_answer")
+    if generation.get("formatted") is False or answer is None or answer == NO_ANSWER or not answer.strip():
+        return None
+    return answer
+
+
+# -- regimes -------------------------------------------------------------------------------------------------
+
+
+def regime_differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, ignore: Sequence[str] = ()
+) -> list[str]:
+    """Return a line `field: ours != theirs` for every regime field that differs.
+
+    Both may be whole results or regimes. A field that only one of them states is passed over, because files
+    of earlier runs lack some; but a seed that is absent is no seed. Where both state `model_identity`, the
+    path of the model does not matter. Numbers are compared as numbers; -1 and 0 both mean that top_k is off.
+    """
+    differences = []
+    identified = None not in (ours.get("model_identity"), theirs.get("model_identity"))
+    for name in REGIME_FIELDS:
+        if (
+            name in ignore
+            or (name == "base_model" and identified)
+            or (name != "seed" and (name not in ours or name not in theirs))
+        ):
+            continue
+        a, b = ours.get(name), theirs.get(name)
+        if _canonical(name, a) != _canonical(name, b):
+            differences.append(f"{name}: {a!r} != {b!r}")
+    return differences
+
+
+def _canonical(name: str, value: Any) -> Any:
+    if name == "top_k" and value in (-1, None):
+        return 0
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return value
+
+
+def set_aside(path: Path | str) -> Path:
+    """Rename `path` to a free name `<stem>.aside-<N>.json.old` beside it and return that name."""
+    path = Path(path)
+    for number in range(1, 10_000):
+        target = path.with_name(f"{path.stem}.aside-{number}{path.suffix}.old")
+        try:
+            # A hard link fails where the name is taken, so that two processes never choose the same.
+            os.link(path, target)
+        except FileExistsError:
+            continue
+        path.unlink()
+        return target
+    raise ArtefactError(f"{path.parent} holds 9,999 files set aside for {path.name}; move some of them away")

@@ -1,0 +1,77 @@
+"""docs/departures.md: what it cites exists, and the program behind its figures counts what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import measure_departures
+from opsd.rollout.engine import Completion
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("departures.md", "branch_viability.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_page_cites_exists(page):
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    cited = re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    assert cited
+    for file, name in cited:
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text("utf-8"), re.MULTILINE), (file, name)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "vllm.md"])
+def test_every_file_that_a_page_names_exists(page):
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    named = set(re.findall(r"\b((?:bench|opsd|tests|launchers)/[\w/]+\.(?:py|sh))\b", text))
+    named |= {f"docs/{target}" for target in re.findall(r"\]\(([\w/.]+)\)", text)}
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_departure_of_the_published_code_has_its_row():
+    text = (ROOT / "docs" / "departures.md").read_text("utf-8")
+    rows = re.findall(r"^\| \*\*(.+?)\*\* \|", text, re.MULTILINE)
+    assert len(rows) == len(set(rows)) == 23
+    # Each row of the first table says which of the paper's rows it moves, by which half, and how far.
+    first = text.split("## Differences in how")[0]
+    for row in re.findall(r"^\| \*\*.+\|$", first, re.MULTILINE):
+        cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+        assert len(cells) == 6, row
+        assert re.match(r"(all|Qwen3-4B|DSR1|Olmo-3).*; (training|evaluation)", cells[1]), row
+        assert re.search(r"\d|NaN|not measured", cells[4]), row
+
+
+def test_shared_samples_are_counted_once_each():
+    a, b, c = (1, 2), (3,), (4,)
+    assert measure_departures._shared([a, a, b], [a, c, b]) == 2
+    assert measure_departures._shared([a, b], [c, c]) == 0
+    assert measure_departures._shared([a, a], [a, a]) == 2
+
+
+def test_a_prompt_of_dsr1s_kind_begins_once_here_and_two_or_three_times_there():
+    tokenizer = measure_departures.bos_tokenizer(str(ROOT / "testbed" / "base_model"))
+    counts = measure_departures.beginnings(tokenizer, "Find 12 + 30.")
+    assert counts == {"teacher and evaluation": 2, "rollout": 3, "here": 1}
+
+
+def test_bf16_loses_small_steps_and_float32_does_not():
+    (adapter,) = measure_departures.bf16_adapter(None)
+    assert (adapter.theirs, adapter.ours) == ("90.0% unmoved", "0.0% unmoved")
+    (merge,) = measure_departures.bf16_merge(None)
+    lost = float(re.match(r"([\d.]+)% of the entries unchanged", merge.theirs)[1])
+    assert 15 < lost < 30
+
+
+def test_what_a_mask_by_pad_id_loses():
+    class Tokenizer:
+        eos_token_id = 7
+
+    done = [Completion([1, 2, 7], False), Completion([1, 2, 3, 4, 5], True), Completion([2, 7], False)]
+    world = measure_departures.World("", None, Tokenizer(), [], [], done, 0.0)
+    (row,) = measure_departures.end_of_sequence(world)
+    assert row.theirs == "2 of 2 (20.0% of all tokens)"
+    assert row.ours == "0"

@@ -1,0 +1,174 @@
+"""--suggest_schedule: a known schedule comes back, and too little data is called that."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from opsd.diagnostic.schedule import (
+    BINS,
+    SHOWN_AT,
+    TAUS,
+    WIDTHS,
+    Parameter,
+    ScheduleFit,
+    _bin_sums,
+    _columns,
+    _solve,
+    fit_schedule,
+    schedule,
+)
+from opsd.diagnostic.statistics import MIN_CLUSTERS, resample_weights
+from opsd.objectives import Hyperparameters, position_weights
+
+MODERATE = {"w_min": 0.25, "tau": 0.30, "s": 0.10}
+
+
+@pytest.fixture(autouse=True)
+def fewer_shuffles(monkeypatch):
+    """The smallest p value is 1/101 then, which decides against a level of 5 % as well as 1/501."""
+    monkeypatch.setattr("opsd.diagnostic.schedule.SHUFFLES", 100)
+
+
+def world(seed: int, *, problems: int, forks: int = 12, curve=None, control=None, continuations: int = 8):
+    """(position, success, codes, control) of forks spread over the spine, as `fork_offsets` spreads them."""
+    draw = np.random.default_rng(seed)
+    codes = np.repeat(np.arange(problems), forks)
+    position = (np.tile(np.arange(forks), problems) + draw.random(problems * forks)) / forks
+    chance = np.ones_like(position) if control is None else control(position)
+    success = draw.binomial(continuations, chance * curve(position)) / continuations
+    return position, success, codes, draw.binomial(continuations, chance) / continuations
+
+
+def fitted(columns, *, relative: bool = False, resamples: int = 60) -> ScheduleFit | None:
+    position, success, codes, control = columns
+    weights = resample_weights(int(codes.max()) + 1, resamples=resamples, seed=0)
+    return fit_schedule(position, success, codes, weights, control=control if relative else None)
+
+
+def moderate(f):
+    return schedule(f, **MODERATE)
+
+
+@functools.cache
+def moderate_fit() -> ScheduleFit:
+    return fitted(world(0, problems=200, curve=moderate))
+
+
+def test_the_schedule_is_the_one_that_training_uses():
+    import torch
+
+    lengths = torch.tensor([7, 40])
+    ours = position_weights(lengths, Hyperparameters())
+    f = np.concatenate([(np.arange(n) + 0.5) / n for n in (7, 40)])
+    assert np.allclose(ours.numpy(), moderate(f), atol=1e-6)
+    # Far tails neither overflow nor warn.
+    with np.errstate(all="raise"):
+        assert schedule(np.array([0.0, 1.0]), w_min=0.2, tau=0.5, s=1e-3).tolist() == [0.2, 1.0]
+
+
+def test_a_known_schedule_comes_back():
+    """Success follows Moderate: every parameter is found, inside its interval, and nothing is left open."""
+    fit = moderate_fit()
+    assert fit.undetermined() == []
+    for name, true in MODERATE.items():
+        parameter: Parameter = getattr(fit, name)
+        assert parameter.low - 0.02 <= true <= parameter.high + 0.02, name
+    assert fit.tau.value == pytest.approx(0.30, abs=0.05)
+    assert fit.w_min.value == pytest.approx(0.25, abs=0.08)
+    for at, weight in zip(SHOWN_AT, fit.weights, strict=True):
+        assert weight.value == pytest.approx(float(moderate(at)), abs=0.05)
+    assert fit.explained > 0.9
+    assert fit.ceiling.value == pytest.approx(1.0, abs=0.03)
+    assert fit.problems == 200
+    assert (fit.band[0] <= fit.curve + 1e-9).mean() > 0.95
+
+
+def test_the_scale_of_the_curve_is_free():
+    """Half the success everywhere is the same schedule under half the ceiling."""
+    half = fitted(world(1, problems=200, curve=lambda f: 0.5 * moderate(f), continuations=16))
+    assert half.ceiling.value == pytest.approx(0.5, abs=0.03)
+    assert half.tau.value == pytest.approx(0.30, abs=0.06)
+    assert half.w_min.value == pytest.approx(0.25, abs=0.1)
+
+
+def test_relative_viability_divides_the_control_out():
+    """The control rises along the spine; only the fit that knows it finds the forced token's own curve."""
+    columns = world(2, problems=200, curve=moderate, control=lambda f: 0.2 + 0.8 * f, continuations=16)
+    relative, absolute = fitted(columns, relative=True), fitted(columns)
+    assert relative.tau.value == pytest.approx(0.30, abs=0.08)
+    assert relative.weights[0].value == pytest.approx(float(moderate(0.1)), abs=0.1)
+    assert absolute.weights[2].value < relative.weights[2].value - 0.1
+
+
+def test_a_rise_that_the_control_shares_is_no_reason_to_weigh_positions():
+    columns = world(3, problems=60, curve=np.ones_like, control=lambda f: 0.2 + 0.7 * f)
+    absolute, relative = fitted(columns), fitted(columns, relative=True)
+    assert absolute.shuffled_share < 0.05
+    assert relative.shuffled_share > 0.05
+    assert any("whether the weight should rise" in phrase for phrase in relative.undetermined())
+
+
+def test_a_flat_curve_is_undetermined():
+    fit = fitted(world(4, problems=40, curve=lambda f: np.full_like(f, 0.6)))
+    assert any("whether the weight should rise" in phrase for phrase in fit.undetermined())
+
+
+def test_few_noisy_problems_are_undetermined():
+    fit = fitted(world(5, problems=MIN_CLUSTERS + 1, forks=5, curve=moderate, continuations=2))
+    assert fit.undetermined()
+
+
+def test_fewer_problems_than_an_interval_needs():
+    fit = fitted(world(6, problems=MIN_CLUSTERS - 1, curve=moderate))
+    assert fit.undetermined() == [f"{MIN_CLUSTERS - 1} problems are too few for any interval"]
+    assert fit.tau.text().endswith("[–]")
+
+
+def test_nothing_to_fit():
+    position, success, codes, _ = world(7, problems=10, curve=moderate)
+    assert fitted((position, np.zeros_like(success), codes, success)) is None
+    assert fitted((position * 0.1, success, codes, success)) is None
+    assert fitted((position, success, codes, np.zeros_like(success)), relative=True) is None
+
+
+def test_a_branch_counts_with_its_importance():
+    """Branches of no importance change nothing, whatever they say."""
+    position, success, codes, _ = world(8, problems=20, curve=moderate)
+    weights = resample_weights(20, resamples=30, seed=0)
+    doubled = [np.concatenate([column, column]) for column in (position, 1 - success, codes)]
+    doubled[1][len(success) :] = success
+    importance = np.repeat([0.0, 0.7], len(success))
+    one = fit_schedule(position, success, codes, weights)
+    two = fit_schedule(*doubled, weights, importance=importance)
+    for name in ("w_min", "tau", "s", "ceiling"):
+        assert getattr(two, name).value == pytest.approx(getattr(one, name).value, abs=1e-9)
+
+
+def test_the_fit_is_the_best_on_the_whole_grid():
+    """Against non-negative least squares at every (τ, s): no better residual exists."""
+    scipy_optimize = pytest.importorskip("scipy.optimize")
+    position, success, codes, _ = world(9, problems=12, curve=moderate)
+    sums = _bin_sums(_columns(position, success, None, None), codes, 12).sum(axis=1)
+    (found,), (residual,) = _solve(sums[:, None])
+    size, f, y = sums[0], sums[1] / sums[0], sums[2] / sums[0]
+    best = np.inf
+    for width in WIDTHS:
+        for tau in TAUS:
+            rise = schedule(f, w_min=0.0, tau=tau, s=width)
+            design = np.stack([np.ones(BINS), rise], axis=1) * np.sqrt(size)[:, None]
+            best = min(best, scipy_optimize.nnls(design, y * np.sqrt(size))[1] ** 2)
+    assert residual == pytest.approx(best, abs=1e-9)
+    ceiling, w_min, tau, s = found
+    by_hand = (size * (y - ceiling * schedule(f, w_min=w_min, tau=tau, s=s)) ** 2).sum()
+    assert by_hand == pytest.approx(residual, abs=1e-9)
+
+
+def test_parameters_at_the_edge_of_their_range_are_called_so():
+    fit = moderate_fit()
+    at_edge = ScheduleFit(**{**vars(fit), "s": Parameter(float(WIDTHS[0]), WIDTHS[0], WIDTHS[0])})
+    assert any(phrase.startswith("s: the best fit lies at the end") for phrase in at_edge.undetermined())
+    wide = ScheduleFit(**{**vars(fit), "w_min": Parameter(0.4, 0.0, 0.9), "tau": Parameter(0.5, 0.1, 0.9)})
+    assert [phrase.split(":")[0] for phrase in wide.undetermined()] == ["w_min", "τ"]

@@ -1,0 +1,602 @@
+"""evaluate_math: figures, kills and resumption, refusals, adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opsd.errors import ArtefactError, UsageError
+from opsd.evaluation import run as evaluation
+from opsd.evaluation.config import EvalConfig
+from opsd.evaluation.grading import extract_boxed
+from opsd.evaluation.journal import Journal, read_lines
+from opsd.evaluation.results import load_result
+from opsd.evaluation.run import evaluate
+from tests.evaluation import eval_world
+
+ROOT = Path(__file__).resolve().parents[2]
+PROTOCOL_KEYS = {
+    "base_model",
+    "dataset",
+    "enable_thinking",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "max_new_tokens",
+    "val_n",
+    "seed",
+    "num_problems",
+    "total_solutions",
+    "pass_at_n",
+    "pass_at_n_pct",
+    "average_at_n",
+    "average_at_n_pct",
+    "majority_vote_at_n",
+    "majority_vote_at_n_pct",
+    "formatted_count",
+    "format_rate",
+    "results",
+}
+GENERATION_KEYS = {"predicted_answer", "full_generation", "correct", "formatted", "truncated", "tokens"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    eval_world.make_model(folder / "model")
+    eval_world.make_problems(folder / "problems.jsonl")
+    return folder
+
+
+def config_of(world: Path, output: Path, **changes: Any) -> EvalConfig:
+    settings = {
+        "base_model": str(world / "model"),
+        "dataset": "toy",
+        "dataset_path": str(world / "problems.jsonl"),
+        "output": str(output),
+        "engine": "hf",
+        "val_n": 4,
+        "max_new_tokens": 12,
+        "hf_batch_size": 4,
+        "grading_workers": 1,
+    }
+    return EvalConfig(**{**settings, **changes})
+
+
+def command_of(config: EvalConfig) -> list[str]:
+    flags = [sys.executable, str(ROOT / "evaluate_math.py")]
+    for name, value in config.as_dict().items():
+        if value is not None and name not in ("enable_thinking", "trust_remote_code"):
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def run_config(config: EvalConfig) -> dict[str, Any]:
+    return evaluate(config, show=False)
+
+
+def without_timing(result: dict[str, Any]) -> dict[str, Any]:
+    """All of a result that must not depend on when, and in how many runs, it was made."""
+    return {name: value for name, value in result.items() if name not in ("date", "timing")}
+
+
+@pytest.fixture(scope="module")
+def reference(world: Path) -> dict[str, Any]:
+    """The result of one uninterrupted run."""
+    return run_config(config_of(world, world / "reference.json"))
+
+
+def only_file(folder: Path) -> Path:
+    (file,) = folder.iterdir()
+    return file
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+def naive_generations(world: Path, *, seed: int = 0) -> list[list[str]]:
+    """The texts that the protocol defines, one request at a time, prompts and seeds written out."""
+    from transformers import AutoModelForCausalLM
+
+    from opsd.rollout.engine import Request, Sampling
+    from opsd.rollout.hf import HFEngine
+    from opsd.seeds import hashed_seed
+
+    tokenizer = eval_world.make_tokenizer()
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(world / "model"), tokenizer, batch_size=1)
+    sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=12)
+    texts = []
+    for index in range(eval_world.PROBLEMS):
+        problem = f"what is {index}+{index % 3}?"
+        prompt = (
+            f"<u>{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.<a>"
+        )
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        requests = [Request(ids, hashed_seed("evaluation", seed, str(index), sample)) for sample in range(4)]
+        completions = engine.generate(requests, sampling)
+        texts.append([tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions])
+    return texts
+
+
+def test_the_result_is_what_the_protocol_defines(world: Path, reference: dict[str, Any]) -> None:
+    texts = naive_generations(world)
+    assert [[g["full_generation"] for g in r["generations"]] for r in reference["results"]] == texts
+    correct, passed, formatted = 0, 0, 0
+    for index, (record, samples) in enumerate(zip(reference["results"], texts, strict=True)):
+        answers = [extract_boxed(text) for text in samples]
+        right = [answer == str(index + index % 3) for answer in answers]
+        assert [generation["correct"] for generation in record["generations"]] == right
+        assert record["ground_truth"] == str(index + index % 3)
+        assert record["problem_id"] == index
+        assert all(set(generation) == GENERATION_KEYS for generation in record["generations"])
+        correct, passed = correct + sum(right), passed + any(right)
+        formatted += sum(answer is not None for answer in answers)
+    assert 0 < correct < 24, "the toy world has right and wrong answers"
+    assert 0 < formatted < 24, "and unformatted ones"
+    assert (reference["average_at_n"], reference["pass_at_n"]) == (correct, passed)
+    assert reference["formatted_count"] == formatted
+    cut = [g["truncated"] for r in reference["results"] for g in r["generations"]]
+    assert 0 < sum(cut) < 24
+    assert reference["truncation_share"] == pytest.approx(sum(cut) / 24)
+
+
+def test_the_file_holds_every_key_and_reads_back(world: Path, reference: dict[str, Any]) -> None:
+    assert load_result(world / "reference.json") == reference
+    assert set(reference) >= PROTOCOL_KEYS
+    for name in ("versions", "date", "engine", "grading", "model_identity", "dataset_fingerprint", "timing"):
+        assert reference[name], name
+    assert (reference["num_problems"], reference["total_solutions"], reference["val_n"]) == (6, 24, 4)
+    assert reference["grading"]["time_limit_s"] == 5.0
+    assert not (world / "reference.json.journal.jsonl").exists()
+
+
+def test_seeds_are_independent(world: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    other = run_config(config_of(world, tmp_path / "r.json", seed=1))
+    for ours, theirs in zip(reference["results"], other["results"], strict=True):
+        texts = {generation["full_generation"] for generation in ours["generations"]}
+        assert not texts & {generation["full_generation"] for generation in theirs["generations"]}
+    assert other["seed"] == 1
+
+
+def test_batch_size_and_problem_count_change_no_sample(
+    world: Path, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    few = run_config(config_of(world, tmp_path / "r.json", num_samples=2, hf_batch_size=7, val_n=3))
+    assert few["num_problems"] == 2
+    for ours, theirs in zip(few["results"], reference["results"], strict=False):
+        assert ours["generations"] == theirs["generations"][:3]
+
+
+def test_thinking_reaches_the_template(world: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    quiet = run_config(config_of(world, tmp_path / "r.json", enable_thinking=False))
+    assert quiet["enable_thinking"] is False
+    assert quiet["results"] != reference["results"]
+
+
+# -- kills ---------------------------------------------------------------------------------------------------
+
+# Runs in a process of its own, forks once per moment, and kills the fork at that moment.
+KILL_DRIVER = """
+import os, signal, sys
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(moment):
+    from opsd import files
+    from opsd.evaluation import run as evaluation
+    from opsd.evaluation import journal
+    written = [0]
+    write = journal.Journal._write
+    def counted(self, data):
+        written[0] += 1  # the header is the first
+        if moment == f"before line {written[0]}": die()
+        if moment == f"inside line {written[0]}":
+            line = journal.encode_line(data)
+            self._file.write(line[: len(line) // 2]); self._file.flush(); die()
+        write(self, data)
+        if moment == f"after line {written[0]}": die()
+    journal.Journal._write = counted
+    if moment == "before the result": evaluation.write_result = lambda *a: die()
+    if moment == "inside the result": files.os.replace = lambda *a: die()
+    if moment == "after the result": journal.Journal.remove = lambda self: die()
+
+if __name__ == "__main__":  # grading processes import this file too, and need none of what follows
+    import torch, transformers
+    from opsd.evaluation.run import evaluate
+    from opsd.evaluation.config import EvalConfig
+    from transformers.models.qwen3 import modeling_qwen3
+    torch.set_num_threads(1)
+    settings, moments = eval(sys.argv[1]), eval(sys.argv[2])
+    for index, moment in enumerate(moments):
+        child = os.fork()
+        if child == 0:
+            arm(moment)
+            settings["output"] = os.path.join(sys.argv[3], str(index), "r.json")
+            evaluate(EvalConfig(**settings), show=False)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (moment, status)
+"""
+# Line 1 of the journal is its header; 24 samples follow.
+MOMENTS = (
+    "before line 1",
+    "inside line 1",
+    "after line 1",
+    "inside line 2",
+    "after line 6",
+    "inside line 14",
+    "after line 25",
+    "before the result",
+    "inside the result",
+    "after the result",
+)
+
+
+@pytest.fixture(scope="module")
+def killed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per moment of `MOMENTS` with what a run that was killed then left behind."""
+    folder = tmp_path_factory.mktemp("killed")
+    driver = folder / "driver.py"
+    driver.write_text(KILL_DRIVER)
+    settings = config_of(world, Path("replaced.json")).as_dict()
+    subprocess.run(
+        [sys.executable, str(driver), repr(settings), repr(MOMENTS), str(folder)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_is_finished_as_if_never_killed(
+    world: Path,
+    killed: Path,
+    reference: dict[str, Any],
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = killed / str(MOMENTS.index(moment)) / "r.json"
+    drawn = count_draws(monkeypatch)
+    result = run_config(config_of(world, output))
+    assert without_timing(result) == without_timing(reference)
+    assert load_result(output) == result
+    assert only_file(output.parent) == output, "no journal and no partial file is left"
+    kept = {"after line 6": 5, "inside line 14": 12, "after line 25": 24, "after the result": 24}
+    if moment in kept:
+        assert len(drawn) == 24 - kept[moment], "what was finished is not drawn again"
+    if "the result" in moment:
+        assert drawn == []
+
+
+def count_draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seed of every request that reaches an engine of this process from here on."""
+    from opsd.rollout.hf import HFEngine
+
+    drawn: list[int] = []
+    generate = HFEngine.generate
+
+    def counted(self: HFEngine, requests: Any, *arguments: Any, **more: Any) -> Any:
+        drawn.extend(request.seed for request in requests)
+        return generate(self, requests, *arguments, **more)
+
+    monkeypatch.setattr(HFEngine, "generate", counted)
+    return drawn
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
+    while not condition():
+        assert process.poll() is None, "the process ended before the moment came"
+        time.sleep(0.02)
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_the_command_killed_from_outside_continues(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Hundreds of small batches, so that the kill falls between two of them wherever it falls.
+    config = config_of(world, tmp_path / "out" / "r.json", val_n=20, hf_batch_size=1, temperature=1.1)
+    process = subprocess.Popen(command_of(config), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_until(lambda: lines_in(config.journal_path) >= 10, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    kept = lines_in(config.journal_path) - 1
+    assert not Path(config.output).exists()
+    drawn = count_draws(monkeypatch)
+    result = run_config(config)
+    assert kept <= result["timing"]["resumed_samples"] < 120
+    assert len(drawn) == 120 - result["timing"]["resumed_samples"]
+    whole = run_config(replace(config, output=str(tmp_path / "whole.json"), hf_batch_size=32))
+    assert without_timing(whole) == without_timing(result)
+
+
+# -- what stands at the output already -----------------------------------------------------------------------
+
+
+def forbid_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("an engine was built")
+
+    monkeypatch.setattr(evaluation, "build_engine", refuse)
+
+
+def test_a_finished_run_is_not_repeated(
+    world: Path, reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_sampling(monkeypatch)
+    assert run_config(config_of(world, world / "reference.json")) == reference
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", 0.9), ("seed", 4), ("val_n", 5), ("enable_thinking", False), ("num_samples", 5)],
+)
+def test_another_runs_result_is_refused_by_field(
+    world: Path,
+    reference: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    value: Any,
+) -> None:
+    forbid_sampling(monkeypatch)
+    named = "num_problems" if field == "num_samples" else field
+    with pytest.raises(UsageError, match=named):
+        run_config(config_of(world, world / "reference.json", **{field: value}))
+    assert load_result(world / "reference.json") == reference
+    assert not (world / "reference.json.journal.jsonl").exists()
+
+
+def test_a_moved_checkout_does_not_turn_a_finished_run_or_its_journal_into_another(
+    world: Path, reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished = interrupted(world, tmp_path / "journal.json")
+    shutil.copytree(world, tmp_path / "moved")
+    elsewhere = {
+        "base_model": str(tmp_path / "moved" / "model"),
+        "dataset_path": str(tmp_path / "moved" / "problems.jsonl"),
+    }
+    resumed = run_config(replace(unfinished, **elsewhere))
+    assert resumed["timing"]["resumed_samples"] == 9
+    assert resumed["results"] == reference["results"]
+    forbid_sampling(monkeypatch)
+    assert run_config(config_of(world, world / "reference.json", **elsewhere)) == reference
+
+
+def test_a_part_never_replaces_a_whole_result(
+    world: Path, reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_sampling(monkeypatch)
+    output = tmp_path / "r.json"
+    shutil.copy(world / "reference.json", output)
+    with pytest.raises(UsageError, match="has 6 problems, which a run of 5 does not replace"):
+        evaluate(config_of(world, output, num_samples=5), replace=True, show=False)
+    assert load_result(output) == reference
+
+
+def test_other_weights_in_the_same_folder_are_another_run(world: Path, tmp_path: Path) -> None:
+    eval_world.make_model(tmp_path / "model", seed=1)
+    config = replace(config_of(world, tmp_path / "r.json", val_n=1), base_model=str(tmp_path / "model"))
+    run_config(config)
+    eval_world.make_model(tmp_path / "model", seed=2)
+    with pytest.raises(UsageError, match="model_identity"):
+        run_config(config)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"results": [', b"[]", b'{"val_n": 4}'])
+def test_a_damaged_result_is_refused_and_set_aside_on_request(
+    world: Path, reference: dict[str, Any], tmp_path: Path, content: bytes
+) -> None:
+    output = tmp_path / "r.json"
+    output.write_bytes(content)
+    with pytest.raises(UsageError, match="--replace"):
+        run_config(config_of(world, output))
+    assert output.read_bytes() == content
+    result = evaluate(config_of(world, output), replace=True, show=False)
+    assert without_timing(result) == without_timing(reference)
+    (aside,) = (file for file in tmp_path.iterdir() if file != output)
+    assert aside.read_bytes() == content
+    assert aside.suffix != ".json", "no reader of results takes it for one"
+
+
+def test_a_result_without_part_of_the_regime_is_not_accepted(
+    world: Path, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "r.json"
+    output.write_text(json.dumps({k: v for k, v in reference.items() if k != "model_identity"}))
+    with pytest.raises(UsageError, match=r"model_identity: \(absent\)"):
+        run_config(config_of(world, output))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, samples: int, error: BaseException) -> None:
+    """Let the engine fail once so many samples have finished."""
+    from opsd.rollout.hf import HFEngine
+
+    generate = HFEngine.generate
+
+    def failing(self: HFEngine, requests: Any, sampling: Any, *, on_finish: Any) -> Any:
+        finished = []
+
+        def finish(index: int, completion: Any) -> None:
+            if len(finished) == samples:
+                raise error
+            finished.append(index)
+            on_finish(index, completion)
+
+        return generate(self, requests, sampling, on_finish=finish)
+
+    monkeypatch.setattr(HFEngine, "generate", failing)
+
+
+@pytest.mark.parametrize("error", [ArtefactError("out of memory; lower X"), KeyboardInterrupt()])
+def test_an_engine_that_fails_keeps_what_was_finished(
+    world: Path,
+    reference: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+) -> None:
+    config = config_of(world, tmp_path / "r.json")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 9, error)
+        with pytest.raises(type(error)):
+            run_config(config)
+    assert "9 of 24 samples are finished and kept in" in capsys.readouterr().err
+    assert not Path(config.output).exists()
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = count_draws(patch)
+        result = run_config(config)
+    assert len(drawn) == 15
+    assert without_timing(result) == without_timing(reference)
+
+
+def interrupted(world: Path, output: Path) -> EvalConfig:
+    """A run that stopped after nine samples."""
+    config = config_of(world, output)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 9, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run_config(config)
+    return config
+
+
+def test_the_journal_of_another_regime_is_refused(world: Path, tmp_path: Path) -> None:
+    config = interrupted(world, tmp_path / "r.json")
+    before = config.journal_path.read_bytes()
+    with pytest.raises(UsageError) as caught:
+        run_config(replace(config, temperature=0.7, val_n=6))
+    assert "temperature: 1.0 there, 0.7 now" in str(caught.value)
+    assert "val_n: 4 there, 6 now" in str(caught.value)
+    assert config.journal_path.read_bytes() == before
+
+
+def test_a_torn_last_line_is_drawn_again_and_a_damaged_one_is_an_error(
+    world: Path, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    config = interrupted(world, tmp_path / "r.json")
+    whole = config.journal_path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(b'"text"') + 8] ^= 1
+    config.journal_path.write_bytes(damaged)
+    with pytest.raises(ArtefactError, match="line 2 of the journal"):
+        run_config(config)
+    config.journal_path.write_bytes(whole[:-5])
+    result = run_config(config)
+    assert result["timing"]["resumed_samples"] == 8
+    assert without_timing(result) == without_timing(reference)
+
+
+def test_another_engine_may_continue_and_is_recorded(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = interrupted(world, tmp_path / "r.json")
+    header, *records = read_lines(config.journal_path)[0]
+    config.journal_path.unlink()
+    with Journal(config.journal_path, header["regime"]) as journal:
+        for record in records:
+            journal.append({**record, "engine": "vllm"})
+    result = run_config(config)
+    assert result["engine"] == "hf+vllm"
+    assert "continued with hf" in caplog.text
+
+
+def test_a_second_run_on_the_same_output_is_refused(world: Path, tmp_path: Path) -> None:
+    config = interrupted(world, tmp_path / "r.json")
+    regime = read_lines(config.journal_path)[0][0]["regime"]
+    with Journal(config.journal_path, regime), pytest.raises(UsageError, match="another process"):
+        run_config(config)
+
+
+# -- adapters and merged folders -----------------------------------------------------------------------------
+
+
+def make_adapter(world: Path, folder: Path) -> Path:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(world / "model")
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(folder.with_name("merged"))
+    eval_world.make_tokenizer().save_pretrained(folder.with_name("merged"))
+    return folder
+
+
+def test_an_adapter_is_evaluated_as_its_merged_model_is(
+    world: Path, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    from opsd.run_identity import file_list, run_manifest, write_manifest, write_sentinel
+
+    adapter = make_adapter(world, tmp_path / "adapter")
+    adapted = run_config(config_of(world, tmp_path / "a.json", adapter=str(adapter)))
+    merged_folder = tmp_path / "merged"
+    write_manifest(
+        merged_folder,
+        run_manifest(
+            run_name="toy_pwopsd",
+            method="pwopsd",
+            base_model="toy",
+            base_revision=None,
+            arguments={},
+            dataset="d",
+            dataset_rows=1,
+            dataset_sha256="0",
+            world_size=1,
+            per_device_batch=1,
+            accumulation=1,
+            seeds={"seed": 42},
+        ),
+    )
+    write_sentinel(
+        merged_folder,
+        base_model="toy",
+        adapter=str(adapter),
+        adapter_step=100,
+        files=file_list(merged_folder),
+    )
+    merged = run_config(config_of(world, tmp_path / "m.json", base_model=str(merged_folder)))
+    assert adapted["results"] == merged["results"] != reference["results"]
+    identities = {r["model_identity"] for r in (adapted, merged, reference)}
+    assert len(identities) == 3
+    assert merged["training_run"]["run_name"] == "toy_pwopsd"
+    assert merged["training_run"]["adapter_step"] == 100
+    assert reference["training_run"] is None
+
+
+def test_a_cut_merged_folder_is_refused(world: Path, tmp_path: Path) -> None:
+    from opsd.run_identity import write_sentinel
+
+    folder = eval_world.make_model(tmp_path / "merged")
+    write_sentinel(
+        folder,
+        base_model="toy",
+        adapter="a",
+        adapter_step=1,
+        files={"model.safetensors": {"bytes": 10**6, "sha256": "0"}},
+    )
+    with pytest.raises(ArtefactError, match="not complete"):
+        run_config(config_of(world, tmp_path / "r.json", base_model=str(folder)))

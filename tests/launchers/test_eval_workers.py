@@ -1,0 +1,163 @@
+"""eval_workers.sh: who evaluates what on which GPU, what a failure or ^C leaves, what is shown."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from opsd.evaluation.results import load_result
+from tests.evaluation import test_run_eval
+from tests.evaluation.test_run_eval import runs, wait_for
+from tests.launchers.test_launchers import LAUNCHERS
+
+checkout = test_run_eval.checkout
+CELLS = "small_base small 1\n\n# a comment\nsmall_base small_hard\n"
+# Stands in for evaluate_math.py: notes its devices, waits until it is one of two, finishes.
+PAIR = """
+import os, pathlib, time
+label, devices = os.environ["HOSTLABEL"], os.environ.get("CUDA_VISIBLE_DEVICES")
+pathlib.Path(f"started-{label}").write_text(str(devices))
+while len(list(pathlib.Path().glob("started-*"))) < 2:
+    time.sleep(0.02)
+"""
+
+
+def environment(**settings: str) -> dict[str, str]:
+    own = {"CUDA_VISIBLE_DEVICES": "", "TENSOR_PARALLEL": "", "WORKERS": ""}
+    return test_run_eval.environment(**own | settings)
+
+
+def start(root: Path, *arguments: str, cells: str = CELLS, stderr: int = subprocess.PIPE, **settings: str):
+    (root / "cells").write_text(cells)
+    return subprocess.Popen(
+        ["bash", str(root / "launchers" / "eval_workers.sh"), *arguments],
+        stdin=(root / "cells").open(),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=environment(**settings),
+        text=True,
+        cwd=root.parent,
+    )
+
+
+def test_two_cells_of_the_small_world_at_once_and_a_failure_named(tmp_path):
+    """The real thing on a CPU. A relative HMMT25_PARQUET_PATH holds wherever the programs change to."""
+    rows = [{"problem": f"Compute {n}+11+12+13.", "answer": str(n + 36)} for n in range(20, 50)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hmmt.parquet")
+    cells = tmp_path / "cells"
+    cells.write_text("small_base small 1\nsmall_opsd small 1\nsmall_base hmmt25 3\n")
+    settings = {"VENV": sys.prefix, "EVAL_ROOT": "results", "OUTPUT_ROOT": "none", "ENGINE": "hf"}
+    done = subprocess.run(
+        ["bash", str(LAUNCHERS / "eval_workers.sh"), "cells", "--", "--grading_workers", "1"],
+        env=environment(
+            HMMT25_PARQUET_PATH="hmmt.parquet",
+            WORKERS="2",
+            VAL_N="2",
+            NUM_SAMPLES="4",
+            OMP_NUM_THREADS="1",
+            **settings,
+        ),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    for dataset, seed in (("small", 1), ("hmmt25", 3)):
+        (path,) = (tmp_path / "results").glob(f"small_base_{dataset}_*_seed{seed}.json")
+        assert load_result(path)["num_problems"] == 4
+    lines = done.stderr.splitlines()
+    assert sum("of 3 cells, worker" in line for line in lines) == 3, (
+        "a line for each finished cell, and no other"
+    )
+    assert lines[-2].startswith("  small_opsd small seed 1: exit code 3 (no merged model at ")
+    assert lines[-1] == "error: 1 of 3 cells failed (listed above)"
+    assert len(lines) == 5
+
+
+def test_each_worker_has_its_own_gpus(checkout):
+    (checkout / "evaluate_math.py").write_text(PAIR)
+    gpus = {"CUDA_VISIBLE_DEVICES": "3,GPU-a,5,7,9", "TENSOR_PARALLEL": "2"}
+    workers = start(checkout, ENGINE="vllm", HOSTLABEL="node", **gpus)
+    out, err = workers.communicate(timeout=120)
+    assert workers.returncode == 0, err
+    started = {path.name: path.read_text() for path in checkout.glob("started-*")}
+    assert started == {"started-node1": "3,GPU-a", "started-node2": "5,7"}
+    out, _ = start(checkout, "--", "--top_p", "0.9", DRY_RUN="1", ENGINE="vllm", **gpus).communicate(
+        timeout=120
+    )
+    words = [shlex.split(line) for line in out.splitlines()]
+    assert [line[0] for line in words] == ["CUDA_VISIBLE_DEVICES=3,GPU-a", "CUDA_VISIBLE_DEVICES=5,7"]
+    assert all(line[-2:] == ["--top_p", "0.9"] for line in words)
+    assert [line[line.index("--seed") + 1] for line in words] == ["1", "0"]
+
+
+def test_an_interrupt_ends_the_evaluations_too(checkout):
+    workers = start(checkout, WORKERS="2", HOLD="1")
+    wait_for(lambda: len(runs(checkout)) == 2)
+    workers.send_signal(signal.SIGINT)
+    _, err = workers.communicate(timeout=120)
+    assert workers.returncode == 130
+    assert "the same command continues from here" in err
+    for run in runs(checkout):
+        state = Path(f"/proc/{run['pid']}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_cell_of_another_start_is_waited_for_at_the_end(checkout):
+    first = start(checkout, HOLD="1", cells="small_base small 1\n")
+    wait_for(lambda: runs(checkout))
+    second = start(checkout)
+    wait_for(lambda: len(runs(checkout)) == 2)  # the second cell, although the first is taken
+    (checkout / "go").touch()
+    _, err = second.communicate(timeout=120)
+    assert first.wait(120) == second.returncode == 0
+    assert err.splitlines()[-1].endswith("2 of 2 cells, worker1: small_base small seed 1: done")
+    first.communicate()
+
+
+def test_a_terminal_shows_a_line_per_worker(checkout):
+    ours, theirs = pty.openpty()
+    workers = start(checkout, WORKERS="2", HOLD="1", stderr=theirs)
+    os.close(theirs)
+    wait_for(lambda: len(runs(checkout)) == 2)
+    shown = ""
+    while not (
+        "worker1 small_base small seed 1: to std" in shown and "worker2 small_base small_hard: to" in shown
+    ):
+        shown += os.read(ours, 4096).decode()
+    (checkout / "go").touch()
+    assert workers.wait(120) == 0
+    os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cells", "settings", "said"),
+    [
+        ((), "# nothing\n", {}, "standard input names no cell"),
+        ((), "small_base\n", {}, "'small_base' is not a cell: write METHOD_NAME DATASET [SEED]"),
+        (("nowhere",), "", {}, "nowhere cannot be read"),
+        (("a", "b"), "", {}, "'b' is one argument too many"),
+        ((), CELLS, {"WORKERS": "two"}, "WORKERS=two"),
+        ((), CELLS, {"TENSOR_PARALLEL": "0"}, "TENSOR_PARALLEL=0"),
+        ((), CELLS, {"WORKERS": "3", "CUDA_VISIBLE_DEVICES": "0,1"}, "more than the 2 visible GPUs"),
+        ((), CELLS, {"TENSOR_PARALLEL": "4", "CUDA_VISIBLE_DEVICES": "0,1"}, "more than the 2 visible GPUs"),
+    ],
+)
+def test_wrong_calls(checkout, arguments, cells, settings, said):
+    workers = start(checkout, *arguments, cells=cells, **settings)
+    _, err = workers.communicate(timeout=120)
+    assert workers.returncode == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert runs(checkout) == []

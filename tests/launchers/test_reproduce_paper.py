@@ -1,0 +1,272 @@
+"""reproduce_paper.sh without a GPU: its order, what a failure leaves, a restart, the table and its picture.
+
+The launcher is the real one in a copied tree; train.sh and run_eval.sh are stand-ins that note how they are
+called, fail where a file says so, and leave what the real ones leave.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opsd.evaluation.results import write_result
+from opsd.objectives import METHODS as OBJECTIVES
+from tests.launchers.test_launchers import SETTINGS
+from tests.report.test_summarize import result, rows_of
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ("qwen3_4b_base", "dsr1_l8b", "olmo3_7b_think")
+METHODS = sorted(OBJECTIVES)
+BENCHMARKS = ("math500", "aime24", "aime25", "hmmt25")
+# What a caller's shell may hold and reproduce_paper.sh reads, beyond what every launcher reads.
+OWN_SETTINGS = ("MODELS", "METHODS_TO_RUN", "BENCHMARKS", "SEEDS", "GPUS", "EVAL_ROOT", "HMMT25_PARQUET_PATH")
+STUB = """#!/usr/bin/env bash
+call="{name} $*"
+echo "$call" >>"$CALLS"
+while IFS= read -r line; do
+  [[ "$call" == ${{line%%=*}}* ]] && exit "${{line##*=}}"
+done <"$FAILURES"
+{then}
+exit 0
+"""
+# A finished evaluation leaves a result; the second call for it has nothing to do.
+EVALUATE = 'stem="$1"; [[ "$2" == math500 ]] || stem+="_$2"; cp -n "$RESULTS/$2_$4.json" \
+"$EVAL_ROOT/${stem}_38k_seed$4.json"'
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """One result for each benchmark and seed, which the stand-in hands out."""
+    folder = tmp_path_factory.mktemp("results")
+    for benchmark in BENCHMARKS:
+        for seed in (1, 2, 3):
+            write_result(folder / f"{benchmark}_{seed}.json", result(benchmark, seed, rows_of(3 + seed)))
+    return folder
+
+
+class Tree:
+    """A copy of the launchers, with stand-ins for the two that need a GPU."""
+
+    def __init__(self, root: Path, results: Path) -> None:
+        self.root, self.calls, self.failures = root / "repo", root / "calls", root / "failures"
+        self.results, self.evaluations = results, root / "repo" / "eval_results"
+        shutil.copytree(ROOT / "launchers", self.root / "launchers")
+        for name in ("opsd", "summarize_results.py"):
+            (self.root / name).symlink_to(ROOT / name)
+        self.evaluations.mkdir()
+        self.failures.write_text("")
+        (self.root / "launchers" / "install.py").write_text("")
+        for name, then in (("train.sh", ""), ("run_eval.sh", EVALUATE)):
+            (self.root / "launchers" / name).write_text(STUB.format(name=name, then=then))
+        parquet = self.root / "data" / "hmmt25_clean" / "train.parquet"
+        parquet.parent.mkdir(parents=True)
+        parquet.write_bytes(b"")
+
+    def run(self, *, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Start the launcher; the calls of this start alone are in `calls` afterwards."""
+        self.calls.write_text("")
+        kept = {k: v for k, v in os.environ.items() if k not in (*SETTINGS, *OWN_SETTINGS)}
+        own = {
+            "CALLS": str(self.calls),
+            "FAILURES": str(self.failures),
+            "RESULTS": str(self.results),
+            "EVAL_ROOT": str(self.evaluations),
+            "CUDA_VISIBLE_DEVICES": "",
+            "VENV": sys.prefix,
+            "PYTHON": sys.executable,
+        }
+        return subprocess.run(
+            ["bash", str(self.root / "launchers" / "reproduce_paper.sh")],
+            env=kept | own | settings,
+            cwd=cwd or self.root,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def called(self, name: str = "") -> list[list[str]]:
+        """The words of every call of a stand-in, in order."""
+        return [line.split() for line in self.calls.read_text().splitlines() if line.startswith(name)]
+
+
+@pytest.fixture
+def tree(tmp_path, results) -> Tree:
+    return Tree(tmp_path, results)
+
+
+def test_every_cell_is_trained_and_evaluated_under_the_seeds_of_the_paper(tree, tmp_path):
+    done = tree.run(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert tree.called("train.sh") == [["train.sh", model, method] for model in MODELS for method in METHODS]
+    assert tree.called("run_eval.sh") == [
+        ["run_eval.sh", f"{model}_{method}", benchmark, "4", seed]
+        for model in MODELS
+        for method in METHODS
+        for benchmark in BENCHMARKS
+        for seed in ("1", "2", "3")
+    ]
+    # A cell is evaluated as soon as it is trained.
+    assert [words[0] for words in tree.called()[:14]] == ["train.sh", *["run_eval.sh"] * 12, "train.sh"]
+    table = (tree.evaluations / "paper_table.md").read_text("utf-8")
+    assert table in done.stdout
+    for title in ("PW-OPSD", "EOPD", "REOPOLD", "qwen3_4b_base", "dsr1_l8b", "olmo3_7b_think"):
+        assert title in table
+    # 4, 5 and 6 of 8 samples right: 62.50 ± 12.50 in every cell, and nothing is missing.
+    assert "62.50 ± 12.50" in table
+    assert "launchers/run_eval.sh" not in table
+    assert (tree.evaluations / "paper_table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failing_cell_stops_no_other(tree):
+    tree.failures.write_text("train.sh dsr1_l8b opsd=1\nrun_eval.sh dsr1_l8b_eopd aime24 4 2=3\n")
+    part = {"MODELS": "dsr1_l8b", "METHODS_TO_RUN": "opsd eopd", "BENCHMARKS": "math500 aime24"}
+    done = tree.run(**part)
+    assert done.returncode == 1
+    # The cell that was not trained is not evaluated; the other one is, beyond its own failure.
+    evaluated = tree.called("run_eval.sh")
+    assert {words[1] for words in evaluated} == {"dsr1_l8b_eopd"}
+    assert len(evaluated) == 6
+    assert "dsr1_l8b_opsd: training or merge (exit code 1)" in done.stderr
+    assert "dsr1_l8b_eopd aime24 seed 2: exit code 3" in done.stderr
+    assert "dsr1_l8b_eopd: evaluation (exit code 1" in done.stderr
+    assert "2 part(s) failed" in done.stderr
+    # What is there is in the table, and what is missing is named in it.
+    table = (tree.evaluations / "paper_table.md").read_text("utf-8")
+    assert "62.50 ± 12.50" in table
+    assert "bash launchers/run_eval.sh dsr1_l8b_eopd aime24 4 2" in table
+
+    # The same command goes on from there: the stand-ins are asked again, what is done is left as it is.
+    before = {path: path.stat().st_mtime_ns for path in tree.evaluations.glob("*.json")}
+    tree.failures.write_text("")
+    again = tree.run(**part)
+    assert again.returncode == 0, again.stderr
+    assert {words[1] for words in tree.called("run_eval.sh")} == {"dsr1_l8b_opsd", "dsr1_l8b_eopd"}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(list(tree.evaluations.glob("*.json"))) == 12
+
+
+def test_a_wrong_setting_stops_at_the_first_cell_only(tree):
+    tree.failures.write_text("train.sh qwen3_4b_base=2\n")
+    assert tree.run().returncode == 2
+    assert len(tree.called()) == 1
+    # Behind a cell that went well it is one cell's trouble.
+    tree.failures.write_text("train.sh dsr1_l8b=2\n")
+    done = tree.run(METHODS_TO_RUN="opsd", BENCHMARKS="aime24", SEEDS="1")
+    assert done.returncode == 1
+    assert [words[1] for words in tree.called("train.sh")] == list(MODELS)
+
+
+def test_no_result_at_all_is_no_table(tree):
+    tree.failures.write_text("train.sh=1\n")
+    done = tree.run(MODELS="dsr1_l8b")
+    assert done.returncode == 1
+    assert "4 part(s) failed" in done.stderr
+    assert "no result in" in done.stderr
+    assert not list(tree.evaluations.iterdir())
+
+
+def test_a_damaged_result_is_listed_beside_the_table(tree):
+    (tree.evaluations / "dsr1_l8b_opsd_aime25_38k_seed1.json").write_text("{")
+    done = tree.run(MODELS="dsr1_l8b", METHODS_TO_RUN="opsd", BENCHMARKS="aime24")
+    assert done.returncode == 1
+    assert "the table (exit code 1)" in done.stderr
+    assert "62.50 ± 12.50" in done.stdout
+
+
+def test_results_of_other_models_stay_out_of_the_table(tree):
+    (tree.evaluations / "small_opsd_small_38k_seed1.json").write_text("{")
+    done = tree.run(MODELS="dsr1_l8b", METHODS_TO_RUN="opsd", BENCHMARKS="aime24")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_missing_benchmark_is_told_before_the_first_step(tree, tmp_path):
+    missing = str(tmp_path / "nowhere.parquet")
+    done = tree.run(HMMT25_PARQUET_PATH=missing)
+    assert done.returncode == 3
+    assert missing in done.stderr
+    assert not tree.called()
+    part = {"MODELS": "dsr1_l8b", "METHODS_TO_RUN": "opsd", "SEEDS": "1"}
+    assert tree.run(HMMT25_PARQUET_PATH=missing, BENCHMARKS="aime24", **part).returncode == 0
+    # A relative path that is there holds for the evaluations too, wherever they run.
+    (tmp_path / "here.parquet").write_bytes(b"")
+    script = tree.root / "launchers" / "run_eval.sh"
+    script.write_text(
+        script.read_text().replace("\n", '\ncd /\n[[ -f "$HMMT25_PARQUET_PATH" ]] || exit 3\n', 1)
+    )
+    assert (
+        tree.run(HMMT25_PARQUET_PATH="here.parquet", BENCHMARKS="hmmt25", cwd=tmp_path, **part).returncode
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"BASE_MODEL_PATH": "somewhere"}, "BASE_MODEL_PATH is one model's copy, but there are 3 models"),
+        ({"TENSOR_PARALLEL": "0"}, "TENSOR_PARALLEL='0'"),
+        ({"GPUS": "many"}, "GPUS='many'"),
+        ({"MODELS": "gpt"}, "unknown model 'gpt'; choose from dsr1_l8b olmo3_7b_think qwen3_4b_base small"),
+        ({"METHODS_TO_RUN": "sft"}, "unknown method 'sft'; choose from eopd opsd pwopsd reopold"),
+        ({"RUN_NAME": "mine"}, "RUN_NAME is set"),
+        ({"SEEDS": "1 two"}, "'two' is not a whole number"),
+    ],
+)
+def test_wrong_settings(tree, settings, message):
+    done = tree.run(**settings)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not tree.called()
+
+
+def test_the_estimate_names_its_assumptions_before_anything_starts(tree):
+    done = tree.run(MODELS="qwen3_4b_base", METHODS_TO_RUN="opsd", BENCHMARKS="aime24")
+    estimate = done.stderr[: done.stderr.index("== qwen3_4b_base_opsd")]
+    assert "estimate for 4 GPUs, measured on no machine (formula: launchers/estimate_hours.py)" in estimate
+    assert "bandwidth_share  0.73 to 0.41" in estimate
+    # FINDINGS: 3.4 s of rollout at best and 6 in reality, a push of about 2, 0.9 to 1.4 s of computing.
+    assert "qwen3_4b_base: 6 to 10 s a step" in estimate
+
+
+def test_the_estimate_is_its_formula():
+    """Round numbers: 1e9 parameters on 2 GPUs, each end of the range by hand."""
+    words = "--model tiny 1e9 1e5 --methods 2 --benchmarks math500 aime24 --seeds 3 --gpus 2"
+    words += " --bandwidth 1e12 1e12 --bandwidth_share 1 0.5 --push_speed 2e9 1e9 --matrix_rate 1e14 1e14"
+    words += " --matrix_share 0.4 0.2 --student_tokens 1000 1000 --teacher_tokens 2000 2000"
+    words += " --math500_tokens 4000 4000 --contest_tokens 20000 20000 --memory 21e9 21e9"
+    command = [sys.executable, str(ROOT / "launchers" / "estimate_hours.py"), *words.split()]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Rollout 1024 x 2e9 / 1e12 = 2.05 s, push 1 s, computing 32 x 1e9 x (6,000 + 4,000) / (2 x 0.4e14) = 4 s;
+    # 2 methods x 150 steps x 7.05 s x 2 GPUs / 3600 = 1.2. The slow end is twice that.
+    # MATH-500: 6,000 samples of 4,000 tokens; (0.9 x 42e9 - 2e9) / (4,000 x 1e5) = 89.5 at once, in
+    # 37.8e9 / 2e12 = 18.9 ms a step: 5,068 s. AIME: 360 of 20,000, 17.9 at once: 7,602 s. x 3 x 2 x 2 / 3600.
+    assert "tiny: 7 to 14 s a step, training 1 to 2, evaluation 42 to 84 GPU-hours" in said
+    assert "together 43 to 87 GPU-hours, 0.9 to 1.8 days on 2 GPUs" in said
+
+
+def test_a_dry_run_prints_every_command_and_does_nothing(tmp_path):
+    """The real train.sh and run_eval.sh here: 12 x (training, merge, 12 evaluations), then the table."""
+    kept = {k: v for k, v in os.environ.items() if k not in (*SETTINGS, *OWN_SETTINGS)}
+    own = {"DRY_RUN": "1", "OUTPUT_ROOT": str(tmp_path / "o"), "EVAL_ROOT": str(tmp_path / "e")}
+    done = subprocess.run(
+        ["bash", str(ROOT / "launchers" / "reproduce_paper.sh")],
+        env=kept | own | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, table = done.stdout.splitlines()
+    expected = {"ea_opsd_train.py": 12, "merge_lora.py": 12, "evaluate_math.py": 144}
+    assert {name: len({line for line in lines if name in line}) for name in expected} == expected
+    assert len(lines) == 168
+    assert "summarize_results.py" in table
+    assert "--seeds 1 2 3" in table
+    assert f"--plot {tmp_path / 'e' / 'paper_table.png'}" in table
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,193 @@
+"""Weight pushes into the real engine: afterwards it samples from base + adapter, or says that it does not."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from opsd.errors import UsageError
+from opsd.rollout import vllm as rollout_vllm
+from opsd.rollout import vllm_push
+from opsd.rollout.engine import Request, Sampling
+from opsd.rollout.vllm import VLLMEngine
+from opsd.rollout.vllm_push import WeightPushError
+from tests.rollout.vllm_models import (
+    SEVEN,
+    greedy,
+    make_model,
+    naive_merged,
+    needs_vllm,
+    prompts,
+    randomise,
+    with_adapter,
+)
+
+pytestmark = [pytest.mark.vllm, needs_vllm]
+
+LENGTH = 12
+GREEDY = Sampling(temperature=0, max_new_tokens=LENGTH)
+SUBSETS = {
+    "all seven": SEVEN,
+    "one of a fused three": ["q_proj"],
+    "one of each fused group": ["v_proj", "up_proj"],
+    "unfused": ["o_proj", "down_proj"],
+    "one layer": r"model\.layers\.1\.self_attn\.k_proj",
+}
+
+
+@dataclass
+class World:
+    kind: str
+    tied: bool
+    base: Any
+    engine: VLLMEngine
+    logits: torch.Tensor  # of the base for prompts()[2], from before the engine existed
+
+    def adapted(self, targets, seed: int, **options):
+        return with_adapter(copy.deepcopy(self.base), targets, seed, **options)
+
+    def engine_tokens(self) -> list[list[int]]:
+        return [c.token_ids for c in self.engine.generate([Request(p, 0) for p in prompts()], GREEDY)]
+
+    def merged_tokens(self, adapted) -> list[list[int]]:
+        return continuations(naive_merged(self.base, adapted))
+
+
+def continuations(model) -> list[list[int]]:
+    return [greedy(model, prompt, LENGTH, [1]) for prompt in prompts()]
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([prompts()[2]])).logits
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(kind, tied) for kind in ("qwen3", "llama", "olmo3") for tied in (True, False)],
+    ids=lambda param: f"{param[0]}-{'tied' if param[1] else 'untied'}",
+)
+def world(request, tmp_path_factory):
+    kind, tied = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    base = make_model(kind, tied, folder)
+    logits = logits_of(base)
+    engine = VLLMEngine(str(folder), max_model_len=192)
+    yield World(kind, tied, base, engine, logits)
+    engine.close()
+
+
+def test_the_models_class_still_works_for_the_trainer(world):
+    """vLLM's Transformers backend decorates transformers' class in place (Olmo3), so that it needs vLLM."""
+    assert torch.equal(logits_of(world.base), world.logits)
+    fresh = type(world.base)(world.base.config)
+    fresh.load_state_dict(world.base.state_dict())
+    assert torch.equal(logits_of(fresh.eval()), world.logits)
+
+
+def test_before_a_push_the_engine_samples_from_the_checkpoint(world):
+    assert world.engine_tokens() == continuations(world.base)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_greedy_completions_equal_the_merged_models(world, subset):
+    """Each subset follows another, whose layers must be the base again where this one leaves them alone."""
+    adapted = world.adapted(SUBSETS[subset], seed=1)
+    for seed in (1, 2):
+        randomise(adapted, seed)
+        world.engine.push_weights(adapted)
+        assert world.engine_tokens() == world.merged_tokens(adapted)
+
+
+def test_the_output_layer(world):
+    adapted = world.adapted(["lm_head", "k_proj"], seed=3)
+    if world.tied:
+        with pytest.raises(UsageError, match="ties to its embedding"):
+            world.engine.push_weights(adapted)
+    else:
+        world.engine.push_weights(adapted)
+        assert world.engine_tokens() == world.merged_tokens(adapted)
+
+
+def test_a_push_that_lacks_a_matrix_is_an_error_until_a_complete_one(world, monkeypatch):
+    adapted = world.adapted(SEVEN, seed=4)
+    lost = "model.layers.1.mlp.up_proj.weight"
+    whole = vllm_push.merged_weights
+    monkeypatch.setattr(
+        vllm_push, "merged_weights", lambda model: (item for item in whole(model) if item[0] != lost)
+    )
+    with pytest.raises(WeightPushError, match=f"1 of 14 adapted matrices were not sent: {lost}"):
+        world.engine.push_weights(adapted)
+    with pytest.raises(RuntimeError, match="last weight push did not succeed"):
+        world.engine_tokens()
+
+    def breaks(model):
+        stream = whole(model)
+        for _ in range(5):
+            yield next(stream)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(vllm_push, "merged_weights", breaks)
+    with pytest.raises(WeightPushError, match="out of memory"):
+        world.engine.push_weights(adapted)
+    monkeypatch.undo()
+    world.engine.push_weights(adapted)
+    assert world.engine_tokens() == world.merged_tokens(adapted)
+
+
+def test_part_of_a_fused_layer_is_an_error(world, monkeypatch):
+    """vLLM itself takes q_proj without k and v and says nothing; its own counts tell."""
+    adapted = world.adapted(["q_proj"], seed=5)
+
+    def alone(model, report, earlier):
+        for name, matrix in vllm_push.merged_weights(model):
+            report.sent.append(name)
+            yield name, matrix
+
+    monkeypatch.setattr(rollout_vllm, "pushed_weights", alone)
+    with pytest.raises(
+        WeightPushError, match=r"only part of their weights: model\.layers\.0\.self_attn\.qkv"
+    ):
+        world.engine.push_weights(adapted)
+    monkeypatch.undo()
+    world.engine.push_weights(adapted)
+    assert world.engine_tokens() == world.merged_tokens(adapted)
+
+
+def test_adapters_that_are_more_than_a_matrix_are_refused(world):
+    with pytest.raises(UsageError, match="DoRA"):
+        world.engine.push_weights(world.adapted(["q_proj"], seed=1, use_dora=True))
+
+
+def test_the_base_weights_are_bit_identical_after_many_pushes(world):
+    """In bfloat16, where adding and subtracting the adapter in place would drift."""
+    adapted = with_adapter(copy.deepcopy(world.base).to(torch.bfloat16), SEVEN, seed=6)
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    for _ in range(150 if (world.kind, world.tied) == ("qwen3", True) else 3):
+        world.engine.push_weights(adapted)
+    after = adapted.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # The engine computes in float32 from what was rounded to bfloat16 once: the base, and W + scale B A.
+    rounded = copy.deepcopy(world.base)
+    state = (
+        naive_merged(copy.deepcopy(world.base).to(torch.bfloat16).float(), adapted)
+        .to(torch.bfloat16)
+        .state_dict()
+    )
+    layers = {name: value for name, value in state.items() if ".layers." in name}
+    rounded.load_state_dict(layers, strict=False)
+    assert world.engine_tokens() == continuations(rounded)
+
+
+def test_what_belongs_together_and_what_is_counted():
+    assert vllm_push.unit_of("model.layers.11.self_attn.q_proj.weight") == "model.layers.11"
+    assert vllm_push.unit_of("lm_head.weight") == "lm_head"
+    report = vllm_push.PushReport(sent=["a.weight", "a.weight"], loaded={"a.weight"})
+    with pytest.raises(WeightPushError, match=r"sent twice: a\.weight"):
+        vllm_push.check_complete(report, ["a.weight"])
+    with pytest.raises(WeightPushError, match="loaded nothing for a"):
+        vllm_push.check_complete(vllm_push.PushReport(sent=["a.weight"]), ["a.weight"])
