@@ -21,7 +21,6 @@ from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
 from opsd.objectives import METHODS
 from opsd.provenance import weights_sha256
-from opsd.records import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.rollout.vllm_setup import local_model, require_vllm
 from opsd.run_identity import (
     MANIFEST_NAME,
@@ -32,6 +31,7 @@ from opsd.run_identity import (
     run_manifest,
     write_manifest,
 )
+from opsd.step_metrics import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.tables import load_table
 
 if TYPE_CHECKING:
