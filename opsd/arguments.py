@@ -155,7 +155,7 @@ def parse_arguments(argv: Sequence[str]):
         SystemExit: for --help.
     """
     if not {"-h", "--help"} & set(argv):
-        # A mistake in a flag of this project is reported before the seconds that importing transformers takes.
+        # A mistake in a flag of this project is reported before transformers is imported.
         early = OneLineParser(prog="ea_opsd_train.py", add_help=False, allow_abbrev=False)
         add_options(early, *GROUPS)
         _check_ours(vars(early.parse_known_args(list(argv))[0]))

@@ -26,8 +26,7 @@ METRICS_NAME = "metrics.jsonl"
 def read_metrics(run_folder: Path) -> list[dict[str, float | None]]:
     """Return the logged steps of a run, in order; none where it has not logged yet.
 
-    What follows the last newline is a line that is being written, or that a kill cut short: it is left out,
-    with a warning.
+    An incomplete last line, which is being written or was cut by a kill, is left out with a warning.
 
     Raises:
         ArtefactError: a line is not a logged step.

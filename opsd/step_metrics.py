@@ -62,19 +62,9 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
             self[name].append(value)
 
     def record_audit(self, batch: MicroBatch, hidden: Tensor, *, head: Head, sampling: Sampling) -> None:
-        """Record how far the sampler is from the trainer's own distribution.
-
-        Args:
-            hidden: [N, H] the student's hidden states of `batch`.
-        """
-        outside, logprob = sampling_audit(
-            hidden.detach(),
-            batch.token_ids,
-            head=head,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
+        """Record how far the sampler is from the trainer's distribution, by the student's `hidden` [N, H]."""
+        rules = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        outside, logprob = sampling_audit(hidden.detach(), batch.token_ids, head=head, **rules)
         self["rollout/outside_support_share"].append(outside.float().mean())
         if all(completion.logprobs is not None for completion in batch.completions):
             theirs = [value for completion in batch.completions for value in completion.logprobs]
@@ -87,16 +77,16 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
         Args:
             gather: [1, M] of this rank -> [ranks, M]; called once.
         """
+
+        def over(name: str, values: Tensor) -> Tensor:
+            return values.amax(0) if name.endswith("_max") else values.mean(0)
+
         names = sorted(self)
-        reduce = [torch.amax if name.endswith("_max") else torch.mean for name in names]
-        kind = {"dtype": torch.float32, "device": device}
-        mine = [
-            over(torch.stack([torch.as_tensor(value, **kind) for value in self[name]]), 0)
-            for name, over in zip(names, reduce, strict=True)
-        ]
+        recorded = [[torch.as_tensor(v, dtype=torch.float32, device=device) for v in self[n]] for n in names]
+        mine = [over(name, torch.stack(values)) for name, values in zip(names, recorded, strict=True)]
         ranks = gather(torch.stack(mine).unsqueeze(0)).unbind(1)
-        values = torch.stack([over(one, 0) for one, over in zip(ranks, reduce, strict=True)]).tolist()
-        return dict(zip(names, values, strict=True))
+        values = torch.stack([over(name, one) for name, one in zip(names, ranks, strict=True)])
+        return dict(zip(names, values.tolist(), strict=True))
 
 
 class MetricsFile(TrainerCallback):
@@ -113,7 +103,7 @@ class MetricsFile(TrainerCallback):
         atomic_write_text(self.run_folder / METRICS_NAME, text)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        # The Trainer's last log is a summary, not a step; in a resumed run its mean loss is that of a part.
+        # The Trainer's last log is a summary, whose mean loss in a resumed run is that of a part.
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         with open(self.run_folder / METRICS_NAME, "a", encoding="utf-8") as file:
@@ -127,8 +117,8 @@ class MetricsFile(TrainerCallback):
 class TensorBoardFolder(TensorBoardCallback):
     """Write TensorBoard's events of a run and of its resumptions to one folder, `runs/`.
 
-    transformers creates a folder at each start, so that steps logged after the last checkpoint would show
-    twice. Here each start writes its first step, from which on TensorBoard hides the events of earlier ones.
+    With a folder for each start, as in transformers, steps logged after the last checkpoint would show twice.
+    Here each start writes its first step, from which on TensorBoard hides the events of earlier starts.
     """
 
     def __init__(self, run_folder: Path):
