@@ -98,6 +98,7 @@ def test_the_run_stops_before_the_optimizer_sees_it(tmp_path, where, value, clip
     folder, states, error = spoiled_run(tmp_path, "--max_grad_norm", clip, where=where, value=float(value))
     assert error is not None
     assert "not finite at optimizer step 1 (dataset rows [" in str(error)
+    assert "--skip_nonfinite N" in str(error)
     assert error.exit_code == 3
     path = folder / "nonfinite-step-1-rank-0.json"
     assert str(path) in str(error)
@@ -185,18 +186,6 @@ def test_the_verdict(tmp_path, losses, norm, bad):
     assert guard.bad(None) is False
 
 
-def test_the_evidence_counts_and_bounds_what_is_finite(tmp_path):
-    guard = NonFiniteGuard(tmp_path, tolerated=0)
-    guard.see_loss(torch.tensor(math.nan), [7, 3], statistics(math.nan))
-    with pytest.raises(ArtefactError, match=r"step 5 \(dataset rows \[3, 7\]\).*--skip_nonfinite N"):
-        guard.handle(5, math.inf, is_main=True)
-    evidence = strict((tmp_path / "nonfinite-step-5-rank-0.json").read_text(encoding="utf-8"))
-    assert evidence["gradient_norm"] == "inf"
-    assert evidence["micro_batches"][0]["loss"] == "nan"
-    extremes = {"not_finite": 1, "min": 1.0, "max": 1.0}
-    assert evidence["micro_batches"][0]["statistics"]["student_entropy"] == extremes
-
-
 def test_the_guard_keeps_no_graph(tmp_path):
     """The hidden states of a micro-batch are freed after its backward pass, not at the end of the step."""
     guard = NonFiniteGuard(tmp_path, tolerated=0)
@@ -232,4 +221,7 @@ def test_a_nan_in_the_network_reaches_the_guard(tmp_path, method):
 
     folder, _ = run(tmp_path, method, "--max_completion_length", "6", inside=inside)
     evidence = strict((folder / "nonfinite-step-0-rank-0.json").read_text(encoding="utf-8"))
-    assert all(part["statistics"]["student_entropy"]["not_finite"] == 1 for part in evidence["micro_batches"])
+    for part in evidence["micro_batches"]:
+        entropy = part["statistics"]["student_entropy"]
+        assert entropy["not_finite"] == 1
+        assert 0 <= entropy["min"] <= entropy["max"], "of the finite values"

@@ -226,14 +226,6 @@ def test_a_token_impossible_to_the_teacher_alone(method):
         torch.testing.assert_close(with_inf, with_small)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_nan_is_not_hidden(method):
-    student = torch.zeros(2, 20)
-    student[1, 3] = math.nan
-    stats = statistics(student.requires_grad_(), torch.zeros(2, 20), torch.tensor([1, 1]), method)
-    assert stats.term.isnan().tolist() == [False, True]
-
-
 def test_a_support_larger_than_the_vocabulary_is_refused():
     student, teacher, ids, head = random_inputs(0, [3], 4, 15, torch.float32)
     config = StatsConfig(temperature=1.0, top_k=16)

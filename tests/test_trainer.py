@@ -242,15 +242,6 @@ def _check_first_rollout(folder: Path, trainer) -> None:
     assert texts == [entry["completion"] for entry in written]
 
 
-def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path):
-    flags = ("--max_steps", "2", "--save_steps", "2", "--log_completions_steps", "1")
-    runs = [run(tmp_path, "pwopsd", *flags, name=name)[0] for name in ("first", "and_again")]
-    for part in ("completions/step-000000.jsonl", "completions/step-000001.jsonl"):
-        assert len({(folder / part).read_text() for folder in runs}) == 1
-    one, other = (load_file(folder / "checkpoint-2" / "adapter_model.safetensors") for folder in runs)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_the_papers_precision_and_gradient_checkpointing(tmp_path):
     """bfloat16 base and autocast, float32 LoRA and objective, checkpointing: the defaults of a real run."""
     dtypes = {}
