@@ -1,4 +1,4 @@
-"""Rows with text columns from wherever a user keeps them: a hub id, a folder, parquet, JSONL, JSON or CSV."""
+"""Load rows with text columns from a hub id, a folder, parquet, JSONL, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "c
 
 
 def load_table(source: str, *, split: str = "train", revision: str | None = None) -> Dataset:
-    """The rows of `source` through `datasets`.
+    """Load the rows of `source` with `datasets`.
 
     Args:
-        source: an existing file or folder (files of one kind, or one written by `save_to_disk`), else a hub
-        id.
-        split: which split of a hub dataset, or of a folder that holds several.
+        source: an existing file or folder (files of one kind, or written by `save_to_disk`), or a hub id.
+        split: of a hub dataset, or of a folder that holds several.
         revision: hub branch, tag or commit.
 
     Raises:
-        ArtefactError: nothing there, not readable, or the hub cannot be reached.
+        ArtefactError: `source` does not exist or cannot be read, or the hub cannot be reached.
     """
     path = Path(source)
     rows = _load_local(path, split) if path.exists() else _load_hub(source, split, revision)
@@ -39,29 +38,26 @@ def _load_local(path: Path, split: str) -> Dataset:
 
     if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return _load_saved(path, split)
-    files = sorted(p for p in path.rglob("*") if p.suffix in BUILDERS) if path.is_dir() else [path]
+    files = [path]
     if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in BUILDERS)
         files = [p for p in files if split in p.name] or files
-    kinds = {p.suffix for p in files}
-    if not files or len({BUILDERS.get(kind) for kind in kinds}) != 1 or not kinds <= BUILDERS.keys():
-        found = ", ".join(sorted(kinds)) or "no data file"
+    builders = {BUILDERS.get(p.suffix) for p in files}
+    if len(builders) != 1 or None in builders:
+        found = ", ".join(sorted({p.suffix for p in files})) or "no data file"
         raise ArtefactError(f"{path} holds {found}; give files of one kind among {', '.join(BUILDERS)}")
+    paths = {split: [str(p) for p in files]}
     try:
-        builder = BUILDERS[files[0].suffix]
-        # The file is read as it is now: a cache keyed by its path would serve yesterday's rows.
+        # Read the file as it is now: a cache keyed by its path would return the rows of an earlier version.
         return datasets.load_dataset(
-            builder,
-            data_files={split: [str(p) for p in files]},
-            split=split,
-            download_mode="force_redownload",
+            builders.pop(), data_files=paths, split=split, download_mode="force_redownload"
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, KeyError) as error:
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
             raise ArtefactError(f"{path} has no rows; give a file with problems") from error
-        raise ArtefactError(
-            f"{path} cannot be read as {files[0].suffix[1:]} ({cause}); repair the file"
-        ) from error
+        kind = files[0].suffix[1:]
+        raise ArtefactError(f"{path} cannot be read as {kind} ({cause}); repair the file") from error
 
 
 def _load_saved(path: Path, split: str) -> Dataset:
@@ -84,22 +80,10 @@ def _load_hub(source: str, split: str, revision: str | None) -> Dataset:
             f"{source!r} does not exist; give an existing file or folder, or a hub id owner/name"
         )
     import datasets
-    import huggingface_hub
-    import requests
 
-    problems = (
-        datasets.exceptions.DatasetNotFoundError,
-        datasets.exceptions.DatasetGenerationError,
-        huggingface_hub.errors.HfHubHTTPError,
-        requests.exceptions.RequestException,
-        ConnectionError,
-        FileNotFoundError,
-        ValueError,
-        OSError,
-    )
     try:
         return datasets.load_dataset(source, split=split, revision=revision)
-    except problems as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise ArtefactError(
             f"the dataset {source!r} (split {split!r}) cannot be loaded: {error}. Without a connection set "
             "HF_HUB_OFFLINE=1 after one download, or give a local file or folder"
