@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.adapter import Adapter, check_fits, check_same_base, read_adapter
+from opsd.checkpoints import Adapter, check_same_base, read_adapter
 from opsd.errors import ArtefactError, OneLineParser, UsageError, run_cli
 from opsd.files import PARTIAL_MARK, atomic_directory, disk_errors
 from opsd.model_card import model_card
@@ -101,10 +101,11 @@ def merge(
     load_config(str(folder), **load)
     load_tokenizer(str(folder), **load)
     hollow = load_causal_lm(str(folder), dtype="auto", device_map="meta", **load)
-    check_fits(checkpoint, {name: tuple(weight.shape) for name, weight in hollow.named_parameters()}, base)
+    needed = sum(weight.nbytes for weight in hollow.parameters()) + SPARE_BYTES
+    load_adapter(hollow, checkpoint.path)
     check_same_base(checkpoint, base, folder, accept_name=accept_base_name)
     with disk_errors(out):
-        _check_room(out, sum(weight.nbytes for weight in hollow.parameters()) + SPARE_BYTES)
+        _check_room(out, needed)
         with atomic_directory(out) as temporary:
             model = _merged_model(folder, checkpoint, trust_remote_code=trust_remote_code)
             log.info("writing %s", out)
