@@ -1,4 +1,4 @@
-"""Every write on disk: killed, or cut from its power, at each of its system calls it leaves old or new.
+"""Every write on disk: a kill or a power cut at any of its system calls leaves the old or the new state.
 
 `python -m tests.test_files WAY FAILURE FOLDER` is the child program: it performs one way of writing in
 FOLDER/<k> for every k and ends with SIGKILL at call k, so that this process can read what is left.
@@ -20,8 +20,14 @@ import pytest
 
 from opsd import checkpoints, files
 from opsd.evaluation.journal import Journal
-from opsd.run_identity import SENTINEL_NAME, file_list, read_sentinel, write_manifest, write_sentinel
-from tests.test_run_identity import a_manifest
+from opsd.run_identity import (
+    SENTINEL_NAME,
+    file_list,
+    read_sentinel,
+    run_manifest,
+    write_manifest,
+    write_sentinel,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 # Path and shutil call these through the module, so that patching the module is enough.
@@ -74,12 +80,16 @@ def _checkpoint(folder: Path, step: int) -> Path:
 
 def _save(folder: Path) -> None:
     checkpoints.remove_incomplete(folder)
-    if not _whole(folder):
+    if not _complete(folder):
         checkpoints.mark_complete(_checkpoint(folder, 1))
 
 
 def _run(folder: Path) -> None:
-    write_manifest(folder, a_manifest())
+    texts = dict.fromkeys(
+        ("run_name", "method", "base_model", "base_revision", "dataset", "dataset_sha256"), "x"
+    )
+    numbers = dict.fromkeys(("dataset_rows", "world_size", "per_device_batch", "accumulation"), 1)
+    write_manifest(folder, run_manifest(**texts, **numbers, arguments={}, seeds={}))
 
 
 def _run_of_two(folder: Path) -> None:
@@ -88,8 +98,8 @@ def _run_of_two(folder: Path) -> None:
         checkpoints.mark_complete(_checkpoint(folder, step))
 
 
-def _whole(folder: Path) -> list[str]:
-    """The whole checkpoints; a marker beside contents that differ is not one of the allowed states."""
+def _complete(folder: Path) -> list[str]:
+    """Return the complete checkpoints; a marker beside other contents is not one of the allowed states."""
     found = [path for _, path in checkpoints.checkpoints(folder) if not checkpoints.incompleteness(path)]
     return [path.name if (path / "sub/more.bin").read_bytes() == b"x" * 10 else "torn" for path in found]
 
@@ -111,7 +121,8 @@ def _journal(folder: Path, *numbers: int) -> None:
 def _append(folder: Path) -> None:
     """Finish samples 1 and 2, whichever of them the journal lacks."""
     with Journal(folder / "j.jsonl", {"seed": 1}) as journal:
-        journal.extend([{"n": n} for n in (1, 2) if {"n": n} not in journal.records])
+        for record in [{"n": n} for n in (1, 2) if {"n": n} not in journal.records]:
+            journal.append(record)
 
 
 def _read_journal(folder: Path) -> list[int]:
@@ -158,11 +169,11 @@ WAYS = {
         _read_folder,
         (FOLDERS[0], None, FOLDERS[1]),
     ),
-    "a marked checkpoint": Way(_run, _save, _whole, ([], ["checkpoint-1"])),
+    "a marked checkpoint": Way(_run, _save, _complete, ([], ["checkpoint-1"])),
     "rotated checkpoints": Way(
         _run_of_two,
         lambda f: (checkpoints.rotate(f, 1), checkpoints.remove_incomplete(f)),
-        _whole,
+        _complete,
         (["checkpoint-1", "checkpoint-2"], ["checkpoint-2"]),
     ),
     "a sentinel": Way(
@@ -301,7 +312,7 @@ def test_a_tree_is_synced_with_its_folders(
 
 
 def test_the_marker_goes_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rotate = Way(_run_of_two, lambda folder: checkpoints.rotate(folder, 1), _whole, ())
+    rotate = Way(_run_of_two, lambda folder: checkpoints.rotate(folder, 1), _complete, ())
     events = trace(rotate, tmp_path, monkeypatch).events
     assert not (tmp_path / "checkpoint-1").exists()
     removed = [path for call, path in events if call in ("unlink", "rmdir")]
