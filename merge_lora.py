@@ -58,13 +58,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("merge_lora")
 
 OWN_FILES = (
-    *COPIED_FILES,
-    "config.json",
-    "model.safetensors.index.json",
-    MANIFEST_NAME,
-    SENTINEL_NAME,
-    "README.md",
-)
+    *COPIED_FILES, "config.json", "model.safetensors.index.json", MANIFEST_NAME, SENTINEL_NAME, "README.md",
+)  # fmt: skip
 # Room beside the weights: tokenizer, manifest, and the file system's own blocks.
 SPARE_BYTES = 64 * 2**20
 

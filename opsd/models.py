@@ -29,15 +29,9 @@ logger = logging.getLogger(__name__)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Merging copies these; a tokenizer that is loaded and saved may change.
 COPIED_FILES = (
-    *TOKENIZER_FILES,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+    *TOKENIZER_FILES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 # Spaces, tabs and newlines in runs, digits, TeX, an apostrophe, composed letters, signs beyond two bytes.
 PROBE = "Let x = 36+35;\n\n\tso  $\\boxed{\\frac{71}{2}}$ isn't 0.5 %, naïve 2 ≤ π · 漢字 🙂.\nDone"
 _INDISPENSABLE = " 0123456789"
@@ -97,9 +91,9 @@ def load_tokenizer(
             token.
     """
     folder = model_folder(name, revision, weights=False)
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise ArtefactError(f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the base model's")
     tokenizer = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise ArtefactError(f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the base model's")
     if not tokenizer.chat_template:
         raise ArtefactError(
             f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model, or put a "
@@ -113,8 +107,8 @@ def load_tokenizer(
     return tokenizer
 
 
-def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load what `tokenizer.json` says; without one, the class that `tokenizer_config.json` names.
+def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """Load what `tokenizer.json` says, else the class in `tokenizer_config.json`; None without a tokenizer.
 
     transformers 5 builds some of those classes (LlamaTokenizer, Qwen2Tokenizer, GPT2Tokenizer) with a
     pre-tokenizer and a decoder of their own, whatever `tokenizer.json` says: spaces are lost, or ids differ.
@@ -123,6 +117,8 @@ def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreT
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file, reference = folder / "tokenizer.json", None
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
     with _explained("tokenizer", name, Exception):  # tokenizers raises no other class
         if file.is_file():
             reference = Tokenizer.from_file(str(file))
@@ -185,7 +181,7 @@ def copy_model_files(folder: Path, target: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         return
     settings = read_json_object(config, what="tokenizer configuration") if config.is_file() else {}
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.pop("auto_map", None)
     # transformers 4 takes a mapping under this name, and a list under the older one, as transformers 5 does.
     if isinstance(settings.get("extra_special_tokens"), list):
@@ -231,14 +227,14 @@ def load_causal_lm(
     except ImportError as error:
         raise UsageError(f"--attn_implementation {attn_implementation}: {first_line(error)}") from error
     # transformers would fill the parameters that the files lack with random numbers.
-    wrong = _misfits(report["missing_keys"], report["mismatched_keys"])
-    unused = [f"{key} belongs to no part of the model" for key in sorted(report["unexpected_keys"])]
-    if wrong:
-        raise ArtefactError(
-            f"the weights of {name!r} do not fit its config.json: {_some(wrong + unused)}; copy it again"
-        )
+    missing, shapes, unused = (report[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected"))
+    if missing or shapes:
+        wrong = _misfits(missing, shapes, unused)
+        raise ArtefactError(f"the weights of {name!r} do not fit its config.json: {wrong}; copy it again")
     if unused:
-        logger.warning("%s holds weights that are not used: %s", name, _some(unused))
+        logger.warning(
+            "%s holds weights that the model does not use: %s", name, printable(", ".join(sorted(unused)))
+        )
     return model
 
 
@@ -264,26 +260,29 @@ def load_adapter(model: PreTrainedModel, path: Path | str) -> PeftModel:
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     adapted_names(adapted)
     wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    both = found.keys() & wanted.keys()
-    wrong = _misfits(
-        wanted.keys() - both, [(key, found[key], wanted[key]) for key in both if found[key] != wanted[key]]
-    )
-    wrong += [f"{key} belongs to no part of the model" for key in sorted(found.keys() - both)]
-    if wrong:
+    if found != wanted:
+        both = found.keys() & wanted.keys()
+        shapes = [(key, found[key], wanted[key]) for key in both if found[key] != wanted[key]]
+        wrong = _misfits(wanted.keys() - both, shapes, found.keys() - both)
         raise ArtefactError(
-            f"the adapter {folder} does not fit {model.name_or_path}: {_some(wrong)}: wrong base model, or a "
-            "damaged checkpoint; take another one"
+            f"the adapter {folder} does not fit {model.name_or_path}: {wrong}: wrong base model or damaged "
+            "checkpoint; take another"
         )
     return adapted
 
 
-def _misfits(missing: Iterable[str], mismatched: Iterable[tuple[str, Sequence, Sequence]]) -> list[str]:
-    """Return a phrase per tensor that is missing, and per (name, found shape, wanted shape)."""
-    shapes = [
+def _misfits(
+    missing: Iterable[str], shapes: Iterable[tuple[str, Sequence, Sequence]], unknown: Iterable[str]
+) -> str:
+    """Return a phrase for each of the first tensors that are wrong; `shapes` holds (name, found, wanted)."""
+    wrong = [f"{key} is missing" for key in sorted(missing)]
+    wrong += [
         f"{key} is {' x '.join(map(str, found))}, not {' x '.join(map(str, wanted))}"
-        for key, found, wanted in sorted(mismatched)
+        for key, found, wanted in sorted(shapes)
     ]
-    return [f"{key} is missing" for key in sorted(missing)] + shapes
+    wrong += [f"{key} belongs to no part of the model" for key in sorted(unknown)]
+    shown = ", ".join(printable(phrase, 200) for phrase in wrong[:5])
+    return f"{shown} and {len(wrong) - 5} more" if len(wrong) > 5 else shown
 
 
 def merge_end_ids(*sources: int | Sequence[int] | None) -> list[int]:
@@ -304,20 +303,14 @@ def end_token_ids(name: str, config: PreTrainedConfig, *, trust_remote_code: boo
         configured = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:
         configured = config.eos_token_id
-    folder, own = model_folder(name, weights=False), None
-    if any((folder / file).is_file() for file in TOKENIZER_FILES):
-        own = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code).eos_token_id
-    return merge_end_ids(configured, own)
+    folder = model_folder(name, weights=False)
+    tokenizer = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code)
+    return merge_end_ids(configured, tokenizer.eos_token_id if tokenizer is not None else None)
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line with text of an error's message: libraries write whole pages."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _some(items: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(printable(item, 200) for item in items[:most])
-    return f"{shown} and {len(items) - most} more" if len(items) > most else shown
 
 
 @contextlib.contextmanager

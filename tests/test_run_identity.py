@@ -25,41 +25,34 @@ from opsd.evaluation.results import REGIME_FIELDS
 from tests.test_merge_lora import scale_weights, tiny_base, train_nothing
 
 ARGUMENTS = {
-    "method": "pwopsd",
-    "learning_rate": 5e-6,
-    "position_global_reduction": False,
-    "report_to": "none",
-    "output_dir": Path("outputs/x"),
-    "hub_token": "hf_very_secret",
+    "method": "pwopsd", "run_name": "qwen3_4b_base_pwopsd", "model_name_or_path": "Qwen/Qwen3-4B",
+    "train_dataset": "train.jsonl", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+    "seed": 42, "data_seed": None, "learning_rate": 5e-6, "position_global_reduction": False,
+    "report_to": "none", "output_dir": Path("outputs/x"), "hub_token": "hf_very_secret",
     "max_grad_norm": float("inf"),
-}
+}  # fmt: skip
 
 
-def a_manifest(**changes):
-    values = {
-        "run_name": "qwen3_4b_base_pwopsd",
-        "method": "pwopsd",
-        "base_model": "Qwen/Qwen3-4B",
-        "base_revision": "abc123",
-        "arguments": ARGUMENTS,
-        "dataset": "train.jsonl",
-        "dataset_rows": 10,
-        "dataset_sha256": "0" * 64,
-        "world_size": 4,
-        "per_device_batch": 4,
-        "accumulation": 2,
-        "seeds": {"seed": 42},
-    }
-    return m.run_manifest(**(values | changes))
+def a_manifest(*, command=None, **arguments):
+    """Return the manifest of a run with ARGUMENTS, except for these."""
+    return m.run_manifest(
+        provenance.plain(ARGUMENTS | arguments),
+        base_revision="abc123",
+        base_weights=None,
+        dataset_rows=10,
+        dataset_sha256="0" * 64,
+        world_size=4,
+        command=command,
+    )
 
 
-def merged_folder(folder: Path, **changes) -> Path:
+def merged_folder(folder: Path, **arguments) -> Path:
     folder.mkdir()
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"w" * 1000)
     (folder / "model-00002-of-00002.safetensors").write_bytes(b"v" * 500)
     for name in ("config.json", "tokenizer.json", "README.md"):
         (folder / name).write_text("{}")
-    m.write_manifest(folder, a_manifest(**changes))
+    m.write_manifest(folder, a_manifest(**arguments))
     files = m.file_list(folder)
     m.write_sentinel(folder, base_model="Qwen/Qwen3-4B", adapter="a", adapter_step=100, files=files)
     return folder
@@ -152,8 +145,9 @@ def every_argument() -> dict[str, object]:
 def test_every_argument_may_change_or_may_not(tmp_path, every_argument):
     """Resume, checkpoint and --check agree about each; one that nobody has thought of may not change."""
     arguments = every_argument | {"never_heard_of": 1}
-    manifest = a_manifest(arguments=arguments)
-    folder = merged_folder(tmp_path / "m", arguments=arguments)
+    manifest = a_manifest(**arguments)
+    folder = merged_folder(tmp_path / "m", **arguments)
+    assert manifest["arguments"] == arguments | {"hub_token": None}
     m.check_merged(folder, expected_arguments=arguments)
     free = {"training": m.MAY_CHANGE["training"] | m.BY_CONTENT, "check": m.MAY_CHANGE["training"]}
     assert free["training"] <= every_argument.keys(), "a renamed argument must not stay in the table"
@@ -196,7 +190,7 @@ def test_evaluation_and_diagnostic_share_the_table():
     ],
 )
 def test_check_reads_the_launchers_whole_line(tmp_path, every_argument, changed, words):
-    folder = str(merged_folder(tmp_path / "m", arguments=every_argument))
+    folder = str(merged_folder(tmp_path / "m", **every_argument))
     check = ["--check", folder, "--base_model", "Qwen/Qwen3-4B", "--step", "100", "--", *FLAGS, *changed]
     if words is None:
         assert merge_lora.main(check) == 0
