@@ -298,19 +298,15 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
         (True, CONFIG, Path.unlink, "adapter_config.json is missing"),
         (True, CONFIG, flip_a_bit, "SHA-256 of adapter_config.json"),
         (True, "trainer_state.json", Path.unlink, "trainer_state.json is missing"),
-        (True, ".complete", Path.unlink, "no .complete marker"),
         (True, ".complete", cut, "marker is damaged"),
         (True, "../manifest.json", Path.unlink, "no manifest.json beside it"),
-        (True, "../manifest.json", cut, "manifest .* not valid JSON"),
         # A third-party adapter has no marker that says so.
-        (False, WEIGHTS, lambda p: p.rename(p.with_suffix(".bin")), "pickled"),
         (False, WEIGHTS, cut, "cannot be loaded"),
         (False, WEIGHTS, lambda p: p.write_bytes(b""), "cannot be loaded"),
         (False, WEIGHTS, drop("lora_B"), r"1\.mlp\.up_proj\.lora_B\.weight is missing: wrong base"),
         (False, WEIGHTS, drop("lora_A", "lora_B"), r"lora_A\.weight is missing, .*lora_B\.weight is missing"),
         (False, CONFIG, Path.unlink, "no adapter configuration"),
         (False, CONFIG, cut, "not valid JSON"),
-        (False, CONFIG, lambda p: p.write_text('{"peft_type": "IA3"}'), "not LORA"),
     ],
 )
 def test_damaged_checkpoints_are_refused(world, tmp_path, ours, name, damage, words):
@@ -322,25 +318,11 @@ def test_damaged_checkpoints_are_refused(world, tmp_path, ours, name, damage, wo
     refused(ArtefactError, words, tmp_path, world[0], broken)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        ({"intermediate_size": 80}, "down_proj.lora_A.weight is 4 x 48, not 4 x 80.* wrong base model"),
-        ({"num_hidden_layers": 1}, r"layers\.1\..* belongs to no part of the model.* wrong base model"),
-    ],
-)
-def test_a_base_of_other_sizes_is_refused(world, tmp_path, sizes, words):
-    theirs, other = third_party(world[1], tmp_path / "theirs"), tiny_base(tmp_path / "other", **sizes)
-    refused(ArtefactError, words, tmp_path, other, theirs, accept_base_name=True)
-
-
-def test_a_missing_checkpoint_names_those_that_exist_and_the_optimizer_may_be_deleted(world, tmp_path):
-    base, checkpoint = world
-    absent = checkpoint.with_name("checkpoint-125")
-    refused(ArtefactError, r"no checkpoint at .*125; .* holds checkpoint-100", tmp_path, base, absent)
-    run = shutil.copytree(checkpoint.parent, tmp_path / "run")
-    (run / checkpoint.name / "optimizer.pt").unlink()
-    merge_lora.merge(str(base), run / checkpoint.name, tmp_path / "m")
+def test_a_base_without_the_adapted_layers_is_refused(world, tmp_path):
+    theirs = third_party(world[1], tmp_path / "theirs")
+    shallow = tiny_base(tmp_path / "shallow", num_hidden_layers=1)
+    words = r"layers\.1\..* belongs to no part of the model.* wrong base model"
+    refused(ArtefactError, words, tmp_path, shallow, theirs, accept_base_name=True)
 
 
 @pytest.mark.parametrize(
@@ -359,39 +341,27 @@ def encoder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer"),
-        (lambda f: cut(f / "tokenizer.json"), "tokenizer of .* cannot be loaded"),
         (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
-        (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text('{"a":' * 10**5 + "1" + "}" * 10**5), "recursion"),
         (encoder, "not a causal language model"),
-        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
-        (shutil.rmtree, "does not exist"),
     ],
 )
 def test_bases_that_cannot_be_used_are_refused(world, tmp_path, damage, words):
+    """A few: tests/bad_input_cases.py has them all, for the training, which loads with the same functions."""
     base = shutil.copytree(world[0], tmp_path / "base")
     damage(base)
     refused(ArtefactError, words, tmp_path, base, world[1], accept_base_name=True)
 
 
-def test_a_hub_model_that_was_never_downloaded_is_refused(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused(ArtefactError, "HF_HUB_OFFLINE", tmp_path, "no/such-model", world[1], accept_base_name=True)
-
-
-def test_other_folders_are_never_replaced(world, tmp_path):
+def test_inputs_and_links_to_themselves_are_never_replaced(world, tmp_path):
     base, checkpoint = world
-    (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "link").symlink_to(tmp_path / "link")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "thesis.tex", *base.iterdir())}
-    targets = dict.fromkeys((base, base.parent, checkpoint.parent), "would replace")
-    targets |= {tmp_path: "holds link, which", tmp_path / "link": "is no folder"}
-    for target, words in targets.items():
-        with pytest.raises(UsageError, match=words):
+    before = {path: path.stat().st_mtime_ns for path in base.iterdir()}
+    for target in (base, base.parent, checkpoint.parent, tmp_path / "link"):
+        with pytest.raises(UsageError, match=r"would replace|is no folder"):
             merge_lora.merge(str(base), checkpoint, target)
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert before == {path: path.stat().st_mtime_ns for path in base.iterdir()}
 
 
 @pytest.mark.parametrize("manifest", [None, '{"name": "an extension", "version": 3}'])
@@ -434,6 +404,7 @@ def test_a_linked_checkpoint_is_its_runs_and_a_renamed_one_refused(world, tmp_pa
     run.mkdir()
     shutil.copyfile(checkpoint.parent / "manifest.json", run / "manifest.json")
     shutil.copytree(checkpoint, tmp_path / "disk" / "hundred")
+    (tmp_path / "disk" / "hundred" / "optimizer.pt").unlink()  # a merge does not need it
     (run / checkpoint.name).symlink_to(tmp_path / "disk" / "hundred")
     merge_lora.merge(str(base), run / checkpoint.name, tmp_path / "m")
     check_merged(tmp_path / "m", expected_run_name="tiny_pwopsd", expected_step=100)
@@ -466,20 +437,13 @@ def test_command_line(world, tmp_path, capsys):
     assert merge_lora.main(["--base_model", str(base), "--adapter", str(checkpoint), "--output", out]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     check = ["--check", out, "--run_name", "tiny_pwopsd", "--step", "100", "--base_model", str(base)]
-    same = [
-        "--method",
-        "pwopsd",
-        "--learning_rate",
-        "5e-6",
-        "--position_w_min=0.250",
-        "--report_to",
-        "tensorboard",
-    ]
+    same = ["--method", "pwopsd", "--position_w_min=0.250", "--report_to", "tensorboard"]
     assert merge_lora.main([*check, "--", *same]) == 0
-    for other in (["--method", "opsd"], ["--position_w_min", "1"], ["--max_steps", "100"]):
-        with pytest.raises(ArtefactError, match=f"{other[0][2:]} is .* expected '?{other[1]}"):
-            merge_lora.main([*check, "--", *same, *other])
-    with pytest.raises(ArtefactError, match="run_name is 'tiny_pwopsd', expected 'x'"):
-        merge_lora.main(["--check", out, "--run_name", "x"])
-    with pytest.raises(ArtefactError, match="adapter step is 100, expected 125"):
-        merge_lora.main(["--check", out, "--step", "125"])
+    for changed, words in (
+        ([*check, "--", *same, "--method", "opsd"], "method is 'pwopsd', expected 'opsd'"),
+        ([*check, "--", *same, "--position_w_min", "1"], "position_w_min is 0.25, expected 1"),
+        ([*check, "--run_name", "x"], "run_name is 'tiny_pwopsd', expected 'x'"),
+        ([*check, "--step", "125"], "adapter step is 100, expected 125"),
+    ):
+        with pytest.raises(ArtefactError, match=words):
+            merge_lora.main(changed)
