@@ -93,10 +93,9 @@ def merge(
     if revision is None and checkpoint.manifest is not None:
         revision = checkpoint.manifest.get("base_revision")
     folder = model_folder(base, revision)
-    load = {"trust_remote_code": trust_remote_code}
-    load_config(str(folder), **load)
-    load_tokenizer(str(folder), **load)
-    hollow = load_causal_lm(str(folder), dtype="auto", device_map="meta", **load)
+    load_config(str(folder), trust_remote_code=trust_remote_code)
+    load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    hollow = load_causal_lm(str(folder), dtype="auto", device_map="meta", trust_remote_code=trust_remote_code)
     needed = sum(weight.nbytes for weight in hollow.parameters()) + SPARE_BYTES
     load_adapter(hollow, checkpoint.path)
     check_same_base(checkpoint, base, folder, accept_name=accept_base_name)

@@ -8,7 +8,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,9 @@ def adapted_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 @torch.no_grad()
 def merged_matrix(layer: LoraLayer, adapter: str) -> Tensor:
     """Return W + scale · B A, formed in float32 and cast to W's dtype: a new [out, in] tensor beside W."""
-    weight = layer.get_base_layer().weight
-    down = layer.lora_A[adapter].weight.to(weight.device, torch.float32)
-    up = layer.lora_B[adapter].weight.to(weight.device, torch.float32)
+    parts = (layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter])
+    weight, down, up = (cast(nn.Linear, part).weight for part in parts)
+    down, up = (matrix.to(weight.device, torch.float32) for matrix in (down, up))
     return torch.addmm(weight.float(), up, down, alpha=float(layer.scaling[adapter])).to(weight.dtype)
 
 

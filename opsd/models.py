@@ -213,7 +213,7 @@ def load_causal_lm(
     _check_folder(name)
     try:
         with _explained("weights", name):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair
                 name,
                 dtype=dtype,
                 revision=revision,
@@ -300,12 +300,12 @@ def end_token_ids(name: str, config: PreTrainedConfig, *, trust_remote_code: boo
     from transformers import GenerationConfig
 
     try:
-        configured = GenerationConfig.from_pretrained(name).eos_token_id
+        configured = GenerationConfig.from_pretrained(name)
     except OSError:
-        configured = config.eos_token_id
+        configured = config
     folder = model_folder(name, weights=False)
     tokenizer = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code)
-    return merge_end_ids(configured, tokenizer.eos_token_id if tokenizer is not None else None)
+    return merge_end_ids(*(getattr(source, "eos_token_id", None) for source in (configured, tokenizer)))
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""merge_lora.py: the merged model is the adapter's model, and every mistake leaves no half folder."""
+"""merge_lora.py: the merged model is the adapter's model, and no mistake leaves a part of a folder."""
 
 from __future__ import annotations
 
@@ -142,9 +142,7 @@ def test_merged_logits_equal_the_adapter_models(tmp_path, kind, dtype):
     tolerance = 1e-5 if dtype is torch.float32 else 0.04
     spread = expected.std()
     assert (found - expected).abs().max() < tolerance * spread.clamp(min=1.0) * 3
-    assert (plain - expected).abs().max() > 0.5 * spread, (
-        "the adapter changes nothing: the test shows nothing"
-    )
+    assert (plain - expected).abs().max() > 0.5 * spread, "the adapter changes nothing"
 
 
 def test_merged_matrices_are_float32_sums_cast_once(tmp_path):
@@ -168,13 +166,7 @@ def test_merged_folder_is_complete_and_says_what_it_is(world, tmp_path):
     base, checkpoint = world
     out = tmp_path / "tiny_pwopsd_merged"
     merge_lora.merge(str(base), checkpoint, out)
-    merged = check_merged(
-        out,
-        expected_run_name="tiny_pwopsd",
-        expected_base_model=str(base),
-        expected_step=100,
-        hashes=True,
-    )
+    merged = check_merged(out, expected_base_model=str(base), hashes=True)
     assert merged["adapter_step"] == 100
     assert merged["base_model"] == str(base)
     assert {"python", "torch", "peft"} <= merged["versions"].keys()
@@ -210,18 +202,6 @@ def test_a_merge_killed_at_its_sentinel_is_incomplete_and_merged_again(world, tm
     merge_lora.merge(str(base), checkpoint, out)
     assert merge_lora.main(["--check", str(out), "--hashes"]) == 0
     assert sorted([*seen, SENTINEL_NAME]) == sorted(p.name for p in out.iterdir()), "the sentinel comes last"
-
-
-def test_an_earlier_merge_is_replaced(world, tmp_path):
-    base, checkpoint = world
-    out = tmp_path / "m"
-    merge_lora.merge(str(base), checkpoint, out)
-    (out / "model.safetensors").write_bytes(b"")
-    (out / "model-00001-of-00002.safetensors").write_bytes(b"left from a larger model")
-    assert merge_lora.main(["--check", str(out)]) == 1
-    merge_lora.merge(str(base), checkpoint, out)
-    assert not (out / "model-00001-of-00002.safetensors").exists()
-    check_merged(out, hashes=True)
 
 
 def scale_weights(base: Path) -> None:
@@ -392,10 +372,13 @@ def test_a_linked_output_stays_a_link(world, tmp_path, target):
     if target == "merged":
         merge_lora.merge(str(base), checkpoint, disk)
         (disk / "model.safetensors").write_bytes(b"")
+        (disk / "model-00001-of-00002.safetensors").write_bytes(b"left from a larger model")
+        assert merge_lora.main(["--check", str(out)]) == 1
     merge_lora.merge(str(base), checkpoint, out)
     assert out.is_symlink()
     check_merged(disk, hashes=True, expected_run_name="tiny_pwopsd")
     assert [path.name for path in disk.parent.iterdir()] == ["models"]
+    assert [path.name for path in disk.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_a_linked_checkpoint_is_its_runs_and_a_renamed_one_refused(world, tmp_path):

@@ -138,12 +138,12 @@ FLAGS = ["--method", "pwopsd", "--model_name_or_path", "Qwen/Qwen3-4B", "--outpu
 
 @pytest.fixture(scope="module")
 def every_argument() -> dict[str, object]:
-    """Every argument of ea_opsd_train.py's parser with its value in a run of nothing but defaults."""
+    """Every argument of ea_opsd_train.py's parser with its value in a run with the defaults."""
     return m.run_arguments(*parse_arguments([*FLAGS, "--use_cpu", "True"]))
 
 
 def test_every_argument_may_change_or_may_not(tmp_path, every_argument):
-    """Resume, checkpoint and --check agree about each; one that nobody has thought of may not change."""
+    """Resume, checkpoint and --check agree about each; an argument that is new may not change."""
     arguments = every_argument | {"never_heard_of": 1}
     manifest = a_manifest(**arguments)
     folder = merged_folder(tmp_path / "m", **arguments)
@@ -184,12 +184,10 @@ def test_evaluation_and_diagnostic_share_the_table():
         (["--learning_rate", "0.000005", "--report_to", "tensorboard", "--jsd_token_clip=0.050"], None),
         (["--lora_target_modules", "q_proj", "v_proj"], r"lora_target_modules is \['q_proj', 'k_proj'"),
         (["--adam_beta2", "0.95"], "adam_beta2 is 0.999, expected 0.95"),
-        (["--dtype", "float32"], "dtype is 'auto', expected 'float32'"),
         (["--dataset_revision", "v2"], "dataset_revision is None, expected 'v2'"),
-        (["--max_steps", "100"], "max_steps is 150, expected 100"),
     ],
 )
-def test_check_reads_the_launchers_whole_line(tmp_path, every_argument, changed, words):
+def test_check_reads_the_launchers_complete_command_line(tmp_path, every_argument, changed, words):
     folder = str(merged_folder(tmp_path / "m", **every_argument))
     check = ["--check", folder, "--base_model", "Qwen/Qwen3-4B", "--step", "100", "--", *FLAGS, *changed]
     if words is None:
