@@ -5,24 +5,25 @@
         [-- FLAGS]
 
 The merged folder holds the weights (safetensors), the base's tokenizer, chat template and generation settings,
-the run's manifest.json and a model card. It is written under a temporary name and renamed whole; the sentinel
-`.ready_for_eval` follows, last of all. `--check` ends with 0 for a complete folder, 1 for a missing or
-incomplete one, 2 for one that this project did not make and 3 for another run's. FLAGS is the whole command
-line of the expected training: a flag that it does not give means its default.
+the run's manifest.json and a model card. It is written under a temporary name and renamed; the sentinel
+`.ready_for_eval` is written last. `--check` ends with 0 for a complete folder, 1 for a missing or incomplete
+one, 2 for one that this project did not write and 3 for another run's. FLAGS is the complete command line of
+the expected training: a flag that it does not give means its default.
 """  # noqa: E501 - the command that runs it, unbroken
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.adapter import Adapter, check_fits, check_same_base, read_adapter
+from opsd.checkpoints import Adapter, check_same_base, read_adapter
 from opsd.errors import ArtefactError, OneLineParser, UsageError, run_cli
 from opsd.files import PARTIAL_MARK, atomic_directory, disk_errors
 from opsd.model_card import model_card
@@ -35,6 +36,7 @@ from opsd.models import (
     load_tokenizer,
     model_folder,
 )
+from opsd.options import add_options, option, take
 from opsd.run_identity import (
     FORMAT,
     MANIFEST_NAME,
@@ -51,19 +53,13 @@ from opsd.run_identity import (
 )
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 log = logging.getLogger("merge_lora")
 
 OWN_FILES = (
-    *COPIED_FILES,
-    "config.json",
-    "model.safetensors.index.json",
-    MANIFEST_NAME,
-    SENTINEL_NAME,
-    "README.md",
-)
+    *COPIED_FILES, "config.json", "model.safetensors.index.json", MANIFEST_NAME, SENTINEL_NAME, "README.md",
+)  # fmt: skip
 # Room beside the weights: tokenizer, manifest, and the file system's own blocks.
 SPARE_BYTES = 64 * 2**20
 
@@ -93,25 +89,25 @@ def merge(
     """
     out = Path(out)
     checkpoint = read_adapter(adapter)
-    refuse_foreign_folder(out, keep=(Path(base), checkpoint.path))
+    refuse_other_folder(out, keep=(Path(base), checkpoint.path))
     if revision is None and checkpoint.manifest is not None:
         revision = checkpoint.manifest.get("base_revision")
     folder = model_folder(base, revision)
-    load = {"trust_remote_code": trust_remote_code}
-    load_config(str(folder), **load)
-    load_tokenizer(str(folder), **load)
-    hollow = load_causal_lm(str(folder), dtype="auto", device_map="meta", **load)
-    check_fits(checkpoint, {name: tuple(weight.shape) for name, weight in hollow.named_parameters()}, base)
+    load_config(str(folder), trust_remote_code=trust_remote_code)
+    load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    hollow = load_causal_lm(str(folder), dtype="auto", device_map="meta", trust_remote_code=trust_remote_code)
+    needed = sum(weight.nbytes for weight in hollow.parameters()) + SPARE_BYTES
+    load_adapter(hollow, checkpoint.path)
     check_same_base(checkpoint, base, folder, accept_name=accept_base_name)
     with disk_errors(out):
-        _check_room(out, sum(weight.nbytes for weight in hollow.parameters()) + SPARE_BYTES)
+        _check_room(out, needed)
         with atomic_directory(out) as temporary:
             model = _merged_model(folder, checkpoint, trust_remote_code=trust_remote_code)
             log.info("writing %s", out)
             model.save_pretrained(temporary, max_shard_size="5GB")
             del model
             copy_model_files(folder, temporary)
-            manifest = checkpoint.manifest or _foreign_manifest(checkpoint, base, out)
+            manifest = checkpoint.manifest or _third_party_manifest(checkpoint, base, out)
             write_manifest(temporary, manifest)
             card = model_card(manifest, adapter_step=checkpoint.step)
             (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -121,12 +117,12 @@ def merge(
         )
 
 
-def refuse_foreign_folder(out: Path, *, keep: Sequence[Path] = ()) -> None:
-    """Refuse an `out` that a merge must not replace: one with anything but an earlier merge in it, or inputs.
+def refuse_other_folder(out: Path, *, keep: Sequence[Path] = ()) -> None:
+    """Refuse an `out` that a merge must not replace: anything but an empty folder or an earlier merge.
 
     Raises:
-        UsageError: `out` is a file or a link to itself, holds one of `keep`, or is a folder that this project
-            did not write.
+        UsageError: `out` is a file or a link to itself, contains one of `keep`, or is a folder that this
+            project did not write.
     """
     real = Path(os.path.realpath(out))
     for path in keep:
@@ -140,20 +136,16 @@ def refuse_foreign_folder(out: Path, *, keep: Sequence[Path] = ()) -> None:
         partial = entry.name.startswith(f".{SENTINEL_NAME}{PARTIAL_MARK}")
         if entry.is_dir() or not (entry.name in OWN_FILES or entry.suffix == ".safetensors" or partial):
             raise UsageError(f"--output {out} holds {entry.name}, which is no merged model's; choose another")
-    # A merged folder appears with its manifest in it; the names of its other files are any model's.
-    if entries and not (_is_ours(real, read_manifest) or _is_ours(real, read_sentinel)):
+    # Any model has files of these names, but only a merged folder has a manifest or a sentinel.
+    for read in (read_manifest, read_sentinel):
+        with contextlib.suppress(ArtefactError):
+            read(real)
+            return
+    if entries:
         raise UsageError(
             f"--output {out} holds a model without a {MANIFEST_NAME} or {SENTINEL_NAME} of this project; "
             "choose another folder, or move that one away"
         )
-
-
-def _is_ours(folder: Path, read: Callable[[Path], object]) -> bool:
-    try:
-        read(folder)
-    except ArtefactError:
-        return False
-    return True
 
 
 def _check_room(out: Path, needed: int) -> None:
@@ -168,14 +160,16 @@ def _check_room(out: Path, needed: int) -> None:
 
 
 def _merged_model(folder: Path, checkpoint: Adapter, *, trust_remote_code: bool) -> PreTrainedModel:
-    """Return the base with W + scale · B A in place of every adapted W, one matrix at a time."""
+    """Return the base with W + scale · B A instead of every adapted W, formed one matrix at a time."""
     import torch
+
+    from opsd.merging import adapted_layers, merged_matrix
 
     log.info("loading %s", folder)
     base = load_causal_lm(str(folder), dtype="auto", trust_remote_code=trust_remote_code)
     model = load_adapter(base, checkpoint.path)
-    with torch.no_grad():
-        merge_in_place(model)
+    for _, layer in list(adapted_layers(model)):
+        layer.get_base_layer().weight.data = merged_matrix(layer, model.active_adapters[0])
     merged = model.unload()
     for name, weight in merged.named_parameters():
         if not torch.isfinite(weight).all():
@@ -186,16 +180,8 @@ def _merged_model(folder: Path, checkpoint: Adapter, *, trust_remote_code: bool)
     return merged
 
 
-def merge_in_place(model: PeftModel) -> None:
-    """Put W + scale · B A in the place of each adapted W; free the old matrix before forming the next."""
-    from opsd.merging import adapted_layers, merged_matrix
-
-    for _, layer in list(adapted_layers(model)):
-        layer.get_base_layer().weight.data = merged_matrix(layer, model.active_adapters[0])
-
-
-def _foreign_manifest(checkpoint: Adapter, base: str, out: Path) -> dict[str, Any]:
-    """For an adapter that another project trained: what is known, and nothing made up."""
+def _third_party_manifest(checkpoint: Adapter, base: str, out: Path) -> dict[str, Any]:
+    """Return what is known of an adapter that another project trained."""
     return {
         "format": FORMAT,
         "run_name": out.name.removesuffix("_merged"),
@@ -212,27 +198,19 @@ def _foreign_manifest(checkpoint: Adapter, base: str, out: Path) -> dict[str, An
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="merge_lora.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--base_model", help="hub id or folder of the base model")
-    parser.add_argument("--adapter", help="folder of the LoRA checkpoint")
-    parser.add_argument("--output", help="folder to write; an earlier merge there is replaced")
-    parser.add_argument(
-        "--accept_base_name", action="store_true", help="for third-party adapters: the base is a renamed copy"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model ships")
-    parser.add_argument("--check", metavar="DIR", help="check a merged folder instead of merging")
-    parser.add_argument("--run_name", help="with --check: the run that it must be")
-    parser.add_argument("--step", type=int, help="with --check: the adapter's step that it must hold")
-    parser.add_argument(
-        "--hashes", action="store_true", help="with --check: compare SHA-256, not sizes alone"
-    )
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """The flags of merge_lora.py."""
+
+    base_model: str | None = option(None, "hub id or folder of the base model")
+    adapter: str | None = option(None, "folder of the LoRA checkpoint")
+    output: str | None = option(None, "folder to write; an earlier merge there is replaced")
+    accept_base_name: bool = option(False, "for third-party adapters: the base is a renamed copy")
+    trust_remote_code: bool = option(False, "run code that the model ships")
+    check: str | None = option(None, "check this merged folder instead of merging")
+    run_name: str | None = option(None, "with --check: the run that it must be")
+    step: int | None = option(None, "with --check: the adapter's step that it must hold")
+    hashes: bool = option(False, "with --check: compare SHA-256, not sizes alone")
 
 
 def _expected_arguments(words: Sequence[str], folder: str) -> dict[str, Any] | None:
@@ -241,51 +219,52 @@ def _expected_arguments(words: Sequence[str], folder: str) -> dict[str, Any] | N
         return None
     from opsd.arguments import parse_arguments
 
-    # The Trainer wants a GPU for bfloat16, which a check does not need; where a run runs is compared nowhere.
-    return run_arguments(
-        *parse_arguments(
-            ["--model_name_or_path", folder, "--output_dir", folder, *words, "--use_cpu", "True"]
-        )
-    )
+    # The Trainer needs a GPU for bfloat16, a check does not; these flags are not compared.
+    given = ["--model_name_or_path", folder, "--output_dir", folder, *words, "--use_cpu", "True"]
+    return run_arguments(*parse_arguments(given))
 
 
-def _check(args: argparse.Namespace, training_flags: Sequence[str]) -> int:
+def _check(folder: str, options: MergeOptions, training_flags: Sequence[str]) -> int:
     try:
         merged = check_merged(
-            args.check,
-            expected_run_name=args.run_name,
-            expected_base_model=args.base_model,
-            expected_step=args.step,
-            expected_arguments=_expected_arguments(training_flags, args.check),
-            hashes=args.hashes,
+            folder,
+            expected_run_name=options.run_name,
+            expected_base_model=options.base_model,
+            expected_step=options.step,
+            expected_arguments=_expected_arguments(training_flags, folder),
+            hashes=options.hashes,
         )
     except IncompleteMergeError as error:
-        refuse_foreign_folder(Path(args.check))  # told before the training, not before the merge
+        refuse_other_folder(Path(folder))  # before the training, not only before the merge
         print(error, file=sys.stderr)
         return 1
-    print(f"{args.check} is complete: step {merged['adapter_step']} of {merged['manifest']['run_name']}")
+    print(f"{folder} is complete: step {merged['adapter_step']} of {merged['manifest']['run_name']}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command line and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
     cut = words.index("--") if "--" in words else len(words)
-    args = _parser().parse_args(words[:cut])
-    if args.check:
-        return _check(args, words[cut + 1 :])
-    missing = [name for name in ("base_model", "adapter", "output") if not getattr(args, name)]
-    if missing:
+    parser = OneLineParser(
+        prog="merge_lora.py", description="Merge a LoRA checkpoint into its base model.", allow_abbrev=False
+    )
+    add_options(parser, MergeOptions)
+    options: MergeOptions = take(MergeOptions, vars(parser.parse_args(words[:cut])))
+    if options.check:
+        return _check(options.check, options, words[cut + 1 :])
+    missing = [name for name in ("base_model", "adapter", "output") if not getattr(options, name)]
+    if missing or options.base_model is None or options.adapter is None or options.output is None:
         raise UsageError(f"{', '.join('--' + name for name in missing)} missing; or use --check DIR")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     merge(
-        args.base_model,
-        args.adapter,
-        args.output,
-        accept_base_name=args.accept_base_name,
-        trust_remote_code=args.trust_remote_code,
+        options.base_model,
+        options.adapter,
+        options.output,
+        accept_base_name=options.accept_base_name,
+        trust_remote_code=options.trust_remote_code,
     )
-    print(args.output)
+    print(options.output)
     return 0
 
 

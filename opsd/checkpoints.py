@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is complete, which run it belongs to, and which one to resume from.
+"""The checkpoints of a run: which are complete, whose they are, which to resume from, which base they fit.
 
 A checkpoint counts only with its `.complete` marker, which is written last: its step, the identity of its run
 (opsd/run_identity.py), and size and SHA-256 of every file. A kill while saving leaves a folder without one.
@@ -7,28 +7,37 @@ A checkpoint counts only with its `.complete` marker, which is written last: its
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opsd.errors import ArtefactError
-from opsd.files import atomic_write_json, fsync_tree, remove_folder
+from opsd.files import atomic_write_json, fsync_tree
 from opsd.provenance import file_sha256
-from opsd.run_identity import differences, file_list, identity, read_json_object, read_manifest
+from opsd.run_identity import (
+    MANIFEST_NAME,
+    base_differences,
+    changed_file,
+    differences,
+    file_list,
+    identity,
+    read_json_object,
+    read_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
 MARKER = ".complete"
 NAME = re.compile(r"checkpoint-(\d+)")
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+STATE_NAME = "trainer_state.json"
 # What a resumed run cannot do without.
-REQUIRED = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "trainer_state.json",
-)
+REQUIRED = (CONFIG_NAME, WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", STATE_NAME)
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -42,7 +51,7 @@ def mark_complete(checkpoint: Path) -> None:
         raise ArtefactError(f"{checkpoint} lacks {', '.join(missing)} right after saving; is the disk full?")
     fsync_tree(checkpoint)
     marker = {
-        "step": int(NAME.fullmatch(checkpoint.name)[1]),
+        "step": int(checkpoint.name.removeprefix("checkpoint-")),
         "run": identity(read_manifest(checkpoint.parent)),
         "files": {name: entry for name, entry in file_list(checkpoint).items() if name != MARKER},
     }
@@ -56,35 +65,29 @@ def incompleteness(
 
     Args:
         hashes: compare each file's SHA-256 too, not its size alone.
-        only: the files to look at, whatever the folder's name; default all.
+        only: the files to check, in a folder of any name but another step's; default all.
     """
     if not (checkpoint / MARKER).is_file():
         return f"it has no {MARKER} marker: saving it was interrupted"
     try:
-        marker = read_json_object(checkpoint / MARKER, what="marker")
-        step, files = marker["step"], {name: dict(entry) for name, entry in marker["files"].items()}
-    except (ArtefactError, KeyError, TypeError, ValueError, AttributeError):
-        return f"its {MARKER} marker is damaged or an earlier version's"
+        marker = read_json_object(checkpoint / MARKER, what="marker", fields={"step": int, "files": dict})
+    except ArtefactError:
+        return f"its {MARKER} marker is damaged"
+    files = marker["files"]
     if not files.keys() >= set(REQUIRED):
         return f"its {MARKER} marker is damaged or an earlier version's"
-    if only is None and checkpoint.name != f"checkpoint-{step}":
-        return f"it was saved as checkpoint-{step}"
-    for name in files if only is None else only:
-        path, entry = checkpoint / name, files.get(name, {})
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry.get("bytes"):
-            return f"{name} has {path.stat().st_size} bytes instead of {entry.get('bytes')}"
-        if hashes and file_sha256(path) != entry.get("sha256"):
-            return f"the SHA-256 of {name} is not the one that was saved"
-    return None
+    named = only is None or NAME.fullmatch(checkpoint.name)
+    if named and checkpoint.name != f"checkpoint-{marker['step']}":
+        return f"it was saved as checkpoint-{marker['step']}"
+    checked = files if only is None else {name: files[name] for name in only}
+    return changed_file(checkpoint, checked, file_sha256 if hashes else None)
 
 
 def check_run(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     """Refuse a complete checkpoint of another run.
 
     Raises:
-        ArtefactError: its marker names another identity than the manifest; every difference is named.
+        ArtefactError: its marker holds another identity than the manifest; the message has every difference.
     """
     recorded = read_json_object(checkpoint / MARKER, what="marker").get("run")
     differing = differences(recorded if isinstance(recorded, dict) else {}, identity(manifest))
@@ -103,7 +106,7 @@ def checkpoints(run_folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_complete(run_folder: Path) -> Path | None:
-    """Return a run's newest complete checkpoint, its files hashed; None without one. Log what is left out."""
+    """Return a run's newest complete checkpoint, by hashes; None without one. Log the ones left out."""
     for _, path in reversed(checkpoints(run_folder)):
         reason = incompleteness(path, hashes=True)
         if reason is None:
@@ -112,18 +115,23 @@ def newest_complete(run_folder: Path) -> Path | None:
     return None
 
 
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; of a link, the link alone."""
+    checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
+
+
 def remove_incomplete(run_folder: Path) -> list[Path]:
-    """Delete the checkpoints that are half-written or damaged and return them; of a link, the link alone."""
+    """Delete the incomplete and damaged checkpoints and return them."""
     removed = [path for _, path in checkpoints(run_folder) if incompleteness(path, hashes=True) is not None]
     for path in removed:
-        remove_folder(path)
+        _remove(path)
     return removed
 
 
 def rotate(run_folder: Path, limit: int | None, *, keep: int | None = None) -> list[Path]:
-    """Delete the oldest checkpoints until `limit` complete ones are left, and return what was deleted.
+    """Delete the oldest complete checkpoints until `limit` are left, and return what was deleted.
 
-    Only complete checkpoints count, so that a half-written one never displaces the one to resume from.
+    An incomplete one does not count, so it never displaces the one to resume from.
 
     Args:
         limit: None or a number below 1 keeps all.
@@ -134,7 +142,7 @@ def rotate(run_folder: Path, limit: int | None, *, keep: int | None = None) -> l
     for path in surplus:
         # Without its marker a folder that a kill leaves half deleted does not pass for a checkpoint.
         (path / MARKER).unlink()
-        remove_folder(path)
+        _remove(path)
     return surplus
 
 
@@ -142,11 +150,11 @@ def resolve_resume(run_folder: Path, asked: str | None) -> Path | None:
     """Return the checkpoint that `--resume_from_checkpoint` means.
 
     Args:
-        asked: None starts afresh, "auto" or "True" takes the newest complete one (None without one), anything
-            else is a folder.
+        asked: None starts a new run, "auto" or "True" takes the newest complete one (None without one),
+            anything else is a folder.
 
     Raises:
-        ArtefactError: the folder is not a complete checkpoint; or checkpoints exist and nothing was asked.
+        ArtefactError: the folder is not a complete checkpoint; or checkpoints exist and `asked` is None.
     """
     if asked is None or asked.lower() == "false":
         existing = newest_complete(run_folder)
@@ -165,3 +173,90 @@ def resolve_resume(run_folder: Path, asked: str | None) -> Path | None:
             f"--resume_from_checkpoint {asked}: {reason}; give auto for the newest complete one"
         )
     return folder
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A complete LoRA checkpoint.
+
+    Attributes:
+        path: its folder.
+        base_model: the base that it was trained on, as recorded; "" where none was.
+        step: optimizer steps behind it; None for an adapter that no Trainer saved.
+        manifest: its run's manifest; None for a third-party adapter.
+    """
+
+    path: Path
+    base_model: str
+    step: int | None
+    manifest: dict[str, Any] | None
+
+
+def read_adapter(path: Path | str) -> Adapter:
+    """Return the LoRA checkpoint in a folder; `models.load_adapter` checks that its matrices fit a base.
+
+    Raises:
+        ArtefactError: the folder, or a part of it, is missing, damaged or of another kind.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        names = ", ".join(found.name for _, found in checkpoints(folder.parent))
+        raise ArtefactError(
+            f"no checkpoint at {folder}; {f'{folder.parent} holds {names}' if names else 'train first'}"
+        )
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise ArtefactError(f"{folder} has no {WEIGHTS_NAME} (pickled weights are not loaded); take another")
+    manifest = run_manifest_of(folder)
+    config = read_json_object(folder / CONFIG_NAME, what="adapter configuration")
+    if config.get("peft_type") != "LORA":
+        raise ArtefactError(f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r}, not LORA")
+    step = None
+    if (folder / STATE_NAME).is_file():
+        step = read_json_object(folder / STATE_NAME, what="trainer state").get("global_step")
+    return Adapter(folder, str(config.get("base_model_name_or_path") or ""), step, manifest)
+
+
+def run_manifest_of(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of the run that a checkpoint belongs to; None for a third-party adapter.
+
+    Raises:
+        ArtefactError: the checkpoint is this project's and incomplete, damaged or another run's, or its
+            manifest is missing.
+    """
+    places = (folder, Path(os.path.abspath(folder)).parent, folder.resolve().parent)
+    place = next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
+    if place is None:
+        if not (folder / MARKER).is_file():
+            return None
+        raise ArtefactError(
+            f"{folder} has no {MANIFEST_NAME} beside it to say which run it is; put that run's there"
+        )
+    manifest = read_manifest(place)
+    reason = incompleteness(folder, hashes=True, only=(CONFIG_NAME, WEIGHTS_NAME, STATE_NAME))
+    if reason is not None:
+        raise ArtefactError(
+            f"the checkpoint {folder} is not complete or damaged: {reason}; take another one, or resume the "
+            "training, which saves it again"
+        )
+    check_run(folder, manifest)
+    return manifest
+
+
+def check_same_base(adapter: Adapter, base: str, folder: Path, *, accept_name: bool = False) -> None:
+    """Refuse a base model that is not the one the adapter was trained on.
+
+    Args:
+        folder: the files of `base`. Their hash decides where the run's manifest has one, else the name.
+        accept_name: take a base of another name (a renamed copy) where there is no hash.
+
+    Raises:
+        ArtefactError: the recorded weights, or the recorded name, are others.
+    """
+    recorded = adapter.manifest or {"base_model": adapter.base_model}
+    if not recorded["base_model"] or (accept_name and not recorded.get("base_weights")):
+        return
+    if wrong := base_differences(recorded, base, folder):
+        raise ArtefactError(
+            f"{adapter.path} was trained on another base model: {wrong[0]}; pass that one, or "
+            "--accept_base_name for a renamed copy, if no SHA-256 says that it is another"
+        )

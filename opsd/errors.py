@@ -1,8 +1,7 @@
-"""The two kinds of failure a user can cause, and how the command line reports them.
+"""The two kinds of failure that a user can cause, and how the command line reports them.
 
 Every entry script ends with `raise SystemExit(run_cli(main))`: a `UsageError` prints one line and exits 2, an
-`ArtefactError` prints one line and exits 3, and anything else is a defect of this project and keeps its
-traceback.
+`ArtefactError` prints one line and exits 3; anything else is a defect of this project with a traceback.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ import select
 import sys
 import unicodedata
 from collections.abc import Callable
+from typing import NoReturn
 
 # What a parser or a chat template raises on bad content; deep nesting gives a RecursionError.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-# Refusals of the operating system that the user can mend, whatever was being written or read.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class UsageError(Exception):
@@ -35,18 +32,14 @@ class ArtefactError(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is a `UsageError`, one line, instead of the usage of every flag."""
+    """A parser that raises a `UsageError` of one line instead of printing the usage of every flag."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; {self.prog} --help lists the flags")
 
 
 def printable(text: object, limit: int = 2000) -> str:
-    """`text` with control characters escaped, so that data can neither move the cursor nor forge a line.
-
-    Tabs and newlines become visible escapes too; text longer than `limit` characters is cut with its length
-    stated.
-    """
+    """Return `text` on one line, with control characters escaped, cut after `limit` characters."""
     string = str(text)
     cut = string if len(string) <= limit else f"{string[:limit]}… ({len(string)} characters)"
     return "".join(
@@ -57,18 +50,13 @@ def printable(text: object, limit: int = 2000) -> str:
     )
 
 
-def refuse_unasked_code(name: str, error: Exception) -> None:
-    """Raise UsageError where `error` is transformers' refusal to run code that the model `name` ships."""
-    if "trust_remote_code" in str(error):
-        raise UsageError(f"{name!r} ships code of its own; read it, then add --trust_remote_code") from error
-
-
 def run_cli(main: Callable[[], int | None]) -> int:
     """Run an entry point and turn the user's mistakes into one line on stderr and an exit code.
 
-    Returns the exit code: what `main` returns (None counts as 0), 2 for a `UsageError`, 3 for an
-    `ArtefactError` or where the disk is full, a file grows over `ulimit -f` or permission is missing, 130 for
-    an interrupt from the keyboard, 141 without a line where nobody reads the output any more (`| head`).
+    Returns:
+        What `main` returns (None counts as 0), 2 for a `UsageError`, 3 for an `ArtefactError` and what
+        `disk_reason` explains, 130 for an interrupt from the keyboard, 141 without a line where nobody reads
+        the output any more (`| head`).
     """
     try:
         try:
@@ -82,29 +70,31 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno == errno.EPIPE and _reader_gone():
             return 141
-        reason = _reason(error)
+        reason = disk_reason(error.errno, error.filename or "the output")
         if reason is None:
             raise
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error: {printable(reason)}", file=sys.stderr)
         return ArtefactError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def _reason(error: OSError) -> str | None:
-    where = printable(error.filename) if error.filename else "the system does not say where"
-    if error.errno in NO_ROOM:
-        return f"the disk is full ({where}); free some and run the same command again"
-    if error.errno == errno.EFBIG:
-        return f"a file is larger than this shell allows ({where}); raise `ulimit -f` and run it again"
-    if error.errno in NO_PERMISSION:
-        return f"no permission ({where}): {error.strerror}; choose another place"
+def disk_reason(number: int | None, where: object) -> str | None:
+    """Return what the user can do about an error number of the operating system; None where nothing."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {where} was not written; free some space and run the same command again"
+    if number == errno.EFBIG:
+        return (
+            f"{where}, or a file in it, is larger than this shell allows; raise `ulimit -f` and run it again"
+        )
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to read or write {where}; choose another place"
     return None
 
 
 def _reader_gone() -> bool:
-    """Whether the other end of stdout or stderr is closed; the streams are then led into nothing.
+    """Return whether the reader of stdout or stderr has ended; redirect that stream to /dev/null then.
 
     A broken pipe to a worker process is another matter, and keeps its traceback.
     """

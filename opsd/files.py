@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: temporary name beside the target, fsync, rename."""
+"""Atomic writes of files and folders (temporary name beside the target, fsync, rename), and locks."""
 
 from __future__ import annotations
 
@@ -18,22 +18,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from opsd.errors import NO_PERMISSION, NO_ROOM, ArtefactError, UsageError
+from opsd.errors import ArtefactError, UsageError, disk_reason
 
 # A name that no reader of results, checkpoints or merged folders takes for a finished one.
 PARTIAL_MARK = ".partial-"
-# This host in eight characters: a process id means something on its own host alone.
+# This host in eight characters: a process id identifies a process on its own host alone.
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 # No write of this project takes as long, so another host's partial file of this age is abandoned.
 _ABANDONED_SECONDS = 24 * 3600
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and `folder` itself, to the disk."""
+    for path in (*sorted(folder.rglob("*")), folder):
+        fsync(path)
 
 
 def partial_name(path: Path) -> Path:
@@ -44,7 +51,7 @@ def partial_name(path: Path) -> Path:
 def remove_partials(path: Path) -> list[Path]:
     """Delete what killed writers of `path` left beside it and return what was deleted.
 
-    A partial of a process that runs on this host is left alone, another host's until it is a day old.
+    A partial of a process that runs on this host is kept, another host's until it is a day old.
     """
     removed = []
     for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}{PARTIAL_MARK}*")):
@@ -65,27 +72,23 @@ def remove_partials(path: Path) -> list[Path]:
 
 
 def remove_all_partials(folder: Path) -> list[Path]:
-    """`remove_partials` for every target in `folder` and below; returns what was deleted."""
+    """Call `remove_partials` for every target in `folder` and below; return what was deleted."""
     marked = sorted(folder.rglob(f".*{PARTIAL_MARK}*"))
     targets = dict.fromkeys(path.with_name(path.name[1:].split(PARTIAL_MARK)[0]) for path in marked)
     return [leftover for target in targets for leftover in remove_partials(target)]
 
 
-def remove_folder(path: Path) -> None:
-    """Delete a folder; of a link to one delete the link alone."""
-    path.unlink() if path.is_symlink() else shutil.rmtree(path)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder`, and `folder` itself, to the disk."""
-    for path in sorted(folder.rglob("*")):
-        _fsync(path)
-    _fsync(folder)
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
 
 
 @contextlib.contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn what three libraries say when `target` cannot be written into one clear line.
+    """Turn what Python, safetensors and torch raise when `target` cannot be written into one line.
 
     Raises:
         ArtefactError: the disk is full, a file grows over `ulimit -f`, or permission is missing.
@@ -95,44 +98,28 @@ def disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        number, words = getattr(error, "errno", None), str(error).lower()
-        # torch says no more than that its archive could not be written, in several ways.
-        archive = any(part in words for part in ("pytorchstreamwriter", "inline_container", "iostream"))
-        unsaid = archive and _nearly_full(target.parent)
-        if number in NO_ROOM or "no space left" in words or "quota" in words or unsaid:
-            raise ArtefactError(
-                f"the disk of {target.parent} is full: {target.name} was not written; free some space and "
-                "run the same command again"
-            ) from error
-        limited = archive and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
-        if number == errno.EFBIG or "file too large" in words or limited:
-            raise ArtefactError(
-                f"a file of {target} is larger than this shell allows; raise `ulimit -f` and run it again"
-            ) from error
-        if number in NO_PERMISSION or "permission denied" in words:
-            raise ArtefactError(f"no permission to write {target}; choose another place") from error
-        raise
-
-
-def _nearly_full(folder: Path) -> bool:
-    return shutil.disk_usage(folder).free < 2**20
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        number, text = getattr(error, "errno", None), str(error).lower()
+        # torch only says, in several ways, that its archive could not be written.
+        archive = any(part in text for part in ("pytorchstreamwriter", "inline_container", "iostream"))
+        limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+        full = archive and shutil.disk_usage(target.parent).free < 2**20
+        if "no space left" in text or "quota" in text or full:
+            number = errno.ENOSPC
+        elif "file too large" in text or (archive and limited):
+            number = errno.EFBIG
+        elif "permission denied" in text:
+            number = errno.EACCES
+        reason = disk_reason(number, target)
+        if reason is None:
+            raise
+        raise ArtefactError(reason) from error
 
 
 def lock_file(path: Path, *, busy: str) -> IO[bytes]:
     """Open `path` for appending under an exclusive lock, which ends with the process or the returned file.
 
     Args:
-        busy: what to say where another process holds the lock.
+        busy: the message where another process holds the lock.
 
     Raises:
         UsageError: another process holds it.
@@ -151,8 +138,7 @@ def lock_file(path: Path, *, busy: str) -> IO[bytes]:
                 f"{path} cannot be locked ({error.strerror}), so two processes could write there at once; "
                 "choose a place on a file system that has locks"
             ) from error
-        # Between open and lock the previous owner may have finished and deleted the file: then the lock is on
-        # a file that nobody finds any more.
+        # Between open and lock the previous owner may have deleted the file: nobody else finds this one then.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
@@ -173,16 +159,16 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """`atomic_write_bytes` of `text` in UTF-8."""
+    """Write `text` in UTF-8 as `atomic_write_bytes` does."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:
-    """`value` as indented JSON, written whole. NaN and infinities raise ValueError: they are not JSON."""
+    """Write `value` as indented JSON. NaN and infinities raise ValueError: they are not JSON."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -190,8 +176,9 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
 def atomic_directory(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.
 
-    An existing folder at `path` is replaced; where `path` is a link, the link stays and the folder that it
-    leads to is replaced. On an error the temporary folder is removed and `path` is untouched.
+    An existing folder at `path`, or the one that a link there leads to, is replaced by two renames: a kill
+    between them leaves no folder at `path`, and the next call writes it again and removes the rest. On an
+    error the temporary folder is removed and `path` is unchanged.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,14 +188,13 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         fsync_tree(temporary)
+        retired = partial_name(path)
         if path.exists():
-            retired = partial_name(path)
             os.replace(path, retired)
-            os.replace(temporary, path)
+        os.replace(temporary, path)
+        if retired.exists():
             shutil.rmtree(retired)
-        else:
-            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)

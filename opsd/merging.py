@@ -1,6 +1,6 @@
-"""Base + adapter as merged matrices, out of place: the base weights are never written.
+"""Merge an adapter out of place: the base weights are never written.
 
-PEFT's merge_adapter/unmerge_adapter adds and subtracts the delta in place; in bf16 that drifts the base,
+PEFT's merge_adapter/unmerge_adapter adds and subtracts the delta in place; in bfloat16 that drifts the base,
 which is the teacher. Here W + scale · B A is formed in float32, one matrix at a time, and cast to W's dtype
 once.
 """
@@ -8,7 +8,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,66 +21,54 @@ if TYPE_CHECKING:
 
 
 def adapted_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    """(base model's weight name, LoRA layer) of every adapted linear layer, in module order.
+    """Yield (base model's weight name, LoRA layer) of every adapted linear layer, in module order.
 
     Raises:
-        UsageError: the adapter is of a kind whose merge is more than W + scale · B A (DoRA, biases,
-        embeddings,
-            several active adapters, fully trained modules).
+        UsageError: a merge is more than W + scale · B A: several active adapters, DoRA, biases, other layers
+            than nn.Linear (embeddings), fully trained modules.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
-    base = model.get_base_model()
-    if len(model.active_adapters) != 1:
-        raise UsageError(
-            f"{len(model.active_adapters)} adapters are active; activate exactly one to merge it"
-        )
-    for name, module in base.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            raise UsageError(
-                f"{name} is fully trained (modules_to_save); only LoRA on linear layers is merged"
-            )
-        if not isinstance(module, LoraLayer):
+    active, *others = model.active_adapters
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer | ModulesToSaveWrapper):
             continue
-        active = model.active_adapters[0]
-        if active not in module.lora_A:
-            raise UsageError(
-                f"{name} is adapted, but not a linear layer; leave embeddings out of the targets"
-            )
-        if not isinstance(module.get_base_layer(), nn.Linear):
-            kind = type(module.get_base_layer()).__name__
-            raise UsageError(f"{name} is a {kind}; only LoRA on nn.Linear is merged")
-        if active in getattr(module, "lora_magnitude_vector", {}) or getattr(module, "lora_bias", {}).get(
-            active
-        ):
-            raise UsageError(
-                f"{name} uses DoRA or a LoRA bias; train with use_dora=False and lora_bias=False"
-            )
-        if module.merged:
-            raise UsageError(f"{name} already holds a merged adapter; load the base and the adapter afresh")
-        yield f"{name}.weight", module
+        if isinstance(module, ModulesToSaveWrapper):
+            wrong = "is fully trained (modules_to_save)"
+        elif others:
+            wrong = f"has {1 + len(others)} active adapters"
+        elif active not in module.lora_A or not isinstance(module.get_base_layer(), nn.Linear):
+            wrong = f"is a {type(module.get_base_layer()).__name__}"
+        elif active in module.lora_magnitude_vector or module.lora_bias.get(active):
+            wrong = "uses DoRA or a LoRA bias"
+        elif module.merged:
+            wrong = "already holds a merged adapter"
+        else:
+            yield f"{name}.weight", module
+            continue
+        raise UsageError(f"{name} {wrong}; only one plain LoRA adapter on linear layers is merged")
 
 
 @torch.no_grad()
 def merged_matrix(layer: LoraLayer, adapter: str) -> Tensor:
-    """W + scale · B A in float32, cast to W's dtype: a new [out, in] tensor on W's device."""
-    weight = layer.get_base_layer().weight
-    down = layer.lora_A[adapter].weight.to(weight.device, torch.float32)
-    up = layer.lora_B[adapter].weight.to(weight.device, torch.float32)
+    """Return W + scale · B A, formed in float32 and cast to W's dtype: a new [out, in] tensor beside W."""
+    parts = (layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter])
+    weight, down, up = (cast(nn.Linear, part).weight for part in parts)
+    down, up = (matrix.to(weight.device, torch.float32) for matrix in (down, up))
     return torch.addmm(weight.float(), up, down, alpha=float(layer.scaling[adapter])).to(weight.dtype)
 
 
 def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face weight name, merged matrix) of every adapted layer, formed one at a time.
+    """Yield (Hugging Face weight name, merged matrix) of every adapted layer, formed one at a time.
 
     Raises:
-        UsageError: as `adapted_layers`.
+        UsageError: see `adapted_layers`.
     """
     for name, layer in adapted_layers(model):
         yield name, merged_matrix(layer, model.active_adapters[0])
 
 
 def adapted_names(model: PeftModel) -> list[str]:
-    """The names that `merged_weights` yields."""
+    """Return the names that `merged_weights` yields."""
     return [name for name, _ in adapted_layers(model)]

@@ -1,7 +1,7 @@
 """Every `from_pretrained` of the project: configuration, tokenizer, weights, adapter, end-of-sequence ids.
 
-A model is a folder or a hub id. What is loaded is compared with what the folder holds: a tokenizer with its
-`tokenizer.json`, weights with the parameters that the configuration asks for, an adapter with its targets.
+A model is a folder or a hub id. What is loaded is compared with the files: a tokenizer with its
+`tokenizer.json`, weights with the parameters of the configuration, an adapter with its targets.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd.adapter import read_adapter
-from opsd.errors import MALFORMED, ArtefactError, UsageError, printable, refuse_unasked_code
+from opsd.checkpoints import WEIGHTS_NAME, read_adapter
+from opsd.errors import MALFORMED, ArtefactError, UsageError, printable
 from opsd.files import atomic_write_json
 from opsd.run_identity import TOKENIZER_FILES, read_json_object
 
@@ -26,31 +26,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HUB_HINT = (
-    "check the name; without a connection download it once, then set HF_HUB_OFFLINE=1, or give a local folder"
-)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Merging copies these; a tokenizer that is loaded and saved may change.
 COPIED_FILES = (
-    *TOKENIZER_FILES,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+    *TOKENIZER_FILES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 # Spaces, tabs and newlines in runs, digits, TeX, an apostrophe, composed letters, signs beyond two bytes.
 PROBE = "Let x = 36+35;\n\n\tso  $\\boxed{\\frac{71}{2}}$ isn't 0.5 %, naïve 2 ≤ π · 漢字 🙂.\nDone"
 _INDISPENSABLE = " 0123456789"
 
 
 def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Return the folder that holds the model: itself, or a hub model's local copy, downloaded where needed.
+    """Return the model's folder: `name` itself, or a hub model's local copy, downloaded where needed.
 
     Args:
-        weights: False leaves the weights of a hub model where they are.
+        weights: False does not download the weights of a hub model.
 
     Raises:
         ArtefactError: it is neither a model folder nor a hub model, or the hub cannot be reached.
@@ -74,19 +65,17 @@ def load_config(
         ArtefactError: it cannot be loaded or describes another kind of model.
         UsageError: it needs code of its own that was not allowed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     _check_folder(name)
     with _explained("configuration", name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = remote or type(config) in AutoModelForCausalLM._model_mapping
-    # A configuration alone does not tell a BERT that was built as a decoder from one that was not.
-    named = [str(one) for one in config.architectures or ()]
-    causal = any(one.endswith(("ForCausalLM", "LMHeadModel")) for one in named)
-    if config.is_encoder_decoder or not known or not causal:
+    # Only the architecture says whether a BERT was built as a decoder.
+    listed = [str(architecture) for architecture in config.architectures or ()]
+    causal = any(one.endswith(("ForCausalLM", "LMHeadModel")) for one in listed)
+    if config.is_encoder_decoder or not causal:
         raise ArtefactError(
-            f"{name!r} is a {config.model_type} model (architectures {named}), not a causal language model; "
+            f"{name!r} is a {config.model_type} model (architectures {listed}), not a causal language model; "
             "use one"
         )
     return config
@@ -95,16 +84,16 @@ def load_config(
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with a pad token (the end-of-sequence token stands in) and a chat template.
+    """Load the tokenizer; without a pad token, use the end-of-sequence token.
 
     Raises:
-        ArtefactError: it cannot be loaded, does not give a probe text back, has no chat template or no
-            end-of-sequence token.
+        ArtefactError: it cannot be loaded, changes a probe text, has no chat template or no end-of-sequence
+            token.
     """
     folder = model_folder(name, revision, weights=False)
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise ArtefactError(f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the base model's")
     tokenizer = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise ArtefactError(f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the base model's")
     if not tokenizer.chat_template:
         raise ArtefactError(
             f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model, or put a "
@@ -113,13 +102,13 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise ArtefactError(f"the tokenizer of {name!r} has no end-of-sequence token; set eos_token in it")
     if tokenizer.pad_token_id is None:
-        # Validity comes from lengths, so the pad token may be any token at all.
+        # Validity comes from lengths, so the pad token may be any token.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load what `tokenizer.json` says; the class that `tokenizer_config.json` names decides without one.
+def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """Load what `tokenizer.json` says, else the class in `tokenizer_config.json`; None without a tokenizer.
 
     transformers 5 builds some of those classes (LlamaTokenizer, Qwen2Tokenizer, GPT2Tokenizer) with a
     pre-tokenizer and a decoder of their own, whatever `tokenizer.json` says: spaces are lost, or ids differ.
@@ -128,11 +117,11 @@ def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreT
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file, reference = folder / "tokenizer.json", None
-    if file.is_file():
-        with _explained("tokenizer", name, Exception):  # tokenizers raises no other class
-            reference = Tokenizer.from_file(str(file))
-    with _explained("tokenizer", name):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    with _explained("tokenizer", name, Exception):  # tokenizers raises no other class
         if file.is_file():
+            reference = Tokenizer.from_file(str(file))
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -143,14 +132,14 @@ def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreT
 def check_round_trip(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer | None, name: str) -> None:
     """Refuse a tokenizer that changes a text, or whose ids are not those of its `tokenizer.json`.
 
-    Characters that it maps to its unknown token are left out of the probe, but for space and digits. A
-    normalizer that `tokenizer.json` declares (lower case, say) may change the text; the log says so.
+    The probe has no characters that map to the unknown token, except space and digits. A normalizer in
+    `tokenizer.json` (lower case, say) may change the text; the log says so.
 
     Args:
-        reference: the same tokenizer as `tokenizer.json` has it, None without that file.
+        reference: the tokenizer that `tokenizer.json` holds, None without that file.
 
     Raises:
-        ArtefactError: with the probe and what became of it.
+        ArtefactError: with the probe and its result.
     """
 
     def encode(text: str) -> list[int]:
@@ -182,17 +171,17 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer | 
 def copy_model_files(folder: Path, target: Path) -> None:
     """Copy tokenizer, chat template and generation settings into a merged folder.
 
-    Beside a `tokenizer.json` the tokenizer's class becomes the one that does as that file says, in
-    AutoTokenizer, vLLM and transformers 4 alike; everything else is copied letter for letter.
+    With a `tokenizer.json`, the tokenizer's class becomes the one that follows that file in AutoTokenizer,
+    vLLM and transformers 4; everything else is copied unchanged.
     """
     for name in COPIED_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
+    config = target / TOKENIZER_CONFIG
     if not (folder / "tokenizer.json").is_file():
         return
-    config = target / TOKENIZER_CONFIG
     settings = read_json_object(config, what="tokenizer configuration") if config.is_file() else {}
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.pop("auto_map", None)
     # transformers 4 takes a mapping under this name, and a list under the older one, as transformers 5 does.
     if isinstance(settings.get("extra_special_tokens"), list):
@@ -209,7 +198,7 @@ def load_causal_lm(
     attn_implementation: str = "sdpa",
     device_map: str | None = None,
 ) -> PreTrainedModel:
-    """Load the model on the CPU, from safetensors alone, with every parameter from the files.
+    """Load the model on the CPU, with every parameter from safetensors files.
 
     Args:
         dtype: "auto" is the checkpoint's own.
@@ -224,7 +213,7 @@ def load_causal_lm(
     _check_folder(name)
     try:
         with _explained("weights", name):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair
                 name,
                 dtype=dtype,
                 revision=revision,
@@ -237,56 +226,73 @@ def load_causal_lm(
             )
     except ImportError as error:
         raise UsageError(f"--attn_implementation {attn_implementation}: {first_line(error)}") from error
-    # Otherwise the parameters that the files lack would hold random numbers.
-    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
-    wrong += [
-        f"{key} is {' x '.join(map(str, found))}, not {' x '.join(map(str, wanted))}"
-        for key, found, wanted in sorted(report["mismatched_keys"])
-    ]
-    unexpected = sorted(report["unexpected_keys"])
-    if wrong:
-        wrong += [f"{key} belongs to no part of the model" for key in unexpected]
-        raise ArtefactError(
-            f"the weights of {name!r} do not fit its config.json: {_some(wrong)}; copy or download the model "
-            "again"
+    # transformers would fill the parameters that the files lack with random numbers.
+    missing, shapes, unused = (report[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected"))
+    if missing or shapes:
+        wrong = _misfits(missing, shapes, unused)
+        raise ArtefactError(f"the weights of {name!r} do not fit its config.json: {wrong}; copy it again")
+    if unused:
+        logger.warning(
+            "%s holds weights that the model does not use: %s", name, printable(", ".join(sorted(unused)))
         )
-    if unexpected:
-        logger.warning("%s holds weights that the model does not use: %s", name, _some(unexpected))
     return model
 
 
 def load_adapter(model: PreTrainedModel, path: Path | str) -> PeftModel:
-    """Put the LoRA adapter of a checkpoint folder on `model`.
+    """Put the LoRA adapter of a checkpoint folder on `model`; on the meta device, check that it fits.
 
     Raises:
-        ArtefactError: it is incomplete or damaged, does not fit the model, or its configuration adapts more
-            or fewer modules than it holds matrices for.
+        ArtefactError: it is incomplete, damaged, or its matrices are not its configuration's on this model.
         UsageError: it is more than LoRA on linear layers.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     from opsd.merging import adapted_names
 
-    checkpoint = read_adapter(path)
-    with _explained("adapter", str(path)):
-        adapted = PeftModel.from_pretrained(model, str(path))
-    targets = {name.removesuffix(".weight") for name in adapted_names(adapted)}
-    if targets != checkpoint.rank_shapes.keys():
+    folder, meta = read_adapter(path).path, model.device.type == "meta"
+    with _explained("adapter", str(folder)):
+        with safe_open(folder / WEIGHTS_NAME, framework="numpy") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        adapted = PeftModel.from_pretrained(
+            model, str(folder), ignore_mismatched_sizes=True, low_cpu_mem_usage=meta
+        )
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    adapted_names(adapted)
+    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if found != wanted:
+        both = found.keys() & wanted.keys()
+        shapes = [(key, found[key], wanted[key]) for key in both if found[key] != wanted[key]]
+        wrong = _misfits(wanted.keys() - both, shapes, found.keys() - both)
         raise ArtefactError(
-            f"the adapter {path} is damaged: its configuration targets {len(targets)} modules, its weights "
-            f"{len(checkpoint.rank_shapes)}; take another checkpoint"
+            f"the adapter {folder} does not fit {model.name_or_path}: {wrong}: wrong base model or damaged "
+            "checkpoint; take another"
         )
     return adapted
 
 
+def _misfits(
+    missing: Iterable[str], shapes: Iterable[tuple[str, Sequence, Sequence]], unknown: Iterable[str]
+) -> str:
+    """Return a phrase for each of the first tensors that are wrong; `shapes` holds (name, found, wanted)."""
+    wrong = [f"{key} is missing" for key in sorted(missing)]
+    wrong += [
+        f"{key} is {' x '.join(map(str, found))}, not {' x '.join(map(str, wanted))}"
+        for key, found, wanted in sorted(shapes)
+    ]
+    wrong += [f"{key} belongs to no part of the model" for key in sorted(unknown)]
+    shown = ", ".join(printable(phrase, 200) for phrase in wrong[:5])
+    return f"{shown} and {len(wrong) - 5} more" if len(wrong) > 5 else shown
+
+
 def merge_end_ids(*sources: int | Sequence[int] | None) -> list[int]:
     """Return the sorted token ids of `sources`, each an id, a sequence of ids or None."""
-    listed = [source if isinstance(source, (list, tuple)) else [source] for source in sources]
+    listed = [[source] if source is None or isinstance(source, int) else source for source in sources]
     return sorted({int(token) for some in listed for token in some if token is not None})
 
 
 def end_token_ids(name: str, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> list[int]:
-    """Return the ids that end a completion: the generation configuration's or the model's, the tokenizer's.
+    """Return the ids that end a completion: the generation configuration's or model's, and the tokenizer's.
 
     Raises:
         ArtefactError: the tokenizer, where there is one, cannot be used.
@@ -294,13 +300,12 @@ def end_token_ids(name: str, config: PreTrainedConfig, *, trust_remote_code: boo
     from transformers import GenerationConfig
 
     try:
-        configured = GenerationConfig.from_pretrained(name).eos_token_id
+        configured = GenerationConfig.from_pretrained(name)
     except OSError:
-        configured = config.eos_token_id
-    folder, own = model_folder(name, weights=False), None
-    if any((folder / file).is_file() for file in TOKENIZER_FILES):
-        own = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code).eos_token_id
-    return merge_end_ids(configured, own)
+        configured = config
+    folder = model_folder(name, weights=False)
+    tokenizer = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code)
+    return merge_end_ids(*(getattr(source, "eos_token_id", None) for source in (configured, tokenizer)))
 
 
 def first_line(error: BaseException) -> str:
@@ -308,30 +313,21 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _some(items: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(printable(item, 200) for item in items[:most])
-    return f"{shown} and {len(items) - most} more" if len(items) > most else shown
-
-
 @contextlib.contextmanager
 def _explained(what: str, name: str, *more: type[Exception]) -> Iterator[None]:
     """Turn what the libraries raise while they load `what` of the model `name` into one line."""
-    from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        *MALFORMED,
-        SafetensorError,
-        HfHubHTTPError,
-        StrictDataclassError,
-        *more,
-    ) as error:
-        refuse_unasked_code(name, error)
-        remedy = "copy or download it again" if Path(name).exists() else HUB_HINT
+    except (OSError, RuntimeError, *MALFORMED, SafetensorError, StrictDataclassError, *more) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{name!r} ships code of its own; read it, then add --trust_remote_code"
+            ) from error
+        hub = "check the name; without a connection set HF_HUB_OFFLINE=1 after one download, or give a folder"
+        remedy = "copy or download it again" if Path(name).exists() else hub
         raise ArtefactError(
             f"the {what} of {name!r} cannot be loaded ({first_line(error)}); {remedy}"
         ) from error

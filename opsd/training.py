@@ -203,24 +203,16 @@ def _load_problems(
 
 def _manifest(training, method, rollout, options, config, problems: Problems) -> dict:
     revision = getattr(config, "_commit_hash", None)
-    data_seed = training.seed if training.data_seed is None else training.data_seed
     # The main process hashes the weights; the others find the hash in the user's cache.
     with training.main_process_first(desc="hashing the base model's weights"):
         base_weights = weights_sha256(model_folder(options.model_name_or_path, revision))
     return run_manifest(
-        run_name=training.run_name,
-        method=method.method,
-        base_model=options.model_name_or_path,
+        run_arguments(training, method, rollout, options),
         base_revision=revision,
         base_weights=base_weights,
-        arguments=run_arguments(training, method, rollout, options),
-        dataset=options.train_dataset,
         dataset_rows=len(problems),
         dataset_sha256=problems.sha256,
         world_size=training.world_size,
-        per_device_batch=training.per_device_train_batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        seeds={"seed": training.seed, "data_seed": data_seed},
     )
 
 

@@ -429,7 +429,7 @@ CASES: list[Case] = [
     adapter("an adapter that is no LoRA", lambda r: adapter_of_kind(r, "IA3"), "IA3", "not LORA"),
     adapter("with a torn manifest", lambda r: cut(r / "manifest.json"), "manifest", "not valid JSON"),
     Case("merging into a base with other weights", MERGE, lambda w: merge(w, "--accept_base_name", base_model=w.copy(w.base, scale_weights)), 3, ("another base model", "SHA-256", "pass that one")),
-    Case("merging into a base of other sizes", MERGE, lambda w: merge(w, base_model=tiny_base(w.new / "wide", intermediate_size=80)), 3, ("32 x 80", "wrong base model")),
+    Case("merging into a base of other sizes", MERGE, lambda w: merge(w, base_model=tiny_base(w.new / "wide", intermediate_size=80)), 3, ("4 x 48, not 4 x 80", "wrong base model")),
     Case("merging: no such base", MERGE, lambda w: merge(w, "--accept_base_name", base_model="./none"), 3, ("./none", "does not exist")),
     Case("merging into a folder with other files", MERGE, lambda w: merge(w, output=w.file("thesis.tex", "years").parent), 2, ("thesis.tex", "choose another")),
     Case("merging over the checkpoint itself", MERGE, lambda w: merge(w, output=w.run), 2, ("would replace", "choose another")),

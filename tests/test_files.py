@@ -1,4 +1,4 @@
-"""Every write on disk: killed, or cut from its power, at each of its system calls it leaves old or new.
+"""Every write on disk: a kill or a power cut at any of its system calls leaves the old or the new state.
 
 `python -m tests.test_files WAY FAILURE FOLDER` is the child program: it performs one way of writing in
 FOLDER/<k> for every k and ends with SIGKILL at call k, so that this process can read what is left.
@@ -20,8 +20,13 @@ import pytest
 
 from opsd import checkpoints, files
 from opsd.evaluation.journal import Journal
-from opsd.run_identity import SENTINEL_NAME, file_list, read_sentinel, write_manifest, write_sentinel
-from tests.test_run_identity import a_manifest
+from opsd.run_identity import (
+    SENTINEL_NAME,
+    file_list,
+    read_sentinel,
+    write_manifest,
+    write_sentinel,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 # Path and shutil call these through the module, so that patching the module is enough.
@@ -31,12 +36,9 @@ FAILURES = ("kill", "power cut")
 
 @dataclass(frozen=True)
 class Way:
-    """One way of writing.
+    """One way of writing: make the old state in an empty folder, make the new one, read the state.
 
     Attributes:
-        prepare: make the old state in an empty folder.
-        write: make the new state.
-        read: what a reader takes for the state.
         allowed: the states that a reader may see after a failure, old first and new last.
         first: the state that a kill at the first call leaves; a power cut there leaves the old one.
     """
@@ -49,7 +51,7 @@ class Way:
 
 
 def _tree(folder: Path, text: str) -> None:
-    (folder / "sub").mkdir()
+    (folder / "sub").mkdir(parents=True)
     for name in ("a.bin", "sub/b.bin"):
         (folder / name).write_text(text)
 
@@ -74,12 +76,16 @@ def _checkpoint(folder: Path, step: int) -> Path:
 
 def _save(folder: Path) -> None:
     checkpoints.remove_incomplete(folder)
-    if not _whole(folder):
+    if not _complete(folder):
         checkpoints.mark_complete(_checkpoint(folder, 1))
 
 
 def _run(folder: Path) -> None:
-    write_manifest(folder, a_manifest())
+    """Write a manifest."""
+    manifest = {"arguments": {}, "versions": {}, "dataset": {}, "seeds": {}, "method": "opsd"}
+    write_manifest(
+        folder, manifest | {"run_name": "x", "base_model": "x", "world_size": 1, "effective_batch": 1}
+    )
 
 
 def _run_of_two(folder: Path) -> None:
@@ -88,8 +94,8 @@ def _run_of_two(folder: Path) -> None:
         checkpoints.mark_complete(_checkpoint(folder, step))
 
 
-def _whole(folder: Path) -> list[str]:
-    """The whole checkpoints; a marker beside contents that differ is not one of the allowed states."""
+def _complete(folder: Path) -> list[str]:
+    """Return the complete checkpoints; a marker beside other contents is not one of the allowed states."""
     found = [path for _, path in checkpoints.checkpoints(folder) if not checkpoints.incompleteness(path)]
     return [path.name if (path / "sub/more.bin").read_bytes() == b"x" * 10 else "torn" for path in found]
 
@@ -111,7 +117,9 @@ def _journal(folder: Path, *numbers: int) -> None:
 def _append(folder: Path) -> None:
     """Finish samples 1 and 2, whichever of them the journal lacks."""
     with Journal(folder / "j.jsonl", {"seed": 1}) as journal:
-        journal.extend([{"n": n} for n in (1, 2) if {"n": n} not in journal.records])
+        for record in [{"n": n} for n in (1, 2) if {"n": n} not in journal.records]:
+            journal.append(record)
+            journal.sync()
 
 
 def _read_journal(folder: Path) -> list[int]:
@@ -137,39 +145,31 @@ def _read_text(folder: Path) -> str | None:
     return (folder / "f").read_text() if (folder / "f").exists() else None
 
 
-def nothing(folder: Path) -> None:
-    """Start from an empty folder."""
-
-
+# Path as the preparation: start from an empty folder.
 FOLDERS = ({"a.bin": "old", "b.bin": "old"}, {"a.bin": "new", "b.bin": "new"})
 WAYS = {
-    "a new file": Way(nothing, lambda f: files.atomic_write_text(f / "f", "new"), _read_text, (None, "new")),
+    "a new file": Way(Path, lambda f: files.atomic_write_text(f / "f", "new"), _read_text, (None, "new")),
     "a replaced file": Way(
         lambda f: (f / "f").write_text("old"),
         lambda f: files.atomic_write_json(f / "f", 5),
         _read_text,
         ("old", "5\n"),
     ),
-    "a new folder": Way(nothing, _replace_folder, _read_folder, (None, FOLDERS[1])),
+    "a new folder": Way(Path, _replace_folder, _read_folder, (None, FOLDERS[1])),
     # Two renames replace a folder: between them there is none, which a reader takes for unfinished.
     "a replaced folder": Way(
-        lambda f: ((f / "model").mkdir(), _tree(f / "model", "old")),
-        _replace_folder,
-        _read_folder,
-        (FOLDERS[0], None, FOLDERS[1]),
+        lambda f: _tree(f / "model", "old"), _replace_folder, _read_folder, (FOLDERS[0], None, FOLDERS[1])
     ),
-    "a marked checkpoint": Way(_run, _save, _whole, ([], ["checkpoint-1"])),
+    "a marked checkpoint": Way(_run, _save, _complete, ([], ["checkpoint-1"])),
     "rotated checkpoints": Way(
         _run_of_two,
         lambda f: (checkpoints.rotate(f, 1), checkpoints.remove_incomplete(f)),
-        _whole,
+        _complete,
         (["checkpoint-1", "checkpoint-2"], ["checkpoint-2"]),
     ),
-    "a sentinel": Way(
-        lambda f: ((f / "merged").mkdir(), _tree(f / "merged", "x")), _sentinel, _read_sentinel, (False, True)
-    ),
+    "a sentinel": Way(lambda f: _tree(f / "merged", "x"), _sentinel, _read_sentinel, (False, True)),
     # A kill loses no sample that was appended.
-    "a journal": Way(_journal, _append, _read_journal, ([], [1], [1, 2]), first=2),
+    "a journal": Way(_journal, _append, _read_journal, ([], [1], [1, 2]), first=1),
     "a result after its journal": Way(
         lambda f: _journal(f, 1), _finish, _read_finish, ("journal", "both", "new")
     ),
@@ -278,7 +278,7 @@ def trace(way: Way, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_contents_are_synced_before_their_name_and_names_after(
+def test_contents_and_folders_are_synced_before_their_name_and_names_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     disk = trace(WAYS[name], tmp_path, monkeypatch)
@@ -287,21 +287,16 @@ def test_contents_are_synced_before_their_name_and_names_after(
     for at, (call, path) in enumerate(disk.events):
         if call == "replace" and "~" not in path:
             assert ("fsync", str(Path(path).parent)) in disk.events[at:], path
-
-
-@pytest.mark.parametrize("name", ["a new folder", "a replaced folder", "a marked checkpoint"])
-def test_a_tree_is_synced_with_its_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    events = trace(WAYS[name], tmp_path, monkeypatch).events
-    top, last = ("checkpoint-1", ".complete") if "marked" in name else ("~", "")
-    at = next(k for k, event in enumerate(events) if event[0] == "replace" and event[1].endswith(last))
-    synced = {path for call, path in events[:at] if call == "fsync"}
-    assert {top, f"{top}/sub"} <= synced
+    if name in ("a new folder", "a replaced folder", "a marked checkpoint"):
+        top, last = ("checkpoint-1", ".complete") if "marked" in name else ("~", "")
+        at = next(
+            k for k, (call, path) in enumerate(disk.events) if call == "replace" and path.endswith(last)
+        )
+        assert {("fsync", top), ("fsync", f"{top}/sub")} <= set(disk.events[:at])
 
 
 def test_the_marker_goes_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rotate = Way(_run_of_two, lambda folder: checkpoints.rotate(folder, 1), _whole, ())
+    rotate = Way(_run_of_two, lambda folder: checkpoints.rotate(folder, 1), _complete, ())
     events = trace(rotate, tmp_path, monkeypatch).events
     assert not (tmp_path / "checkpoint-1").exists()
     removed = [path for call, path in events if call in ("unlink", "rmdir")]

@@ -18,7 +18,7 @@ import pytest
 import ea_opsd_train
 import merge_lora
 from opsd import checkpoints
-from opsd.adapter import run_manifest_of
+from opsd.checkpoints import run_manifest_of
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.results import load_result
 from opsd.records import read_metrics

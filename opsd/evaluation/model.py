@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from opsd.checkpoints import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.config import MAX_MODEL_LEN, EvalConfig
 from opsd.models import load_adapter, load_causal_lm, load_config, model_folder
@@ -71,8 +71,10 @@ def check_model(config: EvalConfig) -> ModelFacts:
         files = {path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()}
         identity = model_identity({path.name: cached_sha256(path) for path in files})
     # vLLM leaves what the files lack as it was allocated.
-    load_causal_lm(config.base_model, dtype="auto", device_map="meta", **load)
+    hollow = load_causal_lm(config.base_model, dtype="auto", device_map="meta", **load)
     adapter_identity = _check_adapter(config, folder) if config.adapter is not None else None
+    if config.adapter is not None:
+        load_adapter(hollow, config.adapter)
     return ModelFacts(identity, adapter_identity, _max_model_len(config, model_config), manifest)
 
 

@@ -549,27 +549,15 @@ def make_adapter(world: Path, folder: Path) -> Path:
 def test_an_adapter_is_evaluated_as_its_merged_model_is(
     world: Path, reference: dict[str, Any], tmp_path: Path
 ) -> None:
-    from opsd.run_identity import file_list, run_manifest, write_manifest, write_sentinel
+    from opsd.run_identity import file_list, write_manifest, write_sentinel
+    from tests.test_run_identity import a_manifest
 
     adapter = make_adapter(world, tmp_path / "adapter")
     adapted = run_config(config_of(world, tmp_path / "a.json", adapter=str(adapter)))
     merged_folder = tmp_path / "merged"
     write_manifest(
         merged_folder,
-        run_manifest(
-            run_name="toy_pwopsd",
-            method="pwopsd",
-            base_model="toy",
-            base_revision=None,
-            arguments={},
-            dataset="d",
-            dataset_rows=1,
-            dataset_sha256="0",
-            world_size=1,
-            per_device_batch=1,
-            accumulation=1,
-            seeds={"seed": 42},
-        ),
+        a_manifest(run_name="toy_pwopsd"),
     )
     write_sentinel(
         merged_folder,
