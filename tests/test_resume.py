@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the run that was never killed; its papers follow it to the result."""
+"""A killed and resumed run equals the run that was never killed; its manifest follows it to the result."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ from opsd import checkpoints
 from opsd.adapter import run_manifest_of
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.results import load_result
+from opsd.provenance import dataset_fingerprint, git_state, versions
 from opsd.records import read_metrics
 from opsd.run_identity import check_merged, read_manifest, write_manifest
 from tests.launchers.test_launchers import LAUNCHERS, SETTINGS, load_install
-from tests.programs.forked_runs import Job, run_elsewhere, train_argv
+from tests.programs.forked_runs import (
+    BASE,
+    ROOT,
+    Job,
+    evaluate_argv,
+    merge_argv,
+    run_elsewhere,
+    train_argv,
+    write_rows,
+)
 from tests.rollout.vllm_models import needs_vllm
 from tests.test_merge_lora import scale_weights
 from tests.test_run_identity import a_manifest
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE = ROOT / "testbed" / "base_model"
 STEPS = 4
-
-
-def write_rows(path: Path, count: int) -> Path:
-    """The small world's first `count` training problems."""
-    with open(ROOT / "testbed" / "data" / "train.jsonl", encoding="utf-8") as file:
-        path.write_text("".join(next(file) for _ in range(count)), encoding="utf-8")
-    return path
 
 
 @dataclass(frozen=True)
 class Story:
-    """One method's run and what befalls it. Twelve problems, four a step: an epoch ends with step 3.
+    """One method's run and its kills. Twelve problems, four a step: an epoch ends with step 3.
 
     Attributes:
         moments: where the first process, the second, … is killed (`forked_runs`). One more finishes.
-        resumed_from: the checkpoint that each process but the first went on from; None = from the start.
+        resumed_from: the checkpoint that each process but the first resumed from; None = from the start.
     """
 
     moments: tuple[str, ...]
@@ -56,9 +57,9 @@ class Story:
 
 
 STORIES = {
-    # Dropout draws from the process's random state, which must go on where it was.
+    # Dropout draws from the process's random state, which must continue where it was.
     "opsd": Story(("rollout 3",), (3,), {"lora_dropout": 0.2}),
-    # Of one checkpoint to keep, the old one must not go before the new one is whole.
+    # Of one checkpoint to keep, the old one must not go before the new one is complete.
     "eopd": Story(("save 2", "mark 3"), (1, 2), {"save_total_limit": 1}),
     # The killed process had refined already; the resumed one has one step of exploration before it.
     "reopold": Story(
@@ -97,14 +98,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number, moment in enumerate((*story.moments, None)):
             argv = train_argv(BASE, rows, folder / method, **flags)
             plan("ea_opsd_train", argv, f"{method}-{number}.log", moment)
-    merged = str(folder / "pwopsd_merged")
-    checkpoint = str(folder / "pwopsd" / f"checkpoint-{STEPS}")
-    plan("merge_lora", ["--base_model", str(BASE), "--adapter", checkpoint, "--output", merged], "merge.log")
-    evaluation = {
-        "base_model": merged, "dataset": "sums", "dataset_path": rows, "output": folder / "result.json",
-        "engine": "hf", "val_n": 2, "num_samples": 2, "max_new_tokens": 24, "grading_workers": 1,
-    }  # fmt: skip
-    plan("evaluate_math", [w for n, v in evaluation.items() for w in (f"--{n}", str(v))], "evaluation.log")
+    merged, result = folder / "pwopsd_merged", folder / "result.json"
+    plan("merge_lora", merge_argv(folder / "pwopsd" / f"checkpoint-{STEPS}", merged), "merge.log")
+    argv = evaluate_argv(merged, rows, result, num_samples=2)
+    plan("evaluate_math", argv, "evaluation.log")
     found = run_elsewhere(jobs, folder)
     for job, code, wanted in zip(jobs, found, expected, strict=True):
         assert code == wanted, Path(job.log).read_text()[-3000:]
@@ -133,26 +130,18 @@ def test_the_resumed_run_is_the_uninterrupted_one(world: Path, method: str) -> N
     names = [path.relative_to(resumed) for path in sorted(resumed.rglob("*")) if "runs" not in path.parts]
     assert names == [p.relative_to(whole) for p in sorted(whole.rglob("*")) if "runs" not in p.parts]
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", STORIES)
-def test_each_process_went_on_from_the_newest_whole_checkpoint(world: Path, method: str) -> None:
     story = STORIES[method]
     for number, step in enumerate((None, *story.resumed_from)):
         log = (world / f"{method}-{number}.log").read_text()
-        wanted = "starting afresh" if step is None else f"resuming from {world / method}/checkpoint-{step}\n"
+        wanted = "starting afresh" if step is None else f"resuming from {resumed}/checkpoint-{step}\n"
         assert wanted in log
-        killed_at = story.moments[number - 1] if number else ""
-        if killed_at.startswith(("save", "mark")):
-            half = world / method / f"checkpoint-{killed_at.split()[1]}"
+        if number and story.moments[number - 1].startswith(("save", "mark")):
+            half = resumed / f"checkpoint-{story.moments[number - 1].split()[1]}"
             assert f"{half} is left out: it has no .complete marker: saving it was interrupted" in log
             assert f"{half} was half-written when a run was killed; removed" in log
-
-
-@pytest.mark.slow
-def test_reopold_refines_from_the_same_step_on(world: Path) -> None:
-    refined = [row["method/refinement"] for row in read_metrics(world / "reopold")]
-    assert refined == [0, 0, 0, 1], "optimizer steps are counted over the whole run"
+    if method == "reopold":
+        refined = [row["method/refinement"] for row in rows]
+        assert refined == [0, 0, 0, 1], "optimizer steps are counted over the complete run"
 
 
 @pytest.mark.slow
@@ -172,8 +161,6 @@ def test_tensorboard_shows_each_step_once(world: Path) -> None:
 
 @pytest.mark.slow
 def test_a_runs_manifest_says_what_it_was(world: Path) -> None:
-    from opsd.provenance import dataset_fingerprint, git_state, versions
-
     manifest = read_manifest(world / "pwopsd")
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     assert manifest["command"][1:] == [
@@ -183,11 +170,8 @@ def test_a_runs_manifest_says_what_it_was(world: Path) -> None:
     assert manifest["git"] == git_state()
     assert manifest["versions"] == versions()
     assert {"torch", "transformers", "peft", "accelerate", "datasets"} <= manifest["versions"].keys()
-    assert manifest["dataset"] == {
-        "name": str(world / "rows.jsonl"),
-        "rows": 12,
-        "sha256": dataset_fingerprint(rows),
-    }
+    dataset = {"name": str(world / "rows.jsonl"), "rows": 12, "sha256": dataset_fingerprint(rows)}
+    assert manifest["dataset"] == dataset
     assert (manifest["base_model"], manifest["base_revision"]) == (str(BASE), None)
     layout = ("world_size", "per_device_batch", "accumulation", "effective_batch")
     assert [manifest[name] for name in layout] == [1, 2, 2, 4]
@@ -203,12 +187,11 @@ def test_a_runs_manifest_says_what_it_was(world: Path) -> None:
 
 @pytest.mark.slow
 def test_the_manifest_goes_with_the_merged_folder_and_its_identity_with_the_result(world: Path) -> None:
-    merged = check_merged(
-        world / "pwopsd_merged", expected_run_name="pwopsd", expected_step=STEPS, hashes=True
-    )
+    folder = world / "pwopsd_merged"
+    merged = check_merged(folder, expected_run_name="pwopsd", expected_step=STEPS, hashes=True)
     manifest = read_manifest(world / "pwopsd")
     assert merged["manifest"] == manifest
-    card = (world / "pwopsd_merged" / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     for said in ("| Method | pwopsd |", f"| Optimizer steps | {STEPS} |", manifest["dataset"]["sha256"]):
         assert said in card
     result = load_result(world / "result.json")
@@ -225,7 +208,7 @@ def test_the_manifest_goes_with_the_merged_folder_and_its_identity_with_the_resu
 
 
 def a_run(folder: Path, *steps: int) -> Path:
-    """A run folder with a whole checkpoint at each of `steps`, their contents made up."""
+    """Make a run folder with a complete checkpoint at each of `steps`, their contents made up."""
     folder.mkdir()
     write_manifest(folder, a_manifest())
     for step in steps:
@@ -250,46 +233,26 @@ DAMAGE = {
         lambda c: (shutil.rmtree(c), shutil.copytree(c.with_name("checkpoint-2"), c)),
         "it was saved as checkpoint-2",
     ),
-    "a link to nothing": (
-        lambda c: (shutil.rmtree(c), c.symlink_to("gone")),
-        "saving it was interrupted",
-    ),
-    "cut adapter": (
-        lambda c: os.truncate(c / "adapter_model.safetensors", 99),
-        "adapter_model.safetensors has 99 bytes instead of 100",
-    ),
+    "a link to nothing": (lambda c: (shutil.rmtree(c), c.symlink_to("gone")), "saving it was interrupted"),
+    "cut adapter": (lambda c: os.truncate(c / "adapter_model.safetensors", 99), "99 bytes instead of 100"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(
+def test_a_damaged_checkpoint_is_left_out_with_a_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     run = a_run(tmp_path / "run", 1, 2, 10)
     damage, said = DAMAGE[kind]
     damage(run / "checkpoint-10")
-    assert checkpoints.resolve_resume(run, "auto") == run / "checkpoint-2", (
-        "the newest, by number, not by name"
-    )
+    newest = checkpoints.resolve_resume(run, "auto")
+    assert newest == run / "checkpoint-2", "the newest by number, not by name"
+    assert f"{run / 'checkpoint-10'} is left out: " in caplog.text
     assert said in caplog.text
-    assert f"{run / 'checkpoint-10'} is left out" in caplog.text
     with pytest.raises(ArtefactError, match=f"{said}|it does not exist"):
         checkpoints.resolve_resume(run, str(run / "checkpoint-10"))
     assert checkpoints.remove_incomplete(run) == [run / "checkpoint-10"]
     assert checkpoints.remove_incomplete(run) == []
-
-
-def test_of_a_linked_checkpoint_the_link_is_removed(tmp_path: Path) -> None:
-    """One that lies on another disk: it wedged the rotation and every resume."""
-    run = a_run(tmp_path / "run", 1, 2, 3)
-    for name in ("checkpoint-1", "checkpoint-3"):
-        (run / name).rename(tmp_path / f"disk-{name}")
-        (run / name).symlink_to(tmp_path / f"disk-{name}")
-    (run / "checkpoint-3" / ".complete").unlink()
-    assert checkpoints.remove_incomplete(run) == [run / "checkpoint-3"]
-    assert checkpoints.rotate(run, 1) == [run / "checkpoint-1"]
-    assert [path.name for _, path in checkpoints.checkpoints(run)] == ["checkpoint-2"]
-    assert (tmp_path / "disk-checkpoint-3" / "adapter_model.safetensors").is_file()
 
 
 def test_nothing_to_resume_from_and_nothing_asked(tmp_path: Path) -> None:
@@ -300,31 +263,36 @@ def test_nothing_to_resume_from_and_nothing_asked(tmp_path: Path) -> None:
         checkpoints.resolve_resume(run, None)
 
 
-def test_rotation_counts_whole_checkpoints_alone(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "run", 1, 2, 3, 10)
+def test_rotation_counts_complete_checkpoints_and_spares_the_one_to_merge(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 1, 2, 3, 4, 10)
     (run / "checkpoint-10" / ".complete").unlink()
-    assert checkpoints.rotate(run, None) == checkpoints.rotate(run, 0) == checkpoints.rotate(run, 3) == []
-    assert checkpoints.rotate(run, 1) == [run / "checkpoint-1", run / "checkpoint-2"]
-    assert checkpoints.newest_complete(run) == run / "checkpoint-3"
-    assert (run / "checkpoint-10").exists()
-
-
-def test_rotation_spares_the_checkpoint_to_merge_and_follows_links(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "run", 1, 2, 3, 4)
-    disk = shutil.move(run / "checkpoint-1", tmp_path / "big disk")
-    (run / "checkpoint-1").symlink_to(disk)
+    assert checkpoints.rotate(run, None) == checkpoints.rotate(run, 0) == checkpoints.rotate(run, 4) == []
     assert checkpoints.rotate(run, 1, keep=2) == [run / "checkpoint-1", run / "checkpoint-3"]
-    assert [step for step, _ in checkpoints.checkpoints(run)] == [2, 4]
-    assert not (disk / checkpoints.MARKER).exists()
+    assert checkpoints.newest_complete(run) == run / "checkpoint-4"
+    assert [step for step, _ in checkpoints.checkpoints(run)] == [2, 4, 10]
+
+
+def test_of_a_linked_checkpoint_the_link_is_removed(tmp_path: Path) -> None:
+    """One on another disk stopped the rotation and every resume."""
+    run = a_run(tmp_path / "run", 1, 2, 3)
+    for name in ("checkpoint-1", "checkpoint-3"):
+        (run / name).rename(tmp_path / f"disk-{name}")
+        (run / name).symlink_to(tmp_path / f"disk-{name}")
+    (run / "checkpoint-3" / ".complete").unlink()
+    assert checkpoints.remove_incomplete(run) == [run / "checkpoint-3"]
+    assert checkpoints.rotate(run, 1) == [run / "checkpoint-1"]
+    assert [path.name for _, path in checkpoints.checkpoints(run)] == ["checkpoint-2"]
+    assert (tmp_path / "disk-checkpoint-3" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "disk-checkpoint-1" / checkpoints.MARKER).exists()
 
 
 # -- one run, one identity -----------------------------------------------------------------------------------
 
 
-def go_on(world: Path, folder: Path, **flags: object) -> int:
+def resume(world: Path, folder: Path, **flags: object) -> int:
     """Resume a run of pwopsd in `folder` in this process."""
     values = {"method": "pwopsd", "max_steps": STEPS} | STORIES["pwopsd"].flags | flags
-    return ea_opsd_train.main(train_argv(values.pop("base", BASE), world / "rows.jsonl", folder, **values))
+    return ea_opsd_train.main(train_argv(BASE, world / "rows.jsonl", folder, **values))
 
 
 def interrupted(world: Path, folder: Path) -> Path:
@@ -344,13 +312,17 @@ def interrupted(world: Path, folder: Path) -> Path:
         ({"dtype": "bfloat16"}, "dtype: 'auto' before, 'bfloat16' now"),
         ({"dataset_revision": "v2"}, "dataset_revision: None before, 'v2' now"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'linear' before, 'cosine' now"),
+        (
+            {"train_dataset": ROOT / "testbed/data/train.jsonl"},
+            "the dataset's content: .* give another --output_dir",
+        ),
     ],
 )
 def test_another_command_line_is_another_run(world: Path, tmp_path: Path, flags: dict, words: str) -> None:
     run = interrupted(world, tmp_path / "run")
     before = (run / "manifest.json").read_bytes()
     with pytest.raises(UsageError, match=words):
-        go_on(world, run, **flags)
+        resume(world, run, **flags)
     assert (run / "manifest.json").read_bytes() == before
 
 
@@ -361,11 +333,11 @@ def test_a_checkpoint_of_another_run_is_refused(world: Path, tmp_path: Path) -> 
     shutil.copytree(world / "opsd" / "checkpoint-3", run / "checkpoint-3")
     words = "lora_dropout: 0.2 before, 0.0 now; method: 'opsd' before, 'pwopsd' now"
     with pytest.raises(ArtefactError, match=f"checkpoint-3 is a checkpoint of another run .*{words}"):
-        go_on(world, run)
+        resume(world, run)
     assert (run / "checkpoint-3" / "optimizer.pt").exists(), "what is not this run's is not deleted"
     other = str(world / "opsd" / "checkpoint-3")
     with pytest.raises(ArtefactError, match=words):
-        go_on(world, tmp_path / "fresh", resume_from_checkpoint=other)
+        resume(world, tmp_path / "fresh", resume_from_checkpoint=other)
     with pytest.raises(ArtefactError, match=words):
         run_manifest_of(run / "checkpoint-3")
 
@@ -375,7 +347,7 @@ def test_a_run_without_its_manifest_is_not_resumed(world: Path, tmp_path: Path) 
     run = interrupted(world, tmp_path / "run")
     (run / "manifest.json").unlink()
     with pytest.raises(ArtefactError, match=r"run has no manifest\.json, so nothing says how .* began"):
-        go_on(world, run)
+        resume(world, run)
     assert checkpoints.newest_complete(run) == run / "checkpoint-3"
 
 
@@ -389,9 +361,9 @@ def test_the_base_weights_decide_and_folders_may_be_links(world: Path, tmp_path:
     kept = (base / "model.safetensors").read_bytes()
     scale_weights(base)
     with pytest.raises(UsageError, match=r"the base model's weights: '.*' before, '.*' now"):
-        go_on(world, tmp_path / "run", base=base)
+        resume(world, tmp_path / "run", model_name_or_path=base)
     (base / "model.safetensors").write_bytes(kept)
-    assert go_on(world, tmp_path / "run", base=base) == 0
+    assert resume(world, tmp_path / "run", model_name_or_path=base) == 0
     assert final_adapter(run) == final_adapter(world / "pwopsd_whole")
     out = tmp_path / "run_merged"
     for step in (3, 4):
@@ -430,27 +402,14 @@ def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> N
     stamp = {"stack": "cpu", "requirements": install.requirements_hash(ROOT), "vllm": True}
     (venv / install.STAMP).write_text(json.dumps(stamp))
     rows = write_rows(tmp_path / "rows.jsonl", 40)
-    flags = [
-        "--train_dataset",
-        rows,
-        "--max_steps",
-        3,
-        "--save_steps",
-        1,
-        "--max_completion_length",
-        6,
-        "--lora_r",
-        8,
-    ]
-    command = ["bash", str(LAUNCHERS / "train.sh"), "small", "pwopsd", *map(str, flags)]
-    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | {
-        "VENV": str(venv),
-        "STACK": "cpu",
-        "OUTPUT_ROOT": str(tmp_path / "outputs"),
-        "MERGE_STEP": "3",
-        "RUN_NAME": "small_pwopsd_short",
-        "OMP_NUM_THREADS": "1",
-    }
+    flags = {"train_dataset": rows, "max_steps": 3, "save_steps": 1, "max_completion_length": 6, "lora_r": 8}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = ["bash", str(LAUNCHERS / "train.sh"), "small", "pwopsd", *words]
+    settings = {
+        "VENV": str(venv), "STACK": "cpu", "OUTPUT_ROOT": str(tmp_path / "outputs"), "MERGE_STEP": "3",
+        "RUN_NAME": "small_pwopsd_short", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
     run = tmp_path / "outputs" / "small_pwopsd_short"
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     while checkpoints.newest_complete(run) is None:
