@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -59,6 +60,17 @@ def test_the_document_has_every_case() -> None:
     named = [line.split(" | ")[0].removeprefix("| ") for line in DOCUMENT.read_text("utf-8").splitlines()]
     cases = [case.name for case in CASES]
     assert [name for name in named if name in cases] == cases, "run `python -m tests.bad_input_cases --write`"
+
+
+def test_every_item_of_the_audit_has_a_guard_and_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \|.*\| .+ \| (.+) \|$", text, re.MULTILINE)
+    assert [int(number) for number, _ in rows][:24] == list(range(1, 25))
+    for number, tests in rows:
+        cited = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
+        assert cited or int(number) > 24, number
+        for file, name in cited:
+            assert f"\ndef {name}(" in (ROOT / file).read_text("utf-8"), (file, name)
 
 
 def test_a_tokenizer_without_pad_token_is_no_mistake(w: World) -> None:
