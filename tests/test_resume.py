@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -25,16 +24,8 @@ from opsd.provenance import dataset_fingerprint, git_state, versions
 from opsd.records import read_metrics
 from opsd.run_identity import check_merged, read_manifest, write_manifest
 from tests.launchers.test_launchers import LAUNCHERS, SETTINGS, load_install
-from tests.programs.forked_runs import (
-    BASE,
-    ROOT,
-    Job,
-    evaluate_argv,
-    merge_argv,
-    run_elsewhere,
-    train_argv,
-    write_rows,
-)
+from tests.programs import forked_runs
+from tests.programs.forked_runs import BASE, ROOT, Job, run_elsewhere, train_argv, write_rows
 from tests.rollout.vllm_models import needs_vllm
 from tests.test_merge_lora import scale_weights
 from tests.test_run_identity import a_manifest
@@ -42,33 +33,22 @@ from tests.test_run_identity import a_manifest
 STEPS = 4
 
 
-@dataclass(frozen=True)
-class Story:
-    """One method's run and its kills. Twelve problems, four a step: an epoch ends with step 3.
-
-    Attributes:
-        moments: where the first process, the second, … is killed (`forked_runs`). One more finishes.
-        resumed_from: the checkpoint that each process but the first resumed from; None = from the start.
-    """
-
-    moments: tuple[str, ...]
-    resumed_from: tuple[int | None, ...]
-    flags: dict = field(default_factory=dict)
-
-
+# A method's run: where its first process, its second, … is killed (`forked_runs.arm`; one more finishes), the
+# checkpoint that each but the first resumes from (None = from the start), its flags. Twelve problems, four a
+# step: an epoch ends with step 3.
 STORIES = {
     # Dropout draws from the process's random state, which must continue where it was.
-    "opsd": Story(("rollout 3",), (3,), {"lora_dropout": 0.2}),
+    "opsd": (("rollout 3",), (3,), {"lora_dropout": 0.2}),
     # Of one checkpoint to keep, the old one must not go before the new one is complete.
-    "eopd": Story(("save 2", "mark 3"), (1, 2), {"save_total_limit": 1}),
+    "eopd": (("save 2", "mark 3"), (1, 2), {"save_total_limit": 1}),
     # The killed process had refined already; the resumed one has one step of exploration before it.
-    "reopold": Story(
+    "reopold": (
         ("log 4",),
         (2,),
         {"reopold_t_switch": 3, "loss_scope": "global", "save_steps": 2, "lora_dropout": 0.2},
     ),
     # Killed in every step.
-    "pwopsd": Story(
+    "pwopsd": (
         ("rollout 0", "mark 1", "rollout 1", "log 3", "mark 4"),
         (None, None, 1, 2, 3),
         {"report_to": "tensorboard"},
@@ -82,29 +62,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pwopsd's merged folder and its evaluation."""
     folder = tmp_path_factory.mktemp("resume")
     rows = write_rows(folder / "rows.jsonl", 12)
-    jobs, expected = [], []
+    jobs = []
 
-    def plan(program: str, argv: list[str], log: str, moment: str | None = None) -> None:
-        jobs.append(Job(program, argv, str(folder / log), moment))
-        expected.append(0 if moment is None else -signal.SIGKILL)
+    def plan(run: str, log: str, moment: str | None, flags: dict) -> None:
+        argv = train_argv(BASE, rows, folder / run, **flags)
+        jobs.append(Job("ea_opsd_train", argv, str(folder / log), moment))
 
-    for method, story in STORIES.items():
-        flags = {"method": method, "max_steps": STEPS} | story.flags
-        plan(
-            "ea_opsd_train",
-            train_argv(BASE, rows, folder / f"{method}_whole", **flags),
-            f"{method}_whole.log",
-        )
-        for number, moment in enumerate((*story.moments, None)):
-            argv = train_argv(BASE, rows, folder / method, **flags)
-            plan("ea_opsd_train", argv, f"{method}-{number}.log", moment)
-    merged, result = folder / "pwopsd_merged", folder / "result.json"
-    plan("merge_lora", merge_argv(folder / "pwopsd" / f"checkpoint-{STEPS}", merged), "merge.log")
-    argv = evaluate_argv(merged, rows, result, num_samples=2)
-    plan("evaluate_math", argv, "evaluation.log")
-    found = run_elsewhere(jobs, folder)
-    for job, code, wanted in zip(jobs, found, expected, strict=True):
-        assert code == wanted, Path(job.log).read_text()[-3000:]
+    for method, (moments, _, flags) in STORIES.items():
+        plan(f"{method}_whole", f"{method}_whole.log", None, flags | {"method": method})
+        for number, moment in enumerate((*moments, None)):
+            plan(method, f"{method}-{number}.log", moment, flags | {"method": method})
+    merged, last = folder / "pwopsd_merged", folder / "pwopsd" / f"checkpoint-{STEPS}"
+    jobs.append(Job("merge_lora", forked_runs.merge_argv(last, merged), str(folder / "merge.log")))
+    argv = forked_runs.evaluate_argv(merged, rows, folder / "result.json", num_samples=2)
+    jobs.append(Job("evaluate_math", argv, str(folder / "evaluation.log")))
+    for job, code in zip(jobs, run_elsewhere(jobs, folder), strict=True):
+        assert code == (-signal.SIGKILL if job.moment else 0), Path(job.log).read_text()[-3000:]
     return folder
 
 
@@ -121,22 +94,20 @@ def without_times(run: Path) -> list[dict]:
 def test_the_resumed_run_is_the_uninterrupted_one(world: Path, method: str) -> None:
     whole, resumed = world / f"{method}_whole", world / method
     assert final_adapter(resumed) == final_adapter(whole), "bit for bit"
-    first = (whole / "checkpoint-4" / "adapter_model.safetensors").stat().st_size
-    assert first > 10_000
+    assert len(final_adapter(whole)) > 10_000
     rows = without_times(resumed)
     assert rows == without_times(whole)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step once"
     assert all(row["grad_norm"] > 0 for row in rows), "steps that change nothing would show nothing"
     names = [path.relative_to(resumed) for path in sorted(resumed.rglob("*")) if "runs" not in path.parts]
     assert names == [p.relative_to(whole) for p in sorted(whole.rglob("*")) if "runs" not in p.parts]
-
-    story = STORIES[method]
-    for number, step in enumerate((None, *story.resumed_from)):
+    moments, resumed_from, _ = STORIES[method]
+    for number, step in enumerate((None, *resumed_from)):
         log = (world / f"{method}-{number}.log").read_text()
         wanted = "starting afresh" if step is None else f"resuming from {resumed}/checkpoint-{step}\n"
         assert wanted in log
-        if number and story.moments[number - 1].startswith(("save", "mark")):
-            half = resumed / f"checkpoint-{story.moments[number - 1].split()[1]}"
+        if number and moments[number - 1].startswith(("save", "mark")):
+            half = resumed / f"checkpoint-{moments[number - 1].split()[1]}"
             assert f"{half} is left out: it has no .complete marker: saving it was interrupted" in log
             assert f"{half} was half-written when a run was killed; removed" in log
     if method == "reopold":
@@ -165,7 +136,7 @@ def test_a_runs_manifest_says_what_it_was(world: Path) -> None:
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     assert manifest["command"][1:] == [
         str(ROOT / "ea_opsd_train.py"),
-        *train_argv(BASE, world / "rows.jsonl", world / "pwopsd", **STORIES["pwopsd"].flags),
+        *train_argv(BASE, world / "rows.jsonl", world / "pwopsd", **STORIES["pwopsd"][2]),
     ]
     assert manifest["git"] == git_state()
     assert manifest["versions"] == versions()
@@ -255,14 +226,6 @@ def test_a_damaged_checkpoint_is_left_out_with_a_reason(
     assert checkpoints.remove_incomplete(run) == []
 
 
-def test_nothing_to_resume_from_and_nothing_asked(tmp_path: Path) -> None:
-    assert checkpoints.resolve_resume(tmp_path, "auto") is None
-    assert checkpoints.resolve_resume(tmp_path, None) is None
-    run = a_run(tmp_path / "run", 1)
-    with pytest.raises(ArtefactError, match="add --resume_from_checkpoint auto"):
-        checkpoints.resolve_resume(run, None)
-
-
 def test_rotation_counts_complete_checkpoints_and_spares_the_one_to_merge(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", 1, 2, 3, 4, 10)
     (run / "checkpoint-10" / ".complete").unlink()
@@ -291,12 +254,12 @@ def test_of_a_linked_checkpoint_the_link_is_removed(tmp_path: Path) -> None:
 
 def resume(world: Path, folder: Path, **flags: object) -> int:
     """Resume a run of pwopsd in `folder` in this process."""
-    values = {"method": "pwopsd", "max_steps": STEPS} | STORIES["pwopsd"].flags | flags
+    values = STORIES["pwopsd"][2] | flags
     return ea_opsd_train.main(train_argv(BASE, world / "rows.jsonl", folder, **values))
 
 
 def interrupted(world: Path, folder: Path) -> Path:
-    """A copy of pwopsd's run as it was after step 3."""
+    """Return a copy of pwopsd's run as it was after step 3."""
     shutil.copytree(world / "pwopsd_whole", folder)
     shutil.rmtree(folder / "checkpoint-4")
     return folder
@@ -312,10 +275,7 @@ def interrupted(world: Path, folder: Path) -> Path:
         ({"dtype": "bfloat16"}, "dtype: 'auto' before, 'bfloat16' now"),
         ({"dataset_revision": "v2"}, "dataset_revision: None before, 'v2' now"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'linear' before, 'cosine' now"),
-        (
-            {"train_dataset": ROOT / "testbed/data/train.jsonl"},
-            "the dataset's content: .* give another --output_dir",
-        ),
+        ({"train_dataset": ROOT / "testbed/data/heldout_hard.jsonl"}, "the dataset's content: "),
     ],
 )
 def test_another_command_line_is_another_run(world: Path, tmp_path: Path, flags: dict, words: str) -> None:
@@ -394,16 +354,16 @@ def test_with_vllm_the_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> None:
-    venv = tmp_path / "venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    (venv / "bin" / "python").chmod(0o755)
+    venv, python = tmp_path / "venv", tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
     install = load_install()
     stamp = {"stack": "cpu", "requirements": install.requirements_hash(ROOT), "vllm": True}
     (venv / install.STAMP).write_text(json.dumps(stamp))
     rows = write_rows(tmp_path / "rows.jsonl", 40)
     flags = {"train_dataset": rows, "max_steps": 3, "save_steps": 1, "max_completion_length": 6, "lora_r": 8}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = forked_runs.flags(flags)
     command = ["bash", str(LAUNCHERS / "train.sh"), "small", "pwopsd", *words]
     settings = {
         "VENV": str(venv), "STACK": "cpu", "OUTPUT_ROOT": str(tmp_path / "outputs"), "MERGE_STEP": "3",
@@ -424,20 +384,13 @@ def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> N
     assert f"resuming from {run}/{left}" in again.stderr or left == "checkpoint-3"
     check_merged(tmp_path / "outputs" / "small_pwopsd_short_merged", expected_step=3, hashes=True)
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
-    shutil.rmtree(tmp_path / "outputs")
 
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing() -> None:
     """The short form of tests/programs/kill_runs.py: one kill each of training, merging and evaluation."""
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "programs" / "kill_runs.py"),
-        "--kills",
-        "1",
-        "--seed",
-        "3",
-    ]
+    program = str(ROOT / "tests" / "programs" / "kill_runs.py")
+    command = [sys.executable, program, "--kills", "1", "--seed", "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

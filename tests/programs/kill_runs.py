@@ -33,31 +33,17 @@ from opsd.evaluation.results import load_result
 from opsd.files import PARTIAL_MARK
 from opsd.provenance import file_sha256
 from opsd.run_identity import SENTINEL_NAME, check_merged
-from tests.programs.forked_runs import (
-    BASE,
-    Job,
-    evaluate_argv,
-    import_everything,
-    merge_argv,
-    run,
-    train_argv,
-    write_rows,
-)
+from tests.programs import forked_runs
+from tests.programs.forked_runs import BASE, Job, run
 
 STEPS = 3
-# A restart is killed again this often, so that some runs are killed several times.
+# A restart is killed again with this probability.
 AGAIN = 0.3
 
 
 @dataclass(frozen=True)
 class Program:
-    """One of the three.
-
-    Attributes:
-        name: as in the report.
-        job: folder -> the command that works in it.
-        faults: folder -> what passes for finished there and is not, in words.
-    """
+    """One of the three: its name, folder -> its command, folder -> what passes for finished and is not."""
 
     name: str
     job: Callable[[Path], Job]
@@ -150,18 +136,20 @@ def evaluation_faults(folder: Path) -> list[str]:
 
 def programs(world: Path) -> list[Program]:
     """Return the three on the small world; merging and evaluation take the undisturbed training's run."""
-    rows = write_rows(world / "rows.jsonl", 12)
+    rows = forked_runs.write_rows(world / "rows.jsonl", 12)
     adapter, merged = world / "training" / "run" / f"checkpoint-{STEPS}", world / "merging" / "run_merged"
 
     def train(folder: Path) -> Job:
-        argv = train_argv(BASE, rows, folder / "run", max_steps=STEPS, run_name="small_pwopsd")
+        argv = forked_runs.train_argv(BASE, rows, folder / "run", max_steps=STEPS, run_name="small_pwopsd")
         return Job("ea_opsd_train", argv, str(folder / "output.log"))
 
     def merge(folder: Path) -> Job:
-        return Job("merge_lora", merge_argv(adapter, folder / "run_merged"), str(folder / "output.log"))
+        return Job(
+            "merge_lora", forked_runs.merge_argv(adapter, folder / "run_merged"), str(folder / "output.log")
+        )
 
     def evaluate(folder: Path) -> Job:
-        argv = evaluate_argv(merged, rows, folder / "result.json", num_samples=6, hf_batch_size=1)
+        argv = forked_runs.evaluate_argv(merged, rows, folder / "result.json", num_samples=6, hf_batch_size=1)
         return Job("evaluate_math", argv, str(folder / "output.log"))
 
     return [
@@ -233,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="of each program (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args(argv)
-    import_everything()
+    forked_runs.import_everything()
     rng, started = random.Random(args.seed), time.monotonic()
     tallies: dict[str, Tally] = {}
     world = Path(tempfile.mkdtemp(prefix="kill_runs-"))
