@@ -1,1 +1,1 @@
-"""Sample completions: `engine` states what a sampler does; `hf` (transformers) and `vllm` are the samplers."""
+"""Sample completions: `engine` is the interface, `hf` (transformers) and `vllm` implement it."""

@@ -27,24 +27,21 @@ def generation_state(model: Any) -> Iterator[None]:
     The model's own generation defaults (a hub model may ask for top_k 20 or a repetition penalty) do not
     apply: the caller's sampling parameters alone do.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    use_cache = getattr(model.config, "use_cache", None)
-    defaults = model.generation_config
+    kept = [(module, "training", module.training) for module in model.modules()]
+    kept.append((model.config, "use_cache", getattr(model.config, "use_cache", None)))
+    kept.append((model, "generation_config", model.generation_config))
     try:
         model.eval()
-        for module in checkpointing:
-            module.gradient_checkpointing = False
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                kept.append((module, "gradient_checkpointing", True))
+                module.gradient_checkpointing = False
         model.config.use_cache = True
         model.generation_config = GenerationConfig()
         yield
     finally:
-        model.generation_config = defaults
-        model.config.use_cache = use_cache
-        for module in checkpointing:
-            module.gradient_checkpointing = True
-        for module, training in modes:
-            module.training = training
+        for owner, name, value in kept:
+            setattr(owner, name, value)
 
 
 class HFEngine:

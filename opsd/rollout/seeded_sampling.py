@@ -53,22 +53,6 @@ def inverse_transform(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Ten
     return torch.minimum(picked, last).squeeze(-1)
 
 
-def filters(sampling: Sampling) -> list[LogitsProcessor]:
-    """Return the processors that turn logits into the distribution drawn from, in the order of `Sampling`."""
-    if sampling.temperature == 0:
-        return []  # neither the temperature nor a filter can change which token is likeliest
-    chain: list[LogitsProcessor] = []
-    if sampling.temperature != 1:
-        chain.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.min_p > 0:
-        chain.append(MinPLogitsWarper(min_p=sampling.min_p))
-    if sampling.top_k > 0:
-        chain.append(TopKLogitsWarper(top_k=sampling.top_k))
-    if sampling.top_p < 1:
-        chain.append(TopPLogitsWarper(top_p=sampling.top_p))
-    return chain
-
-
 class SeededSampler(LogitsProcessor):
     """Draw each row's token from its own stream and leave only that token possible.
 
@@ -92,10 +76,18 @@ class SeededSampler(LogitsProcessor):
         want_logprobs: bool = False,
     ) -> None:
         self.penalty = sampling.presence_penalty
-        self.filters = filters(sampling)
+        self.filters: list[LogitsProcessor] = []  # in the order of `Sampling`
         self.uniforms: torch.Tensor | None = None  # [B, max_new_tokens]
-        if sampling.temperature > 0:
+        if sampling.temperature > 0:  # at 0 no filter can change which token is likeliest
             self.uniforms = uniform_streams(seeds, sampling.max_new_tokens).to(device)
+            if sampling.temperature != 1:
+                self.filters.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.min_p > 0:
+                self.filters.append(MinPLogitsWarper(min_p=sampling.min_p))
+            if sampling.top_k > 0:
+                self.filters.append(TopKLogitsWarper(top_k=sampling.top_k))
+            if sampling.top_p < 1:
+                self.filters.append(TopPLogitsWarper(top_p=sampling.top_p))
         self.prompt_length = prompt_length
         self.want_logprobs = want_logprobs
         self.logprobs: list[torch.Tensor] = []

@@ -75,17 +75,16 @@ def lora_rank(folder: str) -> int:
     rank = max(sides["A"][0] for sides in adapter.rank_shapes.values())
     if rank > _LORA_RANKS[-1]:
         raise ArtefactError(
-            f"{folder} has rank {rank}, but vLLM takes at most {_LORA_RANKS[-1]}; evaluate the merged checkpoint"
+            f"{folder} has rank {rank}, but vLLM takes {_LORA_RANKS[-1]} at most; evaluate the merged model"
         )
     return next(size for size in _LORA_RANKS if size >= rank)
 
 
 def cpu_arguments() -> dict[str, Any]:
-    """Return the engine arguments that differ without a GPU.
+    """Return the engine arguments that differ without a GPU: no graphs, whole prompts, 1 GiB of cache.
 
-    There are no graphs (compiling takes half a minute), 1 GiB of cache unless VLLM_CPU_KVCACHE_SPACE is set,
-    and every prompt enters a step complete: to take part of one, vLLM turns back the random generator of a
-    seeded request, which PyTorch's CPU generator refuses, and the engine dies.
+    Compiling graphs takes half a minute. To split a prompt over steps, vLLM turns back the random generator
+    of a seeded request, which PyTorch's CPU generator refuses, and the engine dies.
 
     Raises:
         UsageError: VLLM_CPU_KVCACHE_SPACE is not a whole number of GiB.
@@ -120,7 +119,7 @@ def remedy(arguments: dict[str, Any], *, cpu: bool) -> str:
     if cpu:
         memory = f"VLLM_CPU_KVCACHE_SPACE (now {os.environ.get('VLLM_CPU_KVCACHE_SPACE') or '1'} GiB"
     # Only training has a flag for max_num_seqs.
-    sequences = f"max_num_seqs (now {arguments['max_num_seqs']}), " if "max_num_seqs" in arguments else ""
+    sequences = f"max_num_seqs (now {arguments['max_num_seqs']}), " if arguments["max_num_seqs"] else ""
     return (
         f"lower {memory}; raise it if the key-value cache is too small for one sequence), {sequences}"
         f"or max_model_len (now {arguments['max_model_len']}), which is the longest prompt and its new tokens"
