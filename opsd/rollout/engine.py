@@ -1,8 +1,4 @@
-"""The interface of a sampler: prompt token ids and a seed per request in, completion token ids out.
-
-Training, evaluation and the diagnostic use it. `HFEngine` (opsd/rollout/hf.py) samples with transformers,
-`VLLMEngine` (opsd/rollout/vllm.py) with vLLM. Neither handles text.
-"""
+"""The interface of a sampler: prompt token ids and a seed per request in, completion token ids out."""
 
 from __future__ import annotations
 
@@ -58,7 +54,7 @@ def check_requests(
 
     Args:
         vocabulary: how many token ids the model has.
-        max_model_len: most tokens of a prompt and its completion together, where the engine has a limit.
+        max_model_len: the engine's limit on prompt + completion, in tokens; None = no limit.
 
     Raises:
         UsageError: a parameter is out of range; a prompt is empty, too long or outside the vocabulary.
@@ -71,15 +67,13 @@ def check_requests(
         outside = [token for token in request.prompt_ids if not 0 <= token < vocabulary]
         if outside:
             raise UsageError(
-                f"request {index} holds token id {outside[0]}, which is outside 0..{vocabulary - 1}; use the "
-                "model's own tokenizer"
+                f"request {index} has token id {outside[0]}, outside 0..{vocabulary - 1}; use the model's tokenizer"
             )
         needed = length + sampling.max_new_tokens
         if max_model_len is not None and needed > max_model_len:
             raise UsageError(
-                f"request {index} has {length} prompt tokens and up to {sampling.max_new_tokens} new ones, "
-                f"which do not fit into max_model_len {max_model_len}; raise it to {needed}, lower "
-                "max_new_tokens or leave the problem out"
+                f"request {index} has {length} prompt tokens and up to {sampling.max_new_tokens} new ones, but "
+                f"max_model_len is {max_model_len}; raise it to {needed} or lower max_new_tokens"
             )
 
 
@@ -99,7 +93,7 @@ class Completion:
 
 
 class Engine(Protocol):
-    """A sampler. `close` releases its memory; the engine is unusable afterwards."""
+    """A sampler."""
 
     def generate(
         self,
@@ -116,4 +110,4 @@ class Engine(Protocol):
         """Make the next `generate` sample from `model` as it is now (base + adapter)."""
 
     def close(self) -> None:
-        """Release the engine's memory."""
+        """Release the engine's memory; the engine is unusable afterwards."""

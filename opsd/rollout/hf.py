@@ -54,17 +54,13 @@ class HFEngine:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int = 32,
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32
     ) -> None:
         # LoRA layers sit inside the transformers model, so it samples with the adapter. Its type lacks the
         # generate method that it has.
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
         self.batch_size = batch_size
-        own: Any = tokenizer
+        own: Any = tokenizer  # its ids are typed as anything
         self.end_ids = merge_end_ids(
             getattr(self.model.generation_config, "eos_token_id", None), own.eos_token_id
         )
@@ -85,8 +81,7 @@ class HFEngine:
             ArtefactError: the device's memory is exhausted; the message says what to lower.
         """
         check_requests(requests, sampling, vocabulary=self.model.get_input_embeddings().num_embeddings)
-        # Prompts of similar length share a batch, so there is little padding; the longest go first, so that a
-        # batch that does not fit into memory fails at once.
+        # Similar lengths need little padding; with the longest first, memory runs out at once or not at all.
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
         results: dict[int, Completion] = {}
         with torch.no_grad(), generation_state(self.model):
@@ -146,15 +141,9 @@ class HFEngine:
                 f"memory; lower the engine's batch size (now {self.batch_size}) or the number of new tokens"
             ) from error
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist() if want_logprobs else [None] * len(batch)
-        rows = output[:, width:].tolist()
-        return [self._completion(row, values) for row, values in zip(rows, logprobs, strict=True)]
-
-    def _completion(self, row: list[int], logprobs: list[float] | None) -> Completion:
-        """Cut `row` after its first end-of-sequence token; without one it reached the limit."""
-        end = next((index for index, token in enumerate(row) if token in self.end_ids), None)
-        length = len(row) if end is None else end + 1
-        return Completion(
-            token_ids=row[:length],
-            truncated=end is None,
-            logprobs=None if logprobs is None else logprobs[:length],
-        )
+        completions = []
+        for tokens, values in zip(output[:, width:].tolist(), logprobs, strict=True):
+            ends = [index for index, token in enumerate(tokens) if token in self.end_ids]
+            length = ends[0] + 1 if ends else len(tokens)
+            completions.append(Completion(tokens[:length], not ends, values and values[:length]))
+        return completions

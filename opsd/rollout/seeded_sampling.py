@@ -54,16 +54,13 @@ def inverse_transform(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Ten
 
 
 class SeededSampler(LogitsProcessor):
-    """Draw each row's token from its own stream and leave only that token possible.
+    """Draw each row's token from the stream of its seed and leave only that token possible.
 
     Args:
-        seeds: one per row.
         prompt_length: columns of `input_ids` that belong to the padded prompts.
-        device: where the logits are.
 
     Attributes:
-        logprobs: per step, the [B] float32 log-probabilities (nats) of the drawn tokens under the model's
-            own logits; empty unless wanted.
+        logprobs: per step, the [B] log-probabilities (nats) of the drawn tokens under the model's own logits.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class SeededSampler(LogitsProcessor):
         *,
         prompt_length: int,
         device: torch.device,
-        want_logprobs: bool = False,
+        want_logprobs: bool,
     ) -> None:
         self.penalty = sampling.presence_penalty
         self.filters: list[LogitsProcessor] = []  # in the order of `Sampling`

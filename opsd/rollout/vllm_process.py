@@ -15,29 +15,36 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
-# They warn of a seed that is restored, a tokenizer that is not needed, threads that are not changed and, at
-# every push, of layers that receive nothing because they have no adapter.
-_NOISY = (
-    "vllm.engine.arg_utils",
-    "vllm.renderers.base",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.v1.worker.gpu_model_runner",
-    "vllm.model_executor.model_loader.reload.layerwise",
-)
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# Some loggers warn of a seed that is restored, a tokenizer that is not needed, threads that stay as they are
+# and, at every push, of layers without an adapter. An engine that dies logs 30 kB before it says why.
+_LOG_LEVELS = {
+    "vllm": logging.WARNING,
+    "vllm.logging_utils.dump_input": logging.CRITICAL,
+    "vllm.engine.arg_utils": logging.ERROR,
+    "vllm.renderers.base": logging.ERROR,
+    "vllm.v1.worker.cpu_worker": logging.ERROR,
+    "vllm.v1.worker.gpu_model_runner": logging.ERROR,
+    "vllm.model_executor.model_loader.reload.layerwise": logging.ERROR,
+}
+
+State = tuple[Callable[[], Any], Callable[[Any], object]]  # how to read a piece of state and how to write it
 
 
-def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+def _attribute(owner: Any, name: str) -> State:
     return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
 
 
-# (read, write) of state of which the engine has a value of its own. vLLM's CPU worker replaces three of
-# torch's functions; the thread count is set through the function below the one that it replaces.
-_SWAPPED: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+# State of which the engine has a value of its own. vLLM's CPU worker replaces three of torch's functions; the
+# thread count is set through the function below the one that it replaces.
+_SWAPPED: tuple[State, ...] = (
     _attribute(torch, "set_num_threads"),
     _attribute(torch.accelerator, "synchronize"),
     _attribute(torch.accelerator, "empty_cache"),
@@ -47,44 +54,40 @@ _SWAPPED: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 )
 
 
-def _restorers() -> list[Callable[[], object]]:
-    """Return one function per piece of state that is only restored; each restores it as it is now."""
-    httpx = logging.getLogger("httpx")
-    kept: list[tuple[Callable[[Any], object], Any]] = [
-        (np.random.set_state, np.random.get_state()),
-        (random.setstate, random.getstate()),
-        (torch.set_rng_state, torch.get_rng_state()),
-        (torch.set_default_dtype, torch.get_default_dtype()),
-        (torch.set_grad_enabled, torch.is_grad_enabled()),
-        (httpx.setLevel, httpx.level),
-        (logging.root.setLevel, logging.root.level),
-        (lambda handlers: logging.root.handlers.__setitem__(slice(None), handlers), [*logging.root.handlers]),
-    ]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        kept.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-        kept.append((torch.cuda.set_device, torch.cuda.current_device()))
-    if hasattr(os, "sched_getaffinity"):
-        kept.append((_set_cores, os.sched_getaffinity(0)))
-    if gc.get_freeze_count() == 0:
-        kept.append((lambda _: gc.unfreeze(), None))
-    return [lambda write=write, value=value: write(value) for write, value in kept]
+# State that is only restored.
+_RESTORED: tuple[State, ...] = (
+    (np.random.get_state, np.random.set_state),
+    (random.getstate, random.setstate),
+    (torch.get_rng_state, torch.set_rng_state),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (lambda: logging.getLogger("httpx").level, logging.getLogger("httpx").setLevel),
+    (lambda: logging.root.level, logging.root.setLevel),
+    (lambda: [*logging.root.handlers], lambda handlers: setattr(logging.root, "handlers", handlers)),
+    # Setting the cores may be forbidden.
+    (lambda: os.sched_getaffinity(0), lambda c: os.sched_getaffinity(0) == c or os.sched_setaffinity(0, c)),
+    (gc.get_freeze_count, lambda count: count or gc.unfreeze()),
+)
+_RESTORED_CUDA: tuple[State, ...] = (
+    (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),
+    (torch.cuda.current_device, torch.cuda.set_device),
+)
 
 
 class EngineState:
-    """The engine's values of the process state, separate from the caller's.
+    """One engine's values of the process state, separate from the caller's.
 
-    Within `with state.active():` the engine has its own environment variables, torch functions, thread count,
-    matmul precision and log-record factory, as it left them last. Afterwards the caller's are exactly as they
-    were, as are the random state of torch (CPU and CUDA), numpy and Python, the default dtype, gradient mode,
-    CUDA device, CPU affinity and the root logger.
+    Within `with state.active():` the engine has the environment variables and values of `_SWAPPED` that it
+    left last. Afterwards these and `_RESTORED` are exactly what they were for the caller.
 
-    The engines of a process share these values: vLLM's CPU attention gives wrong results, silently, to an
-    engine that runs with another thread count than an earlier one did.
+    The engines of a process share the values of `_SWAPPED`: vLLM's CPU attention gives wrong results,
+    silently, to an engine that runs with another thread count than an earlier one did.
 
     Args:
         environment: variables that are set while the engine runs.
     """
 
+    alive: ClassVar[set[int]] = set()  # engines of this process, which share vLLM's process groups
     _engines: ClassVar[list[Any] | None] = None  # a value for each of _SWAPPED
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -93,9 +96,10 @@ class EngineState:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Switch to the engine's state, and back on exit."""
-        restorers, callers, before = _restorers(), [read() for read, _ in _SWAPPED], dict(os.environ)
+        states = (*_SWAPPED, *_RESTORED, *(_RESTORED_CUDA if torch.cuda.is_initialized() else ()))
+        callers, before = [read() for read, _ in states], dict(os.environ)
         _set_environment(before | self._changes)
-        for (_, write), value in zip(_SWAPPED, EngineState._engines or callers, strict=True):
+        for (_, write), value in zip(_SWAPPED, EngineState._engines or callers, strict=False):
             write(value)
         entered = dict(os.environ)
         try:
@@ -107,15 +111,8 @@ class EngineState:
                     self._changes[name] = after.get(name)
             EngineState._engines = [read() for read, _ in _SWAPPED]
             _set_environment(before)
-            for (_, write), value in zip(_SWAPPED, callers, strict=True):
+            for (_, write), value in zip(states, callers, strict=True):
                 write(value)
-            for restore in restorers:
-                restore()
-
-
-def _set_cores(cores: set[int]) -> None:
-    if os.sched_getaffinity(0) != cores:  # setting it may be forbidden
-        os.sched_setaffinity(0, cores)
 
 
 def _set_environment(wanted: Mapping[str, str | None]) -> None:
@@ -129,15 +126,8 @@ def _set_environment(wanted: Mapping[str, str | None]) -> None:
 
 def quiet_loggers() -> None:
     """Log vLLM's warnings and errors only, without those about what this project does on purpose."""
-    logging.getLogger("vllm").setLevel(logging.WARNING)
-    # An engine that dies logs all that it was computing, some 30 kB, before the line that says why.
-    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
-    for name in _NOISY:
-        logging.getLogger(name).addFilter(_is_error)  # which is added once only
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+    for name, level in _LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager
@@ -170,13 +160,13 @@ def private_model_classes() -> Iterator[None]:
             AutoModel._model_mapping._extra_content.pop(config_class, None)
 
 
-def destroy_groups(*, group_is_callers: bool, others_alive: bool) -> None:
+def destroy_groups(*, group_is_callers: bool) -> None:
     """Destroy vLLM's process groups, except the caller's default group and those of another engine here."""
     from vllm import envs
     from vllm.distributed import parallel_state
 
     envs.disable_envs_cache()
-    if not others_alive:
+    if not EngineState.alive:
         parallel_state.destroy_model_parallel()
         if group_is_callers:
             if parallel_state._WORLD is not None:
@@ -185,20 +175,20 @@ def destroy_groups(*, group_is_callers: bool, others_alive: bool) -> None:
         else:
             parallel_state.destroy_distributed_environment()
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-def shut_down(engine_core: Any, *, group_is_callers: bool, others_alive: bool) -> None:
+def shut_down(llm: LLM, state: EngineState, *, group_is_callers: bool) -> None:
     """Shut an engine down with `destroy_groups`, where vLLM itself would destroy the default group."""
     from vllm.v1.engine import core
 
+    EngineState.alive.discard(id(state))
     module: Any = core
     original = module.cleanup_dist_env_and_memory
-    module.cleanup_dist_env_and_memory = lambda *_: destroy_groups(
-        group_is_callers=group_is_callers, others_alive=others_alive
-    )
+    module.cleanup_dist_env_and_memory = lambda *_: destroy_groups(group_is_callers=group_is_callers)
     try:
-        engine_core.shutdown()
+        with state.active():
+            llm.llm_engine.engine_core.shutdown()
     finally:
         module.cleanup_dist_env_and_memory = original

@@ -19,7 +19,7 @@ from opsd.merging import adapted_names, merged_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _DECODER_LAYER = re.compile(r"^(.*\blayers\.\d+)\.")
 
@@ -115,8 +115,8 @@ def check_complete(report: PushReport, expected: list[str]) -> None:
         )
 
 
-def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def reload_in_worker(worker: Any, weights: Iterator[tuple[str, Tensor]], report: PushReport) -> None:
@@ -126,13 +126,20 @@ def reload_in_worker(worker: Any, weights: Iterator[tuple[str, Tensor]], report:
     received some but not all of its own is recorded as incomplete. Vocabulary layers are padded by vLLM and
     hold one tensor, so they cannot be loaded in part.
     """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
     model = worker.model_runner.get_model()
     load = model.load_weights
 
     def load_and_record(stream: Iterator[tuple[str, Tensor]]) -> set[str]:
         loaded = load(stream)
         report.loaded |= set(loaded or ())
-        report.incomplete += _incomplete_layers(model)
+        for name, layer in model.named_modules():
+            info = get_layerwise_info(layer)
+            received, total = info.load_numel, info.load_numel_total or 0
+            if 0 < received < total and not isinstance(layer, VocabParallelEmbedding):
+                report.incomplete.append(f"{name} ({received} of {total} elements)")
         return loaded
 
     model.load_weights = load_and_record
@@ -140,16 +147,3 @@ def reload_in_worker(worker: Any, weights: Iterator[tuple[str, Tensor]], report:
         worker.reload_weights(weights_iterator=weights)
     finally:
         del model.load_weights
-
-
-def _incomplete_layers(model: nn.Module) -> list[str]:
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    found = []
-    for name, layer in model.named_modules():
-        info = get_layerwise_info(layer)
-        total = info.load_numel_total or 0
-        if 0 < info.load_numel < total and not isinstance(layer, VocabParallelEmbedding):
-            found.append(f"{name} ({info.load_numel} of {total} elements)")
-    return found

@@ -39,13 +39,6 @@ def local_model(name: str, revision: str | None) -> str:
     return name if revision is None else str(model_folder(name, revision))
 
 
-def on_cpu() -> bool:
-    """Return whether the installed vLLM runs on the CPU."""
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
-
-
 def placement(tensor_parallel_size: int) -> Placement:
     """Return where the engine's workers run.
 
@@ -81,10 +74,10 @@ def lora_rank(folder: str) -> int:
 
 
 def cpu_arguments() -> dict[str, Any]:
-    """Return the engine arguments that differ without a GPU: no graphs, whole prompts, 1 GiB of cache.
+    """Return the engine arguments that differ without a GPU.
 
-    Compiling graphs takes half a minute. To split a prompt over steps, vLLM turns back the random generator
-    of a seeded request, which PyTorch's CPU generator refuses, and the engine dies.
+    No graphs: compiling takes half a minute. No chunked prefill: to split a prompt over steps, vLLM turns
+    back the random generator of a seeded request, which PyTorch's CPU generator refuses; the engine dies.
 
     Raises:
         UsageError: VLLM_CPU_KVCACHE_SPACE is not a whole number of GiB.
