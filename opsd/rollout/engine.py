@@ -67,13 +67,13 @@ def check_requests(
         outside = [token for token in request.prompt_ids if not 0 <= token < vocabulary]
         if outside:
             raise UsageError(
-                f"request {index} has token id {outside[0]}, outside 0..{vocabulary - 1}; use the model's tokenizer"
+                f"request {index} has token id {outside[0]}, outside 0..{vocabulary - 1}; use its own tokenizer"
             )
         needed = length + sampling.max_new_tokens
         if max_model_len is not None and needed > max_model_len:
             raise UsageError(
-                f"request {index} has {length} prompt tokens and up to {sampling.max_new_tokens} new ones, but "
-                f"max_model_len is {max_model_len}; raise it to {needed} or lower max_new_tokens"
+                f"request {index} has {length} prompt tokens and up to {sampling.max_new_tokens} new ones, "
+                f"but max_model_len is {max_model_len}; raise it to {needed} or lower max_new_tokens"
             )
 
 
