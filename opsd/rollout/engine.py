@@ -67,7 +67,7 @@ def check_requests(
         outside = [token for token in request.prompt_ids if not 0 <= token < vocabulary]
         if outside:
             raise UsageError(
-                f"request {index} has token id {outside[0]}, outside 0..{vocabulary - 1}; use its own tokenizer"
+                f"request {index} has token id {outside[0]}, outside 0..{vocabulary - 1}; use its tokenizer"
             )
         needed = length + sampling.max_new_tokens
         if max_model_len is not None and needed > max_model_len:
