@@ -11,7 +11,6 @@ import pytest
 
 from opsd import files
 from opsd.errors import ArtefactError, run_cli
-from opsd.evaluation import benchmarks
 from opsd.evaluation.benchmarks import HMMT25_VARIABLE, load_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,15 +129,10 @@ def test_a_refused_source_leaves_the_old_parquet(tmp_path, capsys, monkeypatch):
 
 def test_a_missing_source_is_named(tmp_path, capsys):
     assert prepare("--source", tmp_path / "absent.jsonl", "--output", tmp_path / "t.parquet") == 3
-    assert "there is no file" in capsys.readouterr().err
+    assert "absent.jsonl' does not exist" in capsys.readouterr().err
 
 
 def test_a_hub_that_cannot_be_reached_names_the_local_way(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        prepare_hmmt25,
-        "hub_rows",
-        lambda hub_id, split, *, remedy: benchmarks.hub_rows("no/such", split, remedy=remedy),
-    )
     monkeypatch.setattr(
         "datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline"))
     )

@@ -18,11 +18,6 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _NAME = re.compile(r"(?P<run>.+)_\d+k?(?:_first(?P<first>\d+))?(?:_seed\d+)?\.json")
 
 
-def length_tag(max_new_tokens: int) -> str:
-    """Return the length as it stands in a name: `38k` for 38,912, `160` where 1,024 does not divide it."""
-    return str(max_new_tokens) if max_new_tokens % 1024 else f"{max_new_tokens // 1024}k"
-
-
 def result_path(
     method_name: str,
     dataset: str,
@@ -32,14 +27,15 @@ def result_path(
     num_samples: int | None = None,
     folder: Path | str = "eval_results",
 ) -> Path:
-    """Return where the result of one cell lies.
+    """Return the path of the result of one cell.
 
     Args:
-        dataset: math500 does not stand in the name.
-        num_samples: the first so many problems; None for the whole benchmark.
+        dataset: left out of the name where it is math500.
+        max_new_tokens: `38k` for 38,912, `160` where 1,024 does not divide it.
+        num_samples: the first so many problems; None for all of the benchmark.
 
     Raises:
-        UsageError: a part is not a plain file name, or the seed is negative.
+        UsageError: a part does not fit a file name, or the seed is negative.
     """
     for name in (method_name, dataset):
         if not _PART.fullmatch(name):
@@ -47,7 +43,7 @@ def result_path(
     if seed is not None and seed < 0:
         raise UsageError(f"the seed is {seed}, but must be at least 0")
     parts = [method_name] if dataset == "math500" else [method_name, dataset]
-    parts.append(length_tag(max_new_tokens))
+    parts.append(str(max_new_tokens) if max_new_tokens % 1024 else f"{max_new_tokens // 1024}k")
     parts += [] if num_samples is None else [f"first{num_samples}"]
     parts += [] if seed is None else [f"seed{seed}"]
     return Path(folder) / f"{'_'.join(parts)}.json"
