@@ -24,7 +24,7 @@ def load_table(
     revision: str | None = None,
     remedy: str = "give a local file or folder",
 ) -> Dataset:
-    """Load the rows of `source`. Numbers in JSON and CSV stay the text that is written there.
+    """Load the rows of `source`. A number in the column `answer` of JSON or CSV stays the text written there.
 
     Args:
         source: an existing file or folder (files of one kind, or one written by `save_to_disk`), else a hub
@@ -75,10 +75,12 @@ def _read_file(path: Path) -> pyarrow.Table:
             return pyarrow.parquet.read_table(path)
         rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
         names = dict.fromkeys(name for row in rows for name in row)
+        if None in names:
+            raise ValueError("a line has more fields than the first one")
         return pyarrow.table({name: [row.get(name) for row in rows] for name in names})
     except (OSError, csv.Error, *MALFORMED) as error:
         raise ArtefactError(
-            f"{path} is damaged: it cannot be read as {path.suffix[1:]} ({error}); repair the file"
+            f"{path} cannot be read as {path.suffix[1:]} ({error}): it is damaged; repair the file"
         ) from error
 
 
@@ -88,9 +90,13 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file, strict=True))
 
 
+class _Number(str):
+    """A JSON number as it is written: 27.0, or an integer of any length."""
+
+
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     def parse(text: str) -> Any:
-        return json.loads(text, parse_int=str, parse_float=str)
+        return json.loads(text, parse_int=_Number, parse_float=_Number)
 
     rows = []
     with open(path, encoding="utf-8") as file:
@@ -111,6 +117,9 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"row {number} is not text: {error}") from error
+        for name, value in row.items():
+            if isinstance(value, _Number) and name != "answer":
+                row[name] = float(value)  # data that is no text is refused where text is needed
     return rows
 
 

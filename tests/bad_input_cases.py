@@ -404,7 +404,7 @@ CASES: list[Case] = [
     data("of null and empty texts alone", lambda w: w.rows(ROW | {"solution": None}, ROW | {"problem": " "}), "2 are left out", "null, empty or not text"),
     data("with numbers for text", lambda w: w.rows({"problem": 1, "solution": 2}), "1 are left out", "not text"),
     data("of rows of 10 MB", lambda w: w.rows(ROW | {"solution": "1" * 10**7}), "more than 1996 tokens", "--max_length"),
-    data("that is not UTF-8", lambda w: w.file("rows.jsonl", b'{"problem": "a\xff", "solution": "2"}\n'), "rows.jsonl", "Invalid UTF8", "save it as UTF-8"),
+    data("that is not UTF-8", lambda w: w.file("rows.jsonl", b'{"problem": "a\xff", "solution": "2"}\n'), "rows.jsonl", "utf-8", "save it as UTF-8"),
     data("with half a surrogate pair", lambda w: w.file("rows.jsonl", '{"problem": "\\ud800", "solution": "2"}\n'), "rows.jsonl", "surrogate", "repair"),
     data("smaller than one step", lambda w: w.rows(ROW), "takes 2 problems", "has 1", code=2),
     Case("training data: a hub name, HF_HUB_OFFLINE=1, nothing in the cache", TRAIN, lambda w: train(w, train_dataset="no-one/no-problems"), 3, ("no-one/no-problems", "HF_HUB_OFFLINE"), circumstance=offline),
