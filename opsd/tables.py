@@ -80,7 +80,8 @@ def _read_file(path: Path) -> pyarrow.Table:
         return pyarrow.table({name: [row.get(name) for row in rows] for name in names})
     except (OSError, csv.Error, *MALFORMED) as error:
         raise ArtefactError(
-            f"{path} cannot be read as {path.suffix[1:]} ({error}): it is damaged; repair the file"
+            f"{path} cannot be read as {path.suffix[1:]} ({error}): it is damaged; repair it and save it as "
+            "UTF-8"
         ) from error
 
 

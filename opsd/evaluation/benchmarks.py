@@ -80,6 +80,16 @@ class LoadedBenchmark:
     source: str
 
 
+def benchmark_row(name: str, dataset_path: Path | str | None) -> Benchmark | None:
+    """Return the row of a benchmark; None for another name with a `dataset_path`, UsageError without one."""
+    if name not in BENCHMARKS and dataset_path is None:
+        raise UsageError(
+            f"unknown benchmark {name!r}; choose from {', '.join(BENCHMARKS)}, or give any name with "
+            "--dataset_path FILE (columns problem and answer)"
+        )
+    return BENCHMARKS.get(name)
+
+
 def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> LoadedBenchmark:
     """Load a benchmark by name, from `dataset_path` where given.
 
@@ -88,12 +98,7 @@ def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> Load
         ArtefactError: the source is missing or unreadable, a column or an answer is missing, or a benchmark
             of `BENCHMARKS` has another number of problems than it must have.
     """
-    row = BENCHMARKS.get(name)
-    if row is None and dataset_path is None:
-        raise UsageError(
-            f"unknown benchmark {name!r}; choose from {', '.join(BENCHMARKS)}, or give any name with "
-            "--dataset_path FILE (columns problem and answer)"
-        )
+    row = benchmark_row(name, dataset_path)
     split = row.split if row is not None else "test"
     if row is not None and row.hub_id is not None and dataset_path is None:
         source, where = row.hub_id, f"{row.hub_id}:{split}"

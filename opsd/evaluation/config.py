@@ -1,16 +1,24 @@
-"""The settings of an evaluation, their bounds, and the command line that sets them."""
+"""The settings of an evaluation, their bounds, and the command line that sets them.
+
+    python -m opsd.evaluation.config METHOD_NAME DATASET SEED [flags of evaluate_math.py ...]
+
+checks the flags and prints the name of the result without `.json`, for the launchers; SEED may be empty.
+Needs no package beside Python.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsd.errors import OneLineParser, UsageError
+from opsd.errors import OneLineParser, UsageError, run_cli
+from opsd.evaluation.benchmarks import benchmark_row
 from opsd.evaluation.grading import DEFAULT_TIME_LIMIT_S
-from opsd.evaluation.names import PAPER_MAX_NEW_TOKENS
+from opsd.evaluation.names import PAPER_MAX_NEW_TOKENS, result_path
 from opsd.options import (
     AT_LEAST_ONE,
     NOT_NEGATIVE,
@@ -87,11 +95,7 @@ class EvalConfig:
 
 
 def check_config(config: EvalConfig) -> None:
-    """Check settings and output before anything is loaded.
-
-    Raises:
-        UsageError: a value is out of its range, or the output cannot be written.
-    """
+    """Raise UsageError for a value out of its range or a benchmark that is unknown."""
     check_options(EvalConfig, vars(config))
     check_sampling(config.sampling())
     if config.engine == "hf" and config.tensor_parallel_size > 1:
@@ -99,6 +103,11 @@ def check_config(config: EvalConfig) -> None:
             f"--tensor_parallel_size is {config.tensor_parallel_size}, but --engine hf uses one GPU; use "
             "--engine vllm, or evaluate other cells on the other GPUs"
         )
+    benchmark_row(config.dataset, config.dataset_path)
+
+
+def check_output(config: EvalConfig) -> None:
+    """Raise UsageError where the result cannot be written."""
     output = Path(config.output)
     if output.suffix != ".json":
         raise UsageError(f"--output is {config.output!r}, but must end in .json")
@@ -132,3 +141,17 @@ def parse_config(argv: Sequence[str] | None) -> tuple[EvalConfig, bool]:
     values = vars(parser.parse_args(argv))
     check_options(EvalConfig, values)
     return take(EvalConfig, values), values["replace"]
+
+
+def main() -> None:
+    """Print the name that a launcher's arguments give."""
+    method_name, dataset, seed, *flags = sys.argv[1:]
+    flags += ["--dataset", dataset, "--base_model", "m", "--output", "r", *(["--seed", seed] if seed else [])]
+    config, _ = parse_config(flags)
+    check_config(config)
+    part = {"max_new_tokens": config.max_new_tokens, "num_samples": config.num_samples}
+    print(result_path(method_name, dataset, config.seed if seed else None, **part).stem)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

@@ -1,17 +1,11 @@
-"""Names of result files: `<method_name>[_<dataset>]_<length>[_first<K>][_seed<N>].json`.
-
-    python -m opsd.evaluation.names METHOD_NAME DATASET SEED [flags of evaluate_math.py ...]
-
-prints the name without `.json`, for the launchers; SEED may be empty. Needs no package beside Python.
-"""
+"""Names of result files: `<method_name>[_<dataset>]_<length>[_first<K>][_seed<N>].json`."""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-from opsd.errors import OneLineParser, UsageError, run_cli
+from opsd.errors import UsageError
 
 PAPER_MAX_NEW_TOKENS = 38912
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -39,7 +33,7 @@ def result_path(
     """
     for name in (method_name, dataset):
         if not _PART.fullmatch(name):
-            raise UsageError(f"{name!r} cannot be part of a file name; use letters, digits, '.', '_' and '-'")
+            raise UsageError(f"{name!r} does not fit a file name; use letters, digits, '.', '_' and '-'")
     if seed is not None and seed < 0:
         raise UsageError(f"the seed is {seed}, but must be at least 0")
     parts = [method_name] if dataset == "math500" else [method_name, dataset]
@@ -56,18 +50,3 @@ def parse_name(path: Path | str, dataset: str) -> tuple[str, int | None] | None:
         return None
     run = match["run"] if dataset == "math500" else match["run"].removesuffix(f"_{dataset}")
     return run, int(match["first"]) if match["first"] else None
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the name that these flags of evaluate_math.py give."""
-    method_name, dataset, seed, *flags = sys.argv[1:] if argv is None else argv
-    parser = OneLineParser(prog="evaluate_math.py", allow_abbrev=False, add_help=False)
-    parser.add_argument("--max_new_tokens", type=int, default=PAPER_MAX_NEW_TOKENS)
-    parser.add_argument("--num_samples", type=int)
-    known, _ = parser.parse_known_args(flags)
-    print(result_path(method_name, dataset, int(seed) if seed else None, **vars(known)).stem)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_cli(main))

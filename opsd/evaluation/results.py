@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,33 +22,32 @@ from opsd.files import atomic_write_text
 # are the only ones without a version that hold FIRST_FILES_KEY.
 SCHEMA_VERSION = 2
 FIRST_FILES_KEY = "truncation_share"
-# What must be equal for two results to be the same run, with its type.
-REGIME_FIELDS: dict[str, type] = {
+# Types of the keys; files of earlier runs may lack those that may be null. The first table is the regime,
+# which must be equal for two results to be the same run.
+REGIME_FIELDS: dict[str, Any] = {
     "base_model": str,
-    "model_identity": str,
+    "model_identity": str | None,
     "dataset": str,
-    "dataset_fingerprint": str,
-    "prompt_style": str,
-    "enable_thinking": bool,
-    "temperature": float,
-    "top_p": float,
-    "top_k": float,
-    "min_p": float,
-    "presence_penalty": float,
+    "dataset_fingerprint": str | None,
+    "prompt_style": str | None,
+    "enable_thinking": bool | None,
+    "temperature": int | float,
+    "top_p": int | float,
+    "top_k": int | float | None,
+    "min_p": int | float | None,
+    "presence_penalty": int | float | None,
     "max_new_tokens": int,
     "val_n": int,
-    "seed": int,
+    "seed": int | None,
     "num_problems": int,
 }
 FIELDS = REGIME_FIELDS | {
     "results": list,
-    "schema_version": int,
-    "grading": dict,
-    "training_run": dict,
-    FIRST_FILES_KEY: float,
+    "schema_version": int | None,
+    "grading": dict | None,
+    "training_run": dict | None,
+    FIRST_FILES_KEY: int | float | None,
 }
-# Files of earlier runs may lack the other keys, or hold null there.
-REQUIRED_FIELDS = "base_model dataset temperature top_p max_new_tokens val_n num_problems results".split()
 GROUND_TRUTH_KEYS = ("ground_truth", "answer", "gt_answer")
 # 500 problems x 12 samples x 38,912 tokens are below 1 GB of text.
 MAX_RESULT_BYTES = 4 * 2**30
@@ -170,7 +168,9 @@ def load_result(path: Path | str) -> dict[str, Any]:
     result = _strict_json(path)
     if not isinstance(result, dict):
         raise ArtefactError(f"{path} is not a result file: its top level is not an object")
-    if missing := [name for name in REQUIRED_FIELDS if name not in result]:
+    if missing := [
+        name for name, kind in FIELDS.items() if name not in result and not isinstance(None, kind)
+    ]:
         raise ArtefactError(f"{path} is not a result file: it lacks {', '.join(missing)}")
     if fault := _fault(result):
         raise ArtefactError(f"{path} is damaged: {fault}; move it away and evaluate again")
@@ -203,11 +203,10 @@ def _fault(result: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a result, if anything."""
     for name, kind in FIELDS.items():
         value = result.get(name)
-        if value is None and name not in REQUIRED_FIELDS:
-            continue
-        allowed = (int, float) if kind is float else kind
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            return f"{name} is {printable(value, 60)!r}, but must be of type {kind.__name__}"
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind != bool | None):
+            return (
+                f"{name} is {printable(value, 60)!r}, but must be of type {getattr(kind, '__name__', kind)}"
+            )
     if (version := result.get("schema_version")) not in (None, SCHEMA_VERSION):
         return f"schema_version is {version}, but {SCHEMA_VERSION} is the newest that this checkout reads"
     killed = (result.get("grading") or {}).get("killed", 0)
@@ -300,15 +299,7 @@ def _canonical(name: str, value: Any) -> Any:
 
 
 def set_aside(path: Path | str) -> Path:
-    """Rename `path` to a free name `<stem>.aside-<N>.json.old` beside it and return that name."""
+    """Rename `path` to a free name `<stem>.aside-<UTC time>.json.old` beside it and return that name."""
     path = Path(path)
-    for number in range(1, 10_000):
-        target = path.with_name(f"{path.stem}.aside-{number}{path.suffix}.old")
-        try:
-            # A hard link fails where the name is taken, so that two processes never choose the same.
-            os.link(path, target)
-        except FileExistsError:
-            continue
-        path.unlink()
-        return target
-    raise ArtefactError(f"{path.parent} holds 9,999 earlier results of {path.name}; move some of them away")
+    target = path.with_name(f"{path.stem}.aside-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}{path.suffix}.old")
+    return path.rename(target)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.benchmarks import Problem, load_benchmark
-from opsd.evaluation.config import EvalConfig, check_config
+from opsd.evaluation.config import EvalConfig, check_config, check_output
 from opsd.evaluation.grading import Grader
 from opsd.evaluation.journal import Journal, differences
 from opsd.evaluation.model import ModelFacts, build_engine, check_model
@@ -71,6 +71,7 @@ def evaluate(config: EvalConfig, *, replace: bool = False, show: bool = True) ->
             was sampled so far stays in the journal.
     """
     check_config(config)
+    check_output(config)
     plan = prepare(config)
     result = existing_result(plan, replace=replace)
     if result is not None:
