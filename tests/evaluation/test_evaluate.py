@@ -295,16 +295,14 @@ def forbid_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_closing_line_names_what_grading_killed(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gold = "9!!!"  # a factorial of a factorial of a factorial ends no computer's work
-    row = {"problem": "what is 1+1?", "answer": gold}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    config = config_of(world, tmp_path / "r.json", dataset_path=str(tmp_path / "rows.jsonl"), time_limit=0.5)
+    path, gold = tmp_path / "rows.jsonl", "100000000!"
+    path.write_text(json.dumps({"problem": "what is 1+1?", "answer": gold}))
+    config = config_of(world, tmp_path / "r.json", dataset_path=str(path), time_limit=0.5)
     assert evaluate_math.main(command_of(config)[2:]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     killed = load_result(config.output)["grading"]["killed"]
     assert killed > 0
     assert f"{killed} killed in grading and counted as not equal (" in line
-    assert gold in line
 
 
 def test_a_finished_run_is_not_repeated(
