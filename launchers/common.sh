@@ -86,9 +86,9 @@ base_python() {
   die 3 "no Python 3.11 or newer found; set PYTHON to one"
 }
 
-# The name of a result file, without .json: opsd/evaluation/names.py.
+# Check the flags of an evaluation and print the name of its result, without .json.
 result_stem() { # METHOD_NAME DATASET SEED|"" [flags of evaluate_math.py ...]
-  (cd -- "$REPO_ROOT" && "$(base_python)" -m opsd.evaluation.names "$@")
+  (cd -- "$REPO_ROOT" && "$(base_python)" -m opsd.evaluation.config "$@")
 }
 
 # Run a command, or with DRY_RUN=1 print it so that it can be pasted into a shell.

@@ -307,7 +307,7 @@ CASES: list[Case] = [
     # training: the data
     data("without the column solution", lambda w: w.rows({"problem": "1", "answer": "1"}), "no column solution", "problem, answer"),
     data("of null and empty texts alone", lambda w: w.rows(ROW | {"solution": None}, ROW | {"problem": " "}), "2 are left out", "null, empty or not text"),
-    data("that is not UTF-8", lambda w: w.file("rows.jsonl", b'{"problem": "a\xff", "solution": "2"}\n'), "rows.jsonl", "Invalid UTF8", "save it as UTF-8"),
+    data("that is not UTF-8", lambda w: w.file("rows.jsonl", b'{"problem": "a\xff", "solution": "2"}\n'), "rows.jsonl", "utf-8", "save it as UTF-8"),
     data("with half a surrogate pair", lambda w: w.file("rows.jsonl", '{"problem": "\\ud800", "solution": "2"}\n'), "rows.jsonl", "surrogate", "repair"),
     data("smaller than one step", lambda w: w.rows(ROW), "takes 2 problems", "has 1", code=2),
     training("training data: a hub name, HF_HUB_OFFLINE=1, nothing in the cache", "no-one/no-problems", "HF_HUB_OFFLINE", code=3, circumstance=offline, train_dataset="no-one/no-problems"),

@@ -104,18 +104,23 @@ def test_a_refused_source_and_a_full_disk_leave_the_old_parquet(tmp_path, capsys
     before = output.read_bytes()
     bad = write_source(tmp_path / "bad.jsonl", release(29))
     assert prepare("--source", bad, "--output", output) == 3
-    assert prepare("--source", tmp_path / "absent.jsonl", "--output", output) == 3
-    assert "there is no file" in capsys.readouterr().err
-    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    assert prepare("--source", good, "--output", output) == 3
-    assert "cannot be written: No space" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert prepare("--source", good, "--output", output) == 3
+        assert "cannot be written: No space" in capsys.readouterr().err
     assert output.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [bad, good, output]
 
 
+def test_a_missing_source_is_named(tmp_path, capsys):
+    assert prepare("--source", tmp_path / "absent.jsonl", "--output", tmp_path / "t.parquet") == 3
+    assert "absent.jsonl' does not exist" in capsys.readouterr().err
+
+
 def test_a_hub_that_cannot_be_reached_names_the_local_way(tmp_path, capsys, monkeypatch):
-    offline = lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline"))  # noqa: E731
-    monkeypatch.setattr("datasets.load_dataset", offline)
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline"))
+    )
     assert prepare("--output", tmp_path / "t.parquet") == 3
     assert "--source FILE" in capsys.readouterr().err
     assert not (tmp_path / "t.parquet").exists()
