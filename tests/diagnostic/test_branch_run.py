@@ -66,6 +66,9 @@ class KnownBackend:
     def close(self):
         pass
 
+    def scoring_done(self):
+        pass
+
     def generate(self, requests, sampling, *, want_logprobs=False, on_finish=None):
         for index, request in enumerate(requests):
             if self.limit is not None and self.drawn >= self.limit:
@@ -426,7 +429,7 @@ def test_the_figures_of_a_fork_are_those_of_a_plain_forward_pass(real, model):
     table = pd.read_csv(real / "branches.csv")
     for row in table.itertuples():
         problem, offset = problems[row.problem], row.position - 1
-        prefix = spines[row.problem].token_ids[:offset]
+        prefix = spines[row.problem].tokens[:offset]
         student, teacher = (
             torch.log_softmax(model(torch.tensor([[*ids, *prefix]])).logits[0, -1].double() / 1.1, dim=-1)
             for ids in (problem.student_ids, problem.teacher_ids)
@@ -441,8 +444,8 @@ def test_the_figures_of_a_fork_are_those_of_a_plain_forward_pass(real, model):
             "student_entropy": float(-(student.exp() * student).sum()),
             "margin": float(top[0] - top[1]),
             "kl": float((teacher.exp() * (teacher - student)).sum()),
-            "spine_tokens": len(spines[row.problem].token_ids),
-            "is_spine_token": token == spines[row.problem].token_ids[offset],
+            "spine_tokens": len(spines[row.problem].tokens),
+            "is_spine_token": token == spines[row.problem].tokens[offset],
         }
         for name, value in expected.items():
             assert getattr(row, name) == pytest.approx(value, abs=2e-4), (name, row)
@@ -458,7 +461,7 @@ def test_any_continuation_can_be_drawn_again_alone(real, model):
     wanted = [(2, branches.forks[2][1], 0), (1, branches.forks[1][0], 2)]
     for problem, fork, rank in wanted:
         forced = [] if rank == CONTROL else [fork.alternatives[rank - 1].token_id]
-        prefix = [*branches.spines[problem].token_ids[: fork.offset], *forced]
+        prefix = [*branches.spines[problem].tokens[: fork.offset], *forced]
         seed = hashed_seed("branch", 0, problem, fork.offset, rank, 1)
         request = Request([*problems[problem].student_ids, *prefix], seed)
         (completion,) = engine.generate([request], config.sampling())
@@ -533,7 +536,7 @@ def test_vllm_samples_and_a_second_copy_scores(tmp_path):
     assert len(table) == 2 * 3 * 2
     assert not table.isna().any().any()
     branches = journal_of(tmp_path)
-    assert all(spine.token_ids and not spine.truncated for spine in branches.spines.values())
+    assert all(spine.tokens and not spine.truncated for spine in branches.spines.values())
     assert all(len(samples) == 2 for samples in branches.continued.values())
     # A finished run needs no engine: the command may be given again with the other one.
     assert branch_viability.main(command(tmp_path, engine="hf", num_problems=2)) == 0

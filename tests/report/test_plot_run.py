@@ -133,7 +133,7 @@ def test_every_metric_of_the_methods_has_a_title(tmp_path):
 
 def test_the_trainer_logs_what_the_panels_show():
     """Every key of a panel is one that the trainer or transformers writes: a renamed one would go missing."""
-    folder = Path(run_plots.__file__).parent
+    folder = Path(run_plots.__file__).parents[1]
     source = "".join((folder / name).read_text("utf-8") for name in ("trainer.py", "step_metrics.py"))
     for key in (key for each in PANELS for key, _ in each.series):
         assert (
