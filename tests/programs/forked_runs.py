@@ -70,7 +70,7 @@ def arm(moment: str) -> None:
     saved), `save` (checkpoint-N lacks the optimizer), `mark` (checkpoint-N lacks its marker alone).
     """
     from opsd import trainer
-    from opsd.records import MetricsFile
+    from opsd.step_metrics import MetricsFile
 
     what, number = moment.split()
     here = int(number)
