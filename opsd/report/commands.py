@@ -25,19 +25,20 @@ def missing_commands(table: Table, seeds: Sequence[int] | None = None) -> list[s
     if seeds is None:
         found = {run.seed for run in table.runs if run.seed is not None}
         seeds = PAPER_SEEDS if set(table.columns) & set(PAPER_BENCHMARKS) else sorted(found)
-    parallel = 1 if table.model == "small" else 4
+    # The bare tag of a paper model is its base model; the small world's is `small_base`.
+    small = table.model == "small"
     commands = []
     for row in table.rows:
+        name = table.model if row.method == "base" and not small else f"{table.model}_{row.method}"
         for training_seed in row.training_seeds or (None,):
+            suffix = "" if training_seed is None else f"_t{training_seed}"
             for dataset in table.columns:
                 runs = row.cells[dataset].runs if dataset in row.cells else []
                 present = {run.seed for run in runs if run.training_seed == training_seed}
-                suffix = "" if training_seed is None else f"_t{training_seed}"
-                name = _run_name(table.model, row.method) + suffix
-                environment, flags = _settings(table, row, dataset)
-                words = ["bash", "launchers/run_eval.sh", name, dataset, str(parallel)]
+                variables, flags = _settings(table, row, dataset)
+                words = ["bash", "launchers/run_eval.sh", name + suffix, dataset, "1" if small else "4"]
                 commands += [
-                    " ".join([*environment, shlex.join([*words, str(seed), *flags])])
+                    " ".join([*variables, shlex.join([*words, str(seed), *flags])])
                     for seed in seeds
                     if seed not in present
                 ]
@@ -52,12 +53,10 @@ def _settings(table: Table, row: Row, dataset: str) -> tuple[list[str], list[str
         different["max_new_tokens"] = facts["max_new_tokens"]
         if facts["max_new_tokens"] == SMALL_MAX_NEW_TOKENS:
             del different["max_new_tokens"]
-    variables = {
-        name.upper(): different.pop(name) for name in ("val_n", "max_new_tokens") if name in different
-    }
-    sizes = {
-        run.facts["num_problems"] for run in table.runs if (run.dataset, run.first) == (dataset, row.first)
-    }
+    names = [name for name in ("val_n", "max_new_tokens") if name in different]
+    variables = {name.upper(): different.pop(name) for name in names}
+    runs = [run for run in table.runs if (run.dataset, run.first) == (dataset, row.first)]
+    sizes = {run.facts["num_problems"] for run in runs}
     if row.first or (dataset in BENCHMARKS and len(sizes) == 1 and sizes != {BENCHMARKS[dataset].size}):
         variables["NUM_SAMPLES"] = row.first or sizes.pop()
     if dataset not in BENCHMARKS:
@@ -65,10 +64,3 @@ def _settings(table: Table, row: Row, dataset: str) -> tuple[list[str], list[str
     flags = ["--no_thinking"] if different.pop("enable_thinking", True) is False else []
     flags += [word for name, value in different.items() for word in (f"--{name}", str(value))]
     return [f"{name}={value}" for name, value in variables.items()], ["--", *flags] if flags else []
-
-
-def _run_name(model: str, method: str) -> str:
-    # The bare tag of a paper model is its base model; the small world's is `small_base`.
-    if method == "base":
-        return model if model != "small" else "small_base"
-    return f"{model}_{method}"

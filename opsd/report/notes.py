@@ -7,7 +7,8 @@ from typing import Any
 
 from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.config import EvalConfig
-from opsd.report.summary import METHODS, Row, Run, Table, benchmark_title, method_stem
+from opsd.objectives import METHODS
+from opsd.report.summary import Row, Run, Table, benchmark_title, method_stem
 
 # The paper's evaluation seeds and the checkpoint that it merges.
 PAPER_SEED_COUNT, PAPER_STEP = 3, 100
@@ -37,33 +38,35 @@ def _setting(name: str, value: Any) -> str:
     return SAMPLING[name].format("off" if off else "on" if value is True else f"{value:,g}")
 
 
-def _grading(run: Run) -> str:
-    """Return version and limits of the grader as the result states them."""
-    known = run.facts.get("grading") or {}
-    limits = [f"{name} {value}" for name, value in known.items() if name not in ("killed", "killed_items")]
-    return ", ".join(limits) or "a grader that the file does not state"
+def _gradings(runs: list[Run]) -> list[str]:
+    """Return the different versions and limits of the grader that the results state."""
+    found = []
+    for run in runs:
+        known = run.facts.get("grading") or {}
+        limits = [
+            f"{name} {value}" for name, value in known.items() if name not in ("killed", "killed_items")
+        ]
+        found.append(", ".join(limits) or "a grader that the file does not state")
+    return list(dict.fromkeys(found))
 
 
 def regime_line(table: Table) -> str:
     """Return sampling, length, samples, problems and grading of a table in one line."""
     stated: dict[str, Any] = {}
-    for run in table.runs:
-        stated = {name: run.facts[name] for name in SAMPLING if run.facts.get(name) is not None} | stated
-    settings = ", ".join(_setting(name, stated[name]) for name in SAMPLING if name in stated)
     sizes: dict[str, set[int]] = {}
     for run in table.runs:
+        stated = {name: run.facts[name] for name in SAMPLING if run.facts.get(name) is not None} | stated
         sizes.setdefault(run.dataset, set()).add(run.facts["num_problems"])
+    settings = ", ".join(_setting(name, stated[name]) for name in SAMPLING if name in stated)
     problems = ", ".join(
         f"{benchmark_title(name)} {' or '.join(map(str, sorted(sizes[name])))}"
         for name in table.columns
         if name in sizes
     )
-    gradings = "; ".join(dict.fromkeys(map(_grading, table.runs)))
-    return f"Regime: {settings}; problems: {problems}; graded with {gradings}."
+    return f"Regime: {settings}; problems: {problems}; graded with {'; '.join(_gradings(table.runs))}."
 
 
-def cell_notes(row: Row, dataset: str, *, mixed_grading: bool) -> list[str]:
-    """Return what a reader of this cell must know, a sentence each; empty for a cell like the paper's."""
+def _cell_notes(row: Row, dataset: str) -> list[str]:
     runs = row.cells[dataset].runs
     facts = runs[0].facts
     notes = []
@@ -79,17 +82,15 @@ def cell_notes(row: Row, dataset: str, *, mixed_grading: bool) -> list[str]:
     killed = sum((run.facts.get("grading") or {}).get("killed", 0) for run in runs)
     if killed:
         notes.append(f"{killed} parses or comparisons were killed at their limit and count as not equal")
-    shares = [run.facts.get("truncation_share") or 0 for run in runs]
-    if any(shares):
-        percent = 100 * sum(shares) / len(shares)
+    cut = sum(run.facts.get("truncation_share") or 0 for run in runs)
+    if cut:
+        percent = 100 * cut / len(runs)
         notes.append(f"{percent:.2g} % of the samples were cut off at {facts['max_new_tokens']:,} tokens")
-    if mixed_grading:
-        notes.append(f"graded with {'; '.join(dict.fromkeys(map(_grading, runs)))}")
-    return list(dict.fromkeys(notes))
+    return notes
 
 
 def _training_notes(run: Run) -> list[str]:
-    """Compare the run that the file's name says with the one that the model's manifest says."""
+    """Compare the training run of the file's name with the one in the model's manifest."""
     stem, training = method_stem(run.method), run.facts.get("training_run")
     if training is None:
         # The authors' files never state it, and an untrained model has none.
@@ -106,8 +107,11 @@ def _training_notes(run: Run) -> list[str]:
 
 
 def table_notes(table: Table) -> dict[tuple[Row, str], list[str]]:
-    """Return the notes of every cell of `table` by row and column."""
-    mixed = len(set(map(_grading, table.runs))) > 1
-    return {
-        (row, name): cell_notes(row, name, mixed_grading=mixed) for row in table.rows for name in row.cells
-    }
+    """Return what a reader must know of each cell, a sentence each, by row and column."""
+    mixed = len(_gradings(table.runs)) > 1
+    notes = {}
+    for row in table.rows:
+        for name, cell in row.cells.items():
+            graded = [f"graded with {'; '.join(_gradings(cell.runs))}"] if mixed else []
+            notes[row, name] = list(dict.fromkeys(_cell_notes(row, name) + graded))
+    return notes
