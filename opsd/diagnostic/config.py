@@ -1,13 +1,12 @@
-"""What fixes a run of the branch-viability diagnostic: the settings, their bounds, the command line."""
+"""The settings of the branch-viability diagnostic, their ranges, and its command line."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from opsd.errors import OneLineParser, UsageError
 from opsd.options import (
@@ -71,17 +70,10 @@ class BranchConfig:
     trust_remote_code: bool = option(False, "run code that comes with the model")
 
     def sampling(self) -> Sampling:
-        """How spines and continuations are drawn."""
-        return Sampling(
-            temperature=self.rollout_temperature,
-            top_p=self.rollout_top_p,
-            top_k=self.rollout_top_k,
-            max_new_tokens=self.max_new_tokens,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
+        """Return how spines and continuations are drawn."""
+        names = ("temperature", "top_p", "top_k")
+        filters = {name: getattr(self, f"rollout_{name}") for name in names}
+        return Sampling(**filters, max_new_tokens=self.max_new_tokens)
 
     @property
     def folder(self) -> Path:
@@ -89,49 +81,30 @@ class BranchConfig:
         return Path(self.output_dir)
 
 
-def check_config(config: BranchConfig) -> None:
-    """Refuse settings that no model could make right, before anything is loaded.
+def parse_config(argv: Sequence[str] | None) -> BranchConfig:
+    """Return the diagnostic that a command line asks for, checked before anything is loaded.
 
     Raises:
-        UsageError: names the flag, its value and what would do.
+        UsageError: an unknown or malformed flag, a value out of its range, or no folder to write to.
     """
-    check_options(BranchConfig, vars(config))
-    check_sampling(config.sampling())
-    if config.engine == "hf" and config.tensor_parallel_size > 1:
-        raise UsageError("--tensor_parallel_size needs --engine vllm")
-    _check_folder(config.folder)
-
-
-def _check_folder(folder: Path) -> None:
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise UsageError(f"--output_dir {str(folder)!r} cannot be made: {str(existing)!r} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"--output_dir {str(folder)!r} cannot be written: no permission in {str(existing)!r}"
-        )
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags of branch_viability.py: those of `BranchConfig`."""
-    p = OneLineParser(
+    parser = OneLineParser(
         prog="branch_viability.py",
         description="Which of the privileged teacher's next tokens can the student still finish correctly?",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add_options(p, BranchConfig)
-    return p
-
-
-def parse_config(argv: Sequence[str] | None) -> BranchConfig:
-    """The diagnostic that a command line asks for.
-
-    Raises:
-        UsageError: an unknown or malformed flag, or a value out of its range.
-    """
-    arguments = vars(parser().parse_args(argv))
+    add_options(parser, BranchConfig)
+    arguments = vars(parser.parse_args(argv))
     check_options(BranchConfig, arguments)
     config = take(BranchConfig, arguments)
-    check_config(config)
+    check_sampling(config.sampling())
+    if config.engine == "hf" and config.tensor_parallel_size > 1:
+        raise UsageError("--tensor_parallel_size needs --engine vllm")
+    folder = config.folder.absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--output_dir {config.output_dir!r} cannot be made: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        reason = f"no permission in {str(existing)!r}"
+        raise UsageError(f"--output_dir {config.output_dir!r} cannot be written: {reason}")
     return config

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from opsd.diagnostic.statistics import MIN_CLUSTERS, interval
+from opsd.diagnostic.statistics import MIN_CLUSTERS, Estimate, interval
 
 BINS = 20
 TAUS = np.linspace(0.0, 1.0, 41)
@@ -38,20 +38,6 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One fitted number and its 95 % interval over resampled problems."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def text(self) -> str:
-        """Return `0.25 [0.10, 0.40]`."""
-        ends = "–" if self.low is None else f"{self.low:.2f}, {self.high:.2f}"
-        return f"{self.value:.2f} [{ends}]"
-
-
-@dataclass(frozen=True)
 class ScheduleFit:
     """A fitted schedule.
 
@@ -64,11 +50,11 @@ class ScheduleFit:
         grid, curve, band: [F] places, the curve there and its 95 % band.
     """
 
-    w_min: Parameter
-    tau: Parameter
-    s: Parameter
-    ceiling: Parameter
-    weights: tuple[Parameter, ...]
+    w_min: Estimate
+    tau: Estimate
+    s: Estimate
+    ceiling: Estimate
+    weights: tuple[Estimate, ...]
     shuffled_share: float
     problems: int
     explained: float
@@ -126,13 +112,21 @@ def fit_schedule(
     Returns:
         None where no branch succeeded, or branches lie in fewer than four bins: four numbers are fitted.
     """
-    columns = _columns(position, success, control, importance)
+    ones = np.ones(np.shape(position))
+    given = (
+        ones if importance is None else importance,
+        position,
+        success,
+        ones if control is None else control,
+    )
+    # [4, n]: each branch's importance, f, success and control.
+    columns = np.stack([np.asarray(column, dtype=np.float64) for column in given])
     codes = np.asarray(clusters, dtype=np.int64)
     per_problem = _bin_sums(columns, codes, weights.shape[1])
-    whole = per_problem.sum(axis=1)
-    if (whole[0] > 0).sum() < 4 or whole[2].sum() == 0 or whole[3].sum() == 0:
+    total = per_problem.sum(axis=1)
+    if (total[0] > 0).sum() < 4 or total[2].sum() == 0 or total[3].sum() == 0:
         return None
-    best = _solve(whole[:, None])[0][0]
+    best = _solve(total[:, None])[0][0]
     problems = int((per_problem[0].sum(axis=1) > 0).sum())
     used = weights if problems >= MIN_CLUSTERS else weights[:0]
     samples = _solve(np.einsum("rg,kgb->krb", used, per_problem))[0]
@@ -140,14 +134,11 @@ def fit_schedule(
     grid = np.linspace(0.0, 1.0, 101)
     curves = np.stack([_curve(f, samples.T) for f in grid], axis=1)
     band = np.quantile(curves, [0.025, 0.975], axis=0) if len(curves) >= 20 else np.full((2, 101), np.nan)
-    gain, spread = _against_constant(whole[:, None])
-    named = {
-        name: Parameter(float(best[at]), *interval(samples[:, at]))
-        for at, name in enumerate(("ceiling", "w_min", "tau", "s"))
-    }
+    gain, spread = _against_constant(total[:, None])
+    names = ("ceiling", "w_min", "tau", "s")
     return ScheduleFit(
-        **named,
-        weights=tuple(Parameter(float(_curve(f, best)), *interval(_curve(f, samples.T))) for f in SHOWN_AT),
+        **{name: Estimate(float(best[k]), *interval(samples[:, k])) for k, name in enumerate(names)},
+        weights=tuple(Estimate(float(_curve(f, best)), *interval(_curve(f, samples.T))) for f in SHOWN_AT),
         shuffled_share=_shuffled_share(columns, codes, gain[0]),
         problems=problems,
         explained=float(gain[0] / spread[0]) if spread[0] > 1e-12 else 0.0,
@@ -178,23 +169,11 @@ def _curve(f: ArrayLike, fit: Array) -> Array:
     return schedule(f, w_min=w_min, tau=tau, s=s)
 
 
-def _columns(position, success, control, importance) -> Array:
-    """Return [4, n]: each branch's importance, f, success and control."""
-    ones = np.ones_like(np.asarray(position, dtype=np.float64))
-    rows = (
-        ones if importance is None else importance,
-        position,
-        success,
-        ones if control is None else control,
-    )
-    return np.stack([np.asarray(row, dtype=np.float64) for row in rows])
-
-
 def _bin_sums(columns: Array, codes: NDArray[np.int64], count: int) -> Array:
     """Return [4, G, BINS]: per problem and bin the importance, and f, success and control weighted by it."""
     weight, position = columns[:2]
     flat = codes * BINS + np.minimum((position * BINS).astype(int), BINS - 1)
-    parts = [weight, *(weight * column for column in columns[1:])]
+    parts = (weight, *(weight * columns[1:]))
     summed = np.stack([np.bincount(flat, weights=part, minlength=count * BINS) for part in parts])
     return summed.reshape(4, count, BINS)
 
@@ -218,9 +197,7 @@ def _solve(sums: Array) -> tuple[Array, Array]:
             better = error < best - 1e-12
             scale = alpha + beta
             with np.errstate(invalid="ignore", divide="ignore"):
-                row = np.stack(
-                    [scale, alpha / scale, np.full_like(scale, tau), np.full_like(scale, width)], 1
-                )
+                row = np.stack(np.broadcast_arrays(scale, alpha / scale, tau, width), 1)
             found[better] = row[better]
             best = np.where(better, error, best)
     return found, best

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import branch_viability
 from opsd.diagnostic import run as branch_run
 from opsd.diagnostic.analysis import PREDICTORS
-from opsd.diagnostic.config import BranchConfig, check_config
+from opsd.diagnostic.config import BranchConfig
 from opsd.diagnostic.model import ForkScorer, ModelBackend
 from opsd.diagnostic.run import Plan, carry_out
 from opsd.diagnostic.sampling import CONTROL, Branches
@@ -47,7 +47,7 @@ class KnownBackend:
     Scores are noise. Forced tokens are letters that no spine holds: that tells a branch from a control.
     """
 
-    end_ids_of_world = frozenset({1})
+    end_ids = frozenset({1})
 
     def __init__(self, problems: list[BranchProblem], tokenizer, config: BranchConfig, chance, *, limit=None):
         self.by_prompt = {tuple(p.student_ids): p for p in problems}
@@ -59,9 +59,6 @@ class KnownBackend:
 
     def engine(self):
         return self
-
-    def end_ids(self):
-        return self.end_ids_of_world
 
     def close(self):
         pass
@@ -142,7 +139,7 @@ def run_known(plan: Plan, chance, **options):
         backends.append(KnownBackend(plan.problems, plan.tokenizer, plan.config, chance, **options))
         return backends[-1]
 
-    analysis = carry_out(plan, make, show=False)
+    analysis = carry_out(plan, make)
     return analysis, backends[0]
 
 
@@ -152,7 +149,7 @@ def records_of(folder: Path) -> list[dict]:
 
 
 def figure(analysis, column: str, which: str):
-    row = next(row for row in analysis.subsets[0].rows if row.predictor.column == column)
+    row = next(row for row in analysis.subsets[0].rows if row.column == column)
     return getattr(row, which)
 
 
@@ -212,7 +209,7 @@ def test_the_table_holds_every_column_and_the_doc_names_them(tmp_path):
     assert table.equals(pd.read_parquet(tmp_path / "branches.parquet").astype(table.dtypes))
     assert len(table) == 4 * 6 * 2
     assert not table.isna().any().any()
-    assert {predictor.column for predictor in PREDICTORS} <= set(table.columns)
+    assert set(PREDICTORS) <= set(table.columns)
     documented = re.findall(
         r"^\| `(\w+)` \|", (ROOT / "docs" / "branch_viability.md").read_text("utf-8"), re.M
     )
@@ -310,10 +307,10 @@ def test_a_forced_end_is_not_continued(tmp_path):
     forced = plan.tokenizer.convert_tokens_to_ids("x")
 
     class Ending(KnownBackend):
-        end_ids_of_world = frozenset({1, forced})
+        end_ids = frozenset({1, forced})
 
     backend = Ending(plan.problems, plan.tokenizer, plan.config, lambda f, forced: 1.0)
-    carry_out(plan, lambda: backend, show=False)
+    carry_out(plan, lambda: backend)
     table = pd.read_csv(tmp_path / "branches.csv")
     ended = table[table["token_id"] == forced]
     assert len(ended) == 3 * 6
@@ -609,6 +606,5 @@ def test_missing_files_exit_with_3(tmp_path, capsys, flags, message):
 
 def test_an_output_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    config = BranchConfig(model_name_or_path="m", dataset="d", output_dir=str(tmp_path / "file" / "x"))
     with pytest.raises(UsageError, match="is a file"):
-        check_config(config)
+        branch_viability.main(command(tmp_path / "file" / "x"))
