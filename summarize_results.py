@@ -22,17 +22,16 @@ from pathlib import Path
 
 from opsd.errors import ArtefactError, OneLineParser, UsageError, printable, run_cli
 from opsd.files import atomic_write_text
-from opsd.report.commands import missing_commands
 from opsd.report.markdown import markdown_table
-from opsd.report.notes import regime_line, table_notes
+from opsd.report.notes import missing_commands, regime_line, table_notes
 from opsd.report.plots import check_picture
 from opsd.report.summary import (
+    BENCHMARK_TITLES,
     METRICS,
     Row,
     Run,
     Statistic,
     Table,
-    benchmark_title,
     build_tables,
     load_run,
     paper_rows,
@@ -82,7 +81,7 @@ class Notes:
 def grid(table: Table, metric: str, text: Callable[[Statistic | None], str], notes: Notes) -> list[list[str]]:
     """Return header and rows of one metric of one table, cells with the numbers of their notes."""
     name = f"{METRIC_TITLES[metric]}@{table.val_n}"
-    header = [benchmark_title(name) for name in table.columns]
+    header = [BENCHMARK_TITLES.get(name, name) for name in table.columns]
     header += [f"{name}, {title}" for title, _ in table.figures[len(table.columns) :]]
     lines = [["method", *header]]
     for row in table.rows:

@@ -74,20 +74,14 @@ class Subset:
 
 @dataclass(frozen=True)
 class Group:
-    """The branches in a bin of relative position, or of one rank.
-
-    Attributes:
-        key: the bin's middle, or the rank.
-        probability: mean teacher probability of the forced token.
-        success, control, difference: of the branches, of their forks' unforced control, and branch − control.
-    """
+    """The branches in a bin of relative position, or of one rank."""
 
     label: str
-    key: float
+    key: float  # the bin's middle, or the rank
     branches: int
-    probability: float
+    probability: float  # mean teacher probability of the forced token
     success: Estimate
-    control: Estimate
+    control: Estimate  # success of the forks' unforced continuations
     difference: Estimate
 
 

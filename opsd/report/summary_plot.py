@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd.report import plots
-from opsd.report.summary import Row, Table, benchmark_title, method_stem, paper_rows, row_title
+from opsd.report.summary import BENCHMARK_TITLES, Row, Table, method_stem, paper_rows, row_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def _panel(
                 axis.plot(single, [place] * len(single), "o", color="black", markersize=2.2, zorder=3)
         if figure := paper.get(row.method, {}).get(columns):
             axis.plot(figure[0], place + PAPER_OFFSET, color=colour, markersize=5, **PAPER_STYLE)
-    plots.label(axis, title=plots.plain(benchmark_title(title)), x=f"Avg@{table.val_n} (%)", y="")
+    plots.label(axis, title=plots.plain(BENCHMARK_TITLES.get(title, title)), x=f"Avg@{table.val_n} (%)", y="")
     axis.set_yticks(range(len(rows)), [plots.plain(row_title(row)) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")

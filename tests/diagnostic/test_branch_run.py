@@ -20,8 +20,8 @@ from opsd.diagnostic import run as branch_run
 from opsd.diagnostic.analysis import PREDICTORS
 from opsd.diagnostic.config import BranchConfig
 from opsd.diagnostic.model import ForkScorer, ModelBackend
-from opsd.diagnostic.run import Plan, carry_out
-from opsd.diagnostic.sampling import CONTROL, Branches
+from opsd.diagnostic.run import carry_out
+from opsd.diagnostic.sampling import CONTROL, Branches, Plan
 from opsd.diagnostic.spines import Alternative, BranchProblem, Fork, fork_offsets, load_problems
 from opsd.errors import ArtefactError, UsageError, run_cli
 from opsd.evaluation.journal import decode_line

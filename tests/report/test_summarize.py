@@ -19,7 +19,7 @@ from opsd.errors import run_cli
 from opsd.evaluation.grading import ProblemGrade
 from opsd.evaluation.names import result_path
 from opsd.evaluation.results import build_result, problem_record, write_result
-from opsd.report.commands import PAPER_SEEDS, SMALL_MAX_NEW_TOKENS, missing_commands
+from opsd.report.notes import PAPER_SEEDS, SMALL_MAX_NEW_TOKENS, missing_commands
 from opsd.report.summary import Cell, Row, Table, build_tables, load_run, row_title, split_name
 
 ROOT = Path(__file__).resolve().parents[2]
