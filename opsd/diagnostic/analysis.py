@@ -158,7 +158,7 @@ def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
     schedules = {}
     if config.suggest_schedule:
         columns = (table["relative_position"], table["viability"], table["code"], weights)
-        for name, control in (("absolute", None), ("relative", table["control_viability"])):
+        for name, control in (("absolute", 1.0), ("relative", table["control_viability"])):
             importance = table["teacher_probability"]
             schedules[name] = fit_schedule(*columns, control=control, importance=importance)
     curve = []

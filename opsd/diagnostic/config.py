@@ -33,39 +33,25 @@ class BranchConfig:
     adapter: str | None = option(None, "LoRA checkpoint: the student is base + adapter, the teacher the base")
     model_revision: str | None = option(None, "hub revision of the base model")
     num_problems: int | None = option(None, "the first so many problems; None = all", range=AT_LEAST_ONE)
-    num_positions: int = option(
-        8, "forks per spine, one in each of so many equal stretches", range=AT_LEAST_ONE
-    )
+    num_positions: int = option(8, "forks per spine, one in each equal stretch", range=AT_LEAST_ONE)
     top_k: int = option(3, "teacher's likeliest next tokens forced at each fork", range=AT_LEAST_ONE)
-    continuations: int = option(
-        8, "student continuations per branch, and per fork without a forced token", range=AT_LEAST_ONE
-    )
+    continuations: int = option(8, "of each branch, and of each fork's control", range=AT_LEAST_ONE)
     rollout_temperature: float = option(1.1, "sampling of spines and continuations: temperature")
     rollout_top_p: float = option(0.95, "nucleus mass")
     rollout_top_k: int = option(20, "likeliest tokens kept; 0 = all")
     max_new_tokens: int = option(1024, "limit of a spine, and again of each continuation")
-    score_temperature: float = option(
-        1.1, "divides the logits before entropies, probabilities and KL are read", range=POSITIVE
-    )
-    viable_share: float = option(
-        0.5, "viable = at least this share of the continuations recovers the answer", range=PROPER_SHARE
-    )
+    score_temperature: float = option(1.1, "of entropies, probabilities and KL", range=POSITIVE)
+    viable_share: float = option(0.5, "share of right continuations of a viable branch", range=PROPER_SHARE)
     seed: int = option(0, "every spine and continuation has its own hashed seed", range=NOT_NEGATIVE)
     engine: str = option("vllm", "what samples; hf is transformers", choices=("hf", "vllm"))
     dtype: str = option("auto", "auto is the checkpoint's own", choices=("auto", "float32", "bfloat16"))
-    hf_batch_size: int = option(
-        64, "sequences at once in transformers, for sampling (hf) and scoring (both)", range=AT_LEAST_ONE
-    )
-    gpu_memory_utilization: float = option(
-        0.6, "vllm's share of the GPU; leave room for a second copy that scores", range=PROPER_SHARE
-    )
+    hf_batch_size: int = option(64, "sequences in transformers, which always scores", range=AT_LEAST_ONE)
+    # A second copy of the model scores.
+    gpu_memory_utilization: float = option(0.6, "vllm's share of the GPU's memory", range=PROPER_SHARE)
     tensor_parallel_size: int = option(1, "GPUs that share one copy of the model (vllm)", range=AT_LEAST_ONE)
-    resamples: int = option(
-        2000, "bootstrap resamples of the problems; a 95 % interval needs 20", range=Range(20)
-    )
-    grading_workers: int | None = option(
-        None, "processes that grade; None = the cores, at most 8", range=AT_LEAST_ONE
-    )
+    # A 95 % interval needs 20.
+    resamples: int = option(2000, "bootstrap resamples of the problems", range=Range(20))
+    grading_workers: int | None = option(None, "processes; None = cores, at most 8", range=AT_LEAST_ONE)
     suggest_schedule: bool = option(False, "fit (w_min, tau, s) to the measured curves")
     trust_remote_code: bool = option(False, "run code that comes with the model")
 

@@ -29,9 +29,7 @@ PADDING_RATIO = 1.25
 class ForkScorer:
     """Score spines with transformers: the student with its adapter, the teacher with the adapter off.
 
-    Args:
-        model: a causal LM (student and teacher are the same network then) or a PeftModel over one.
-        pad_id: any valid token id; it fills what no row uses.
+    Without an adapter, student and teacher are the same network. `pad_id` is any valid token id.
     """
 
     def __init__(
@@ -72,13 +70,10 @@ class ForkScorer:
 
 
 class ModelBackend:
-    """Sample and score with a real model; nothing is loaded before it is needed.
+    """Sample and score with a real model, loaded when it is needed.
 
-    With --engine hf one model samples and scores. With --engine vllm the engine samples; a second copy of the
-    model in transformers scores the spines and is freed again.
-
-    Args:
-        longest: tokens of the longest request, prompt and continuation together.
+    With --engine hf one model samples and scores. With --engine vllm the engine samples requests of up to
+    `longest` tokens; a second copy of the model in transformers scores the spines and is freed again.
     """
 
     def __init__(self, config: BranchConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> None:
@@ -101,9 +96,8 @@ class ModelBackend:
         """Return the forks of each spine at its offsets."""
         if self._scorer is None:
             settings = {"temperature": self.config.score_temperature, "top_k": self.config.top_k}
-            self._scorer = ForkScorer(
-                self._loaded_model(), pad_id=self.tokenizer.pad_token_id or 0, **settings
-            )
+            pad_id = self.tokenizer.pad_token_id or 0
+            self._scorer = ForkScorer(self._loaded_model(), pad_id=pad_id, **settings)
         return self._scorer.score(problems, spines, offsets)
 
     def scoring_done(self) -> None:

@@ -2,15 +2,14 @@
 
 The schedule of PW-OPSD is w(f) = w_min + (1 − w_min)·σ((f − τ)/s) at relative position f
 (arXiv:2605.21606). Its scale is free (the learning rate absorbs it), so a·w(f) with a ceiling a is fitted:
-
-    success of branches in bin b  ≈  a · w(f_b) · C_b,
+the success of branches in bin b is about a · w(f_b) · C_b.
 
 C_b = 1 for absolute viability, the success of the unforced control in the bin for relative viability. With
 α = a·w_min and β = a·(1 − w_min), both at least 0, the model is linear in (α, β): (τ, s) are searched on a
 grid, the rest is solved exactly, so there is no local minimum, and every resample is fitted in full.
 
 So free a curve finds a rise in noise too. A permutation test decides whether there is one: the forks of each
-problem exchange their positions at random, which keeps all but the order along the spine.
+problem exchange their positions at random.
 """
 
 from __future__ import annotations
@@ -85,8 +84,8 @@ def fit_schedule(
     clusters: ArrayLike,
     weights: Array,
     *,
-    control: ArrayLike | None = None,
-    importance: ArrayLike | None = None,
+    control: ArrayLike = 1.0,
+    importance: ArrayLike = 1.0,
 ) -> ScheduleFit | None:
     """Fit w_min, τ and s to success along the spine.
 
@@ -95,21 +94,14 @@ def fit_schedule(
         success: [n] share of a branch's continuations that recover the answer.
         clusters: [n] problem codes 0..G−1.
         weights: [R, G] of `opsd.diagnostic.statistics.resample_weights`.
-        control: [n] share of the control's; None fits absolute viability.
-        importance: [n] how much each branch counts, e.g. the teacher's probability of its token; None is 1.
+        control: [n] share of the control's; 1 fits absolute viability.
+        importance: [n] how much each branch counts, e.g. the teacher's probability of its token.
 
     Returns:
         None where no branch succeeded, or branches lie in fewer than four bins: four numbers are fitted.
     """
-    ones = np.ones(np.shape(position))
-    given = (
-        ones if importance is None else importance,
-        position,
-        success,
-        ones if control is None else control,
-    )
     # [4, n]: each branch's importance, f, success and control.
-    columns = np.stack([np.asarray(column, dtype=np.float64) for column in given])
+    columns = np.stack(np.broadcast_arrays(importance, position, success, control)).astype(np.float64)
     codes = np.asarray(clusters, dtype=np.int64)
     per_problem = _bin_sums(columns, codes, weights.shape[1])
     total = per_problem.sum(axis=1)

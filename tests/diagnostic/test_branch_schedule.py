@@ -43,7 +43,7 @@ def world(seed: int, *, problems: int, forks: int = 12, curve=None, control=None
 def fitted(columns, *, relative: bool = False, resamples: int = 60) -> ScheduleFit | None:
     position, success, codes, control = columns
     weights = resample_weights(int(codes.max()) + 1, resamples=resamples, seed=0)
-    return fit_schedule(position, success, codes, weights, control=control if relative else None)
+    return fit_schedule(position, success, codes, weights, control=control if relative else 1.0)
 
 
 def moderate(f):
