@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from opsd.evaluation.results import load_result
 from tests.evaluation import test_run_eval
@@ -50,12 +49,11 @@ def test_two_cells_of_the_small_world_at_once_and_a_failure_named(tmp_path):
     rows = [{"problem": f"Compute {n}+11+12+13.", "answer": str(n + 36)} for n in range(20, 50)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hmmt.parquet")
     (tmp_path / "cells").write_text("small_base small 1\nsmall_opsd small 1\nsmall_base hmmt25 3\n")
-    settings = {
-        **{"VENV": sys.prefix, "EVAL_ROOT": "results", "OUTPUT_ROOT": "none", "ENGINE": "hf"},
-        **{"HMMT25_PARQUET_PATH": "hmmt.parquet", "WORKERS": "2", "CUDA_VISIBLE_DEVICES": ""},
-        **{"VAL_N": "2", "NUM_SAMPLES": "4", "OMP_NUM_THREADS": "1"},
-    }
-    done = launch("eval_workers.sh", "cells", "--", "--grading_workers", "1", cwd=tmp_path, **settings)
+    roots = {"VENV": sys.prefix, "EVAL_ROOT": "results", "OUTPUT_ROOT": "none"}
+    own = {"HMMT25_PARQUET_PATH": "hmmt.parquet", "WORKERS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    size = {"ENGINE": "hf", "VAL_N": "2", "NUM_SAMPLES": "4", "OMP_NUM_THREADS": "1"}
+    flags = ("--", "--grading_workers", "1")
+    done = launch("eval_workers.sh", "cells", *flags, cwd=tmp_path, **roots, **own, **size)
     assert done.returncode == 1, done.stderr
     for dataset, seed in (("small", 1), ("hmmt25", 3)):
         (path,) = (tmp_path / "results").glob(f"small_base_{dataset}_*_seed{seed}.json")
@@ -119,24 +117,3 @@ def test_a_terminal_shows_a_line_per_worker(checkout):
     (checkout / "go").touch()
     assert workers.wait(120) == 0
     os.close(ours)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "cells", "settings", "said"),
-    [
-        ((), "# nothing\n", {}, "standard input has no cell"),
-        ((), "small_base\n", {}, "'small_base' is not a cell: write METHOD_NAME DATASET [SEED]"),
-        (("nowhere",), "", {}, "nowhere cannot be read"),
-        (("a", "b"), "", {}, "'b' is one argument too many"),
-        ((), CELLS, {"WORKERS": "two"}, "WORKERS=two"),
-        ((), CELLS, {"TENSOR_PARALLEL": "0"}, "TENSOR_PARALLEL=0"),
-        ((), CELLS, {"WORKERS": "3", "CUDA_VISIBLE_DEVICES": "0,1"}, "more than the 2 visible GPUs"),
-    ],
-)
-def test_wrong_calls(checkout, arguments, cells, settings, said):
-    workers = start(checkout, *arguments, cells=cells, **settings)
-    _, err = workers.communicate(timeout=120)
-    assert workers.returncode == 2
-    assert said in err
-    assert len(err.splitlines()) == 1
-    assert runs(checkout) == []

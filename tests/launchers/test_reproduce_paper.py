@@ -181,24 +181,6 @@ def test_the_missing_benchmark_stops_before_the_first_step(tree, tmp_path):
     assert tree.run(cwd=tmp_path, **part).returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"BASE_MODEL_PATH": "somewhere"}, "BASE_MODEL_PATH is one model's copy, but there are 3 models"),
-        ({"TENSOR_PARALLEL": "0"}, "TENSOR_PARALLEL='0'"),
-        ({"MODELS": "gpt"}, "unknown model 'gpt'; choose from dsr1_l8b olmo3_7b_think qwen3_4b_base small"),
-        ({"METHODS_TO_RUN": "sft"}, "unknown method 'sft'; choose from eopd opsd pwopsd reopold"),
-        ({"RUN_NAME": "mine"}, "RUN_NAME is set"),
-        ({"SEEDS": "1 two"}, "'two' is not a whole number"),
-    ],
-)
-def test_wrong_settings(tree, settings, message):
-    done = tree.run(**settings)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert not tree.called()
-
-
 def test_the_estimate_names_its_assumptions_before_the_first_step(tree):
     done = tree.run(MODELS="qwen3_4b_base", METHODS_TO_RUN="opsd", BENCHMARKS="aime24")
     estimate = done.stderr[: done.stderr.index("== qwen3_4b_base_opsd")]
