@@ -119,9 +119,10 @@ class Pool:
             self.stopping = True
             running = [worker.process for worker in self.workers if worker.process is not None]
         for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in running:
+                signal_group(process, number)
             limit = time.monotonic() + GRACE_S
-            while any([signal_group(process, number) for process in running]) and time.monotonic() < limit:
-                number = 0
+            while time.monotonic() < limit and any(signal_group(process, 0) for process in running):
                 time.sleep(0.05)
 
 
