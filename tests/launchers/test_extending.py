@@ -46,6 +46,7 @@ def test_the_launchers_know_the_additions(extended, script, arguments, words):
     assert words in done.stdout
 
 
+@pytest.mark.slow
 def test_the_added_method_passes_its_test(extended):
     command = [sys.executable, "-m", "pytest", "tests/test_objectives.py", "-k", "plain_loops or no_valid"]
     done = subprocess.run(command, cwd=extended, capture_output=True, text=True, timeout=300, check=False)
