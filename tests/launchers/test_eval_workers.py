@@ -7,22 +7,19 @@ import pty
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from opsd.evaluation.results import load_result
 from tests.evaluation import test_run_eval
 from tests.evaluation.test_run_eval import runs, wait_for
-from tests.launchers.test_launchers import launch
 
 checkout = test_run_eval.checkout
 CELLS = "small_base small 1\n\n# a comment\nsmall_base small_hard\n"
 # Stands in for evaluate_math.py: records its devices, waits until two have started, ends.
 PAIR = """
 import os, pathlib, time
+# A relative path of the caller's holds in every working directory.
+assert pathlib.Path(os.environ["HMMT25_PARQUET_PATH"]).is_file()
 label, devices = os.environ["HOSTLABEL"], os.environ.get("CUDA_VISIBLE_DEVICES")
 pathlib.Path(f"started-{label}").write_text(str(devices))
 while len(list(pathlib.Path().glob("started-*"))) < 2:
@@ -44,22 +41,13 @@ def start(root: Path, *arguments: str, cells: str = CELLS, stderr: int = subproc
     )
 
 
-def test_two_cells_of_the_small_world_at_once_and_a_failure_named(tmp_path):
-    """The real programs on a CPU. A relative HMMT25_PARQUET_PATH holds in every working directory."""
-    rows = [{"problem": f"Compute {n}+11+12+13.", "answer": str(n + 36)} for n in range(20, 50)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hmmt.parquet")
-    (tmp_path / "cells").write_text("small_base small 1\nsmall_opsd small 1\nsmall_base hmmt25 3\n")
-    roots = {"VENV": sys.prefix, "EVAL_ROOT": "results", "OUTPUT_ROOT": "none"}
-    own = {"HMMT25_PARQUET_PATH": "hmmt.parquet", "WORKERS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    size = {"ENGINE": "hf", "VAL_N": "2", "NUM_SAMPLES": "4", "OMP_NUM_THREADS": "1"}
-    flags = ("--", "--grading_workers", "1")
-    done = launch("eval_workers.sh", "cells", *flags, cwd=tmp_path, **roots, **own, **size)
-    assert done.returncode == 1, done.stderr
-    for dataset, seed in (("small", 1), ("hmmt25", 3)):
-        (path,) = (tmp_path / "results").glob(f"small_base_{dataset}_*_seed{seed}.json")
-        assert load_result(path)["num_problems"] == 4
-    lines = done.stderr.splitlines()
-    assert sum("of 3 cells, worker" in line for line in lines) == 3
+def test_a_failed_cell_is_named_and_stops_no_other(checkout):
+    workers = start(checkout, cells="small_base small 1\nsmall_opsd small 1\nsmall_base small_hard\n")
+    _, err = workers.communicate(timeout=120)
+    assert workers.returncode == 1
+    assert len(runs(checkout)) == 2
+    lines = err.splitlines()
+    assert sum("of 3 cells, worker1: " in line for line in lines) == 3
     assert lines[-2].startswith("  small_opsd small seed 1: exit code 3 (no merged model at ")
     assert lines[-1] == "error: 1 of 3 cells failed (listed above)"
     assert len(lines) == 5, "a line for each finished cell, and no other"
@@ -68,7 +56,8 @@ def test_two_cells_of_the_small_world_at_once_and_a_failure_named(tmp_path):
 def test_each_worker_has_its_own_gpus(checkout):
     (checkout / "evaluate_math.py").write_text(PAIR)
     gpus = {"CUDA_VISIBLE_DEVICES": "3,GPU-a,5,7,9", "TENSOR_PARALLEL": "2"}
-    workers = start(checkout, ENGINE="vllm", HOSTLABEL="node", **gpus)
+    (checkout.parent / "hmmt.parquet").touch()
+    workers = start(checkout, ENGINE="vllm", HOSTLABEL="node", HMMT25_PARQUET_PATH="hmmt.parquet", **gpus)
     _, err = workers.communicate(timeout=120)
     assert workers.returncode == 0, err
     started = {path.name: path.read_text() for path in checkout.glob("started-*")}

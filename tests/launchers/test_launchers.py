@@ -222,11 +222,9 @@ def test_flags_of_the_user_replace_the_launchers_visibly(given, expected, said):
         ("small sft", {}, "unknown method 'sft'"),
         ("small opsd", {"NUM_PROCESSES": "3"}, "NUM_PROCESSES=3 x PER_DEVICE_BATCH=8 does not divide"),
         ("small opsd", {"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two"),
-        ("small opsd", {"PER_DEVICE_BATCH": "-8"}, "PER_DEVICE_BATCH=-8"),
         ("small opsd", {"ROLLOUT": "sglang"}, "ROLLOUT=sglang: use hf or vllm"),
         ("small opsd", {"RUN_NAME": "../elsewhere"}, "RUN_NAME=../elsewhere"),
         ("small opsd", {"RUN_NAME": "x_merged"}, "RUN_NAME=x_merged"),
-        ("small opsd", {"MERGE_STEP": "last"}, "MERGE_STEP=last"),
         ("small opsd --max-steps=50", {}, "--max_steps 50 ends before checkpoint-100"),
         ("small opsd --max_steps many", {}, "--max_steps many: give one number"),
         ("small opsd --save_steps 0.5", {}, "--save_steps 0.5 never saves checkpoint-100"),
@@ -241,11 +239,9 @@ def test_flags_of_the_user_replace_the_launchers_visibly(given, expected, said):
         ("dsr1_l8b opsd", {"DRY_RUN": "0", "CUDA_VISIBLE_DEVICES": "0,1"}, "2 GPU(s) are visible"),
         ("small opsd -- --seed 1", {}, "'--' is not a flag"),
         ("quickstart.sh", {"METHOD": "sft"}, "METHOD=sft"),
-        ("quickstart.sh", {"ROLLOUT": "tgi"}, "ROLLOUT=tgi"),
         ("reproduce_small.sh", {"JOBS": "0"}, "JOBS"),
         ("reproduce_small.sh", {"SEEDS": "1 -2"}, "SEEDS"),
         ("reproduce_small.sh", {"LEARNING_RATES": "1e-3 $(id)"}, "LEARNING_RATES"),
-        ("reproduce_small.sh", {"RUN_NAME": "mine"}, "RUN_NAME is set"),
         ("reproduce_paper.sh", {"RUN_NAME": "mine"}, "RUN_NAME is set"),
         ("reproduce_paper.sh", {"BASE_MODEL_PATH": "x"}, "one model's copy, but there are 3 models"),
         ("reproduce_paper.sh", {"TENSOR_PARALLEL": "0"}, "TENSOR_PARALLEL='0'"),
@@ -257,7 +253,6 @@ def test_flags_of_the_user_replace_the_launchers_visibly(given, expected, said):
         ("eval_workers.sh damaged", {}, "'small_base' is not a cell: write METHOD_NAME DATASET [SEED]"),
         ("eval_workers.sh nowhere", {}, "nowhere cannot be read"),
         ("eval_workers.sh cells more", {}, "'more' is one argument too many"),
-        ("eval_workers.sh cells", {"WORKERS": "two"}, "WORKERS=two"),
         ("eval_workers.sh cells", {"TENSOR_PARALLEL": "0"}, "TENSOR_PARALLEL=0"),
         ("eval_workers.sh cells", {"WORKERS": "3", "CUDA_VISIBLE_DEVICES": "0,1"}, "the 2 visible GPUs"),
     ],
@@ -297,13 +292,12 @@ def chain(tmp_path):
     stamp = {"stack": "cpu", "requirements": install.requirements_hash(ROOT), "vllm": True}
     (tmp_path / "venv" / install.STAMP).write_text(json.dumps(stamp))
     base, outputs = tiny_base(tmp_path / "base"), tmp_path / "out puts"
-    own = {"VENV": str(tmp_path / "venv"), "STACK": "cpu"}
-    own |= {"BASE_MODEL_PATH": str(base), "OUTPUT_ROOT": str(outputs)}
+    own = {"VENV": str(tmp_path / "venv"), "BASE_MODEL_PATH": str(base), "OUTPUT_ROOT": str(outputs)}
 
     def start(*arguments: str, name: str = "tiny_pwopsd", **settings: str):
         (outputs / name / "checkpoint-100").is_dir() or train_nothing(base, outputs / name, *SMALL)
         learning_rate = ("--learning_rate", "5e-6")
-        settings = own | {"RUN_NAME": name} | settings
+        settings = own | {"STACK": "cpu", "RUN_NAME": name} | settings
         return launch("train.sh", "small", "pwopsd", *learning_rate, *arguments, **settings)
 
     def trainings() -> int:
@@ -342,18 +336,10 @@ def test_train_merge_sentinel_then_nothing_to_do(chain):
     check_merged(chain.merged, hashes=True)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / SENTINEL_NAME).unlink(),
-        lambda folder: os.truncate(folder / "model.safetensors", 1000),
-    ],
-    ids=["no sentinel", "truncated weights"],
-)
-def test_incomplete_merges_are_repeated(chain, damage):
+def test_an_incomplete_merge_is_repeated(chain):
     adapter = train_nothing(chain.base, chain.outputs / "tiny_pwopsd", *SMALL)
     merge_lora.merge(str(chain.base), adapter, chain.merged)
-    damage(chain.merged)
+    os.truncate(chain.merged / "model.safetensors", 1000)
     done = chain.start()
     assert done.returncode == 0, done.stderr
     check_merged(chain.merged, hashes=True)

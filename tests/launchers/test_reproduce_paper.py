@@ -147,15 +147,6 @@ def test_a_wrong_setting_stops_at_the_first_cell_only(tree):
     assert [words[1] for words in tree.called("train.sh")] == list(MODELS)
 
 
-def test_no_result_at_all_is_no_table(tree):
-    tree.failures.write_text("train.sh=1\n")
-    done = tree.run(MODELS="dsr1_l8b")
-    assert done.returncode == 1
-    assert "4 part(s) failed" in done.stderr
-    assert "no result in" in done.stderr
-    assert not list(tree.evaluations.iterdir())
-
-
 def test_a_damaged_result_is_listed_beside_the_table(tree):
     one = {"MODELS": "dsr1_l8b", "METHODS_TO_RUN": "opsd", "BENCHMARKS": "aime24"}
     (tree.evaluations / "small_opsd_small_38k_seed1.json").write_text("{")
@@ -165,6 +156,14 @@ def test_a_damaged_result_is_listed_beside_the_table(tree):
     assert done.returncode == 1
     assert "the table (exit code 1)" in done.stderr
     assert "62.50 ± 12.50" in done.stdout
+    # Without any result there is no table.
+    for path in tree.evaluations.iterdir():
+        path.unlink()
+    tree.failures.write_text("train.sh=1\n")
+    done = tree.run(**one)
+    assert done.returncode == 1
+    assert "no result in" in done.stderr
+    assert not list(tree.evaluations.iterdir())
 
 
 def test_the_missing_benchmark_stops_before_the_first_step(tree, tmp_path):
