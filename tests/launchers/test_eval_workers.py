@@ -9,7 +9,6 @@ import signal
 import subprocess
 from pathlib import Path
 
-
 from tests.evaluation import test_run_eval
 from tests.evaluation.test_run_eval import runs, wait_for
 
