@@ -173,9 +173,8 @@ def test_the_comparison_counts_points_and_pairs_problems():
 
 
 def test_files_of_different_sampling_are_not_compared(tmp_path, monkeypatch):
-    from opsd.evaluation import results as module
-
-    monkeypatch.setattr(module, "load_result", lambda path: {"temperature": 1.0 if "a" in path.name else 0.7})
+    settings = {"a.json": {"temperature": 1.0}, "b.json": {"temperature": 0.7}}
+    monkeypatch.setattr("opsd.evaluation.results.load_result", lambda path: settings[path.name])
     with pytest.raises(UsageError, match="temperature"):
         compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
 

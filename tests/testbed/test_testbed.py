@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
+import itertools
 import json
-import operator
 import random
 import re
 from pathlib import Path
@@ -19,23 +18,15 @@ from testbed import problems as world
 
 BASE = Path(world.__file__).resolve().parent / "base_model"
 SPLITS = {split.name: split for split in (world.TRAIN, world.HELDOUT, world.HELDOUT_HARD)}
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub}
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (world.DATA / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
-def evaluated(expression: str) -> list[int]:
-    """The running totals of a chain of sums, worked out from Python's own parse of it: start first."""
-
-    def walk(node: ast.expr) -> list[int]:
-        if isinstance(node, ast.Constant):
-            return [node.value]
-        totals = walk(node.left)
-        return [*totals, OPERATIONS[type(node.op)](totals[-1], node.right.value)]
-
-    return walk(ast.parse(expression, mode="eval").body)
+def running_totals(expression: str) -> list[int]:
+    """Return the running totals of a chain of sums, its start first."""
+    return list(itertools.accumulate(map(int, re.findall(r"[+-]?\d+", expression))))
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -46,7 +37,7 @@ def test_rows_state_right_problems_answers_and_solutions(name):
     for row in rows:
         assert list(row) == ["problem", "answer", "solution"]
         expression = re.fullmatch(r"Compute ([\d+-]+)\.", row["problem"]).group(1)
-        totals = evaluated(expression)
+        totals = running_totals(expression)
         lengths.add(len(totals) - 1)
         assert all(15 <= total <= 99 for total in totals)
         assert row["answer"] == str(totals[-1])
