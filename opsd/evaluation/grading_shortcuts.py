@@ -5,22 +5,7 @@ import zlib
 from fractions import Fraction
 from typing import Any
 
-from sympy import (
-    Add,
-    E,
-    Expr,
-    Float,
-    I,
-    Integer,
-    Mul,
-    Number,
-    Pow,
-    Rational,
-    Symbol,
-    factorial,
-    pi,
-    preorder_traversal,
-)
+import sympy as sp
 
 MARGIN = 1e-3  # math_verify rounds decimals to 6 places
 _NUMBER = re.compile(r"-?\d{1,9}(?:\.\d{1,6})?|(-?)\\d?frac\{(\d{1,9})\}\{([1-9]\d{0,8})\}", re.ASCII)
@@ -31,11 +16,15 @@ _LETTER, _WORD = r"[a-zA-Z](?![a-zA-Z])", r"\\text\{(?!and|or)[a-z]*\}"
 _ONE = rf"(?:[-+0-9.^{{}}! ]|{_LETTER}|{_WORD}|\\(?:d?frac|sqrt|pi|cdot|circ)(?![a-zA-Z]))+"
 _EXPRESSION = re.compile(rf"(?:[a-z] ?= ?)?{_ONE}")
 
+_NODES = (
+    sp.Rational, sp.Float, sp.NumberSymbol, type(sp.I), sp.Add, sp.Mul, sp.Symbol, sp.factorial
+)  # fmt: skip
 
-def plain_number(text: str) -> Number | None:
+
+def plain_number(text: str) -> sp.Number | None:
     """Return what math_verify parses from a plain integer or decimal; None for other texts."""
     match = _NUMBER.fullmatch(text)
-    return None if match is None or match[2] else Float(text) if "." in text else Integer(int(text))
+    return None if match is None or match[2] else sp.Float(text) if "." in text else sp.Integer(int(text))
 
 
 def decide_texts(gold: str, predicted: str) -> bool | None:
@@ -55,15 +44,15 @@ def value(trees: list) -> complex | None:
     """Return the value of one parsed sum, product or power, each symbol at a fixed point; else None."""
 
     def is_plain(node: Any) -> bool:
-        if isinstance(node, Pow):  # the power of a base beside the branch cut has no safe value
+        if isinstance(node, sp.Pow):  # the power of a base beside the branch cut has no safe value
             return node.exp.is_Integer or bool(node.base.is_positive)
-        return isinstance(node, (Rational, Float, Add, Mul, Symbol, factorial)) or node in (pi, E, I)
+        return isinstance(node, _NODES)
 
     # math_verify compares a lone symbol by its name.
-    if len(trees) != 1 or not isinstance(trees[0], Expr) or isinstance(trees[0], Symbol):
+    if len(trees) != 1 or not isinstance(trees[0], sp.Expr) or isinstance(trees[0], sp.Symbol):
         return None
     try:
-        if all(map(is_plain, preorder_traversal(trees[0]))):
+        if all(map(is_plain, sp.preorder_traversal(trees[0]))):
             points = {s: 1 + zlib.crc32(str(s).encode()) / 2**32 for s in trees[0].free_symbols}
             return complex(trees[0].evalf(subs=points))
     except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError):
