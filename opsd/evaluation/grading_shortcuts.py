@@ -16,9 +16,7 @@ _LETTER, _WORD = r"[a-zA-Z](?![a-zA-Z])", r"\\text\{(?!and|or)[a-z]*\}"
 _ONE = rf"(?:[-+0-9.^{{}}! ]|{_LETTER}|{_WORD}|\\(?:d?frac|sqrt|pi|cdot|circ)(?![a-zA-Z]))+"
 _EXPRESSION = re.compile(rf"(?:[a-z] ?= ?)?{_ONE}")
 
-_NODES = (
-    sp.Rational, sp.Float, sp.NumberSymbol, type(sp.I), sp.Add, sp.Mul, sp.Symbol, sp.factorial
-)  # fmt: skip
+_NODES = (sp.Rational, sp.Float, sp.NumberSymbol, type(sp.I), sp.Add, sp.Mul, sp.Symbol, sp.factorial)
 
 
 def plain_number(text: str) -> sp.Number | None:
