@@ -1,6 +1,6 @@
 """python data/prepare_hmmt25.py [--source HUB_ID or FILE.jsonl, .json, .csv, .parquet] [--output FILE]
 
-Makes the parquet that the hmmt25 benchmark reads: 30 rows with the columns `problem` and `answer`, both text,
+Make the parquet that the hmmt25 benchmark reads: 30 rows with the columns `problem` and `answer`, both text,
 from MathArena's release of HMMT February 2025 on the hub or from a local copy of it.
 """
 
@@ -54,7 +54,7 @@ def clean_rows(rows: list[dict[str, Any]], source: str) -> list[dict[str, str]]:
 
 
 def write_parquet(rows: list[dict[str, str]], output: Path) -> None:
-    """Write `rows` whole, both columns as strings. Raises ArtefactError where that is not possible."""
+    """Write `rows` with both columns as strings; raise ArtefactError where that is not possible."""
     import pyarrow
     import pyarrow.parquet
 

@@ -356,6 +356,7 @@ CASES: list[Case] = [
     # the other programs
     Case("summarize_results.py: no such file", "summarize_results", lambda w: ["./none/*.json"], 2, ("./none/*.json",)),
     Case("summarize_results.py --plot of an unknown kind", "summarize_results", lambda w: ["--plot", "x.docx"], 2, ("x.docx", ".png")),
+    Case("prepare_hmmt25.py: no such file", "data.prepare_hmmt25", lambda w: ["--source", "./no.jsonl"], 3, ("./no.jsonl",)),
     Case("plot_run.py of a log of 1e999", "plot_run", lambda w: [str(w.file("metrics.jsonl", '{"step": 1, "loss": 1e999}\n').parent)], 3, ("line 1", "1e999", "delete the line")),
     Case("plot_run.py of a log of garbage", "plot_run", lambda w: [str(w.file("metrics.jsonl", "[" * 200_000 + "\n").parent)], 3, ("line 1", "no logged step", "delete the line")),
     Case("branch_viability.py: a flag that does not exist", "branch_viability", lambda w: branch(w, "--deep"), 2, ("--deep", "--help")),
@@ -371,15 +372,6 @@ CASES: list[Case] = [
 # -- running them --------------------------------------------------------------------------------------------
 
 
-def entry_point(program: str) -> Callable[[list[str]], int | None]:
-    if program != "prepare_hmmt25":
-        return importlib.import_module(program).main
-    spec = importlib.util.spec_from_file_location(program, ROOT / "data" / "prepare_hmmt25.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def run_case(case: Case, world: World) -> tuple[int, str]:
     """Return (exit code, what was written to stderr)."""
     argv = case.argv(world)
@@ -391,7 +383,7 @@ def run_case(case: Case, world: World) -> tuple[int, str]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stderr
     said = io.StringIO()
-    main = entry_point(case.program)
+    main = importlib.import_module(case.program).main
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stderr(said),

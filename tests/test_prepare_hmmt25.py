@@ -2,61 +2,42 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from datasets import Dataset
 
+from data import prepare_hmmt25
 from opsd import files
 from opsd.errors import ArtefactError, run_cli
 from opsd.evaluation.benchmarks import HMMT25_VARIABLE, load_benchmark
-from tests.bad_input_cases import entry_point
 
-main = entry_point("prepare_hmmt25")
 ANSWERS = ["103", "\\frac{1}{576}", "-984", "1-\\frac{2}{\\pi}", "2^{25} \\cdot 26!", "033"] * 5
 
 
 def release(count: int = 30, *, row: int = 0, **changes: object) -> list[dict]:
     """Return rows shaped as MathArena publishes them, one of them changed."""
     rows = [
-        {
-            "problem_idx": n + 1,
-            "problem": f" Compute ${n}$ of $\\triangle ABC$.\n",
-            "problem_type": ["Geometry"],
-        }
+        {"problem_idx": n + 1, "problem": f" Compute ${n}$ of $\\triangle ABC$.\n", "answer": ANSWERS[n % 30]}
         for n in range(count)
     ]
-    rows = [values | {"answer": ANSWERS[n % 30]} for n, values in enumerate(rows)]
     rows[row] |= changes
     return rows
 
 
 def write_source(path: Path, rows: list[dict]) -> Path:
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    elif path.suffix == ".csv":
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        Dataset.from_list(rows).to_parquet(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def prepare(*argv: object) -> int:
-    return run_cli(lambda: main([str(word) for word in argv]))
+    return run_cli(lambda: prepare_hmmt25.main([str(word) for word in argv]))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
-def test_the_benchmark_reads_what_is_made(tmp_path, monkeypatch, capsys, kind):
+def test_the_benchmark_reads_what_is_made(tmp_path, monkeypatch, capsys):
     # An empty image column is no image.
-    source = write_source(tmp_path / f"hmmt.{kind}", [row | {"image": None} for row in release()])
+    source = write_source(tmp_path / "hmmt.jsonl", [row | {"image": None} for row in release()])
     output = tmp_path / "clean" / "train.parquet"
     monkeypatch.setenv(HMMT25_VARIABLE, str(output))
     with pytest.raises(ArtefactError, match=r"train\.parquet.*python data/prepare_hmmt25\.py"):
@@ -95,7 +76,7 @@ def test_both_columns_are_text_and_nothing_else_is_kept(tmp_path):
 )
 def test_what_is_no_clean_release_is_refused(rows, message):
     with pytest.raises(ArtefactError, match=message):
-        main.__globals__["clean_rows"](rows, "the file")
+        prepare_hmmt25.clean_rows(rows, "the file")
 
 
 def test_a_refused_source_and_a_full_disk_leave_the_old_parquet(tmp_path, capsys, monkeypatch):
