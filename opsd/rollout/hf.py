@@ -56,8 +56,7 @@ class HFEngine:
     def __init__(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32
     ) -> None:
-        # LoRA layers sit inside the transformers model, so it samples with the adapter. Its type lacks the
-        # generate method that it has.
+        # LoRA layers are inside the transformers model. Any: transformers' type lacks the generate method.
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
         self.batch_size = batch_size
         own: Any = tokenizer  # its ids are typed as anything

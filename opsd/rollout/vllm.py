@@ -107,9 +107,8 @@ class VLLMEngine:
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if self._placement == "external_launcher":  # which reads these, and not every launcher sets them
             local = torch.cuda.current_device() if torch.cuda.is_available() else dist.get_rank()
-            environment |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(local)} | {
-                name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ
-            }
+            environment["RANK"] = os.environ.get("RANK", str(dist.get_rank()))
+            environment["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", str(local))
         return environment
 
     def _build(self, arguments: dict[str, Any], adapter: str | None) -> None:
@@ -207,8 +206,7 @@ class VLLMEngine:
     def push_weights(self, model: PeftModel) -> None:
         """Make the next `generate` sample from base + adapter as `model` holds them now.
 
-        Matrices are merged out of place in float32, one at a time; `model` is not written. See
-        opsd/rollout/vllm_push.py for what is sent.
+        `model` is not written; see opsd/rollout/vllm_push.py for what is sent.
 
         Raises:
             UsageError: the adapter cannot be merged, or this engine takes no pushes.
@@ -301,8 +299,9 @@ class VLLMEngine:
 def _completion(output: RequestOutput) -> Completion:
     (sample,) = output.outputs
     tokens, logprobs = list(sample.token_ids), None
-    if sample.logprobs is not None:
-        logprobs = [entry[token].logprob for entry, token in zip(sample.logprobs, tokens, strict=True)]  # pyright: ignore
+    entries: Any = sample.logprobs  # per token, {token id: its log-probability}; None if not wanted
+    if entries is not None:
+        logprobs = [entry[token].logprob for entry, token in zip(entries, tokens, strict=True)]
     return Completion(token_ids=tokens, truncated=sample.finish_reason == "length", logprobs=logprobs)
 
 

@@ -71,28 +71,25 @@ def pushed_weights(
     An error while a matrix is merged ends the stream and is kept in `report.error`: raised here, it would
     leave vLLM in the middle of a reload.
     """
-    try:
-        for name, weight in _units(model, set(earlier)):
-            report.sent.append(name)
-            yield name, weight
-            del weight  # before the next matrix is merged
-    except (RuntimeError, MemoryError, UsageError) as error:
-        report.error = error
-
-
-def _units(model: PeftModel, earlier: set[str]) -> Iterator[tuple[str, Tensor]]:
     adapted = set(adapted_names(model))
     units: dict[str, list[tuple[str, Tensor]]] = {}  # the base's own weights, not copied
     for parameter_name, parameter in model.get_base_model().named_parameters():
         name = parameter_name.replace(".base_layer.", ".")
         if name not in adapted and not any(part.startswith("lora_") for part in name.split(".")):
             units.setdefault(unit_of(name), []).append((name, parameter.detach()))
-    for name, matrix in merged_weights(model):
-        yield from units.pop(unit_of(name), [])
-        yield name, matrix
-        del matrix
-    for unit in sorted(earlier & units.keys()):
-        yield from units[unit]
+    try:
+        for name, matrix in merged_weights(model):
+            for sibling, weight in units.pop(unit_of(name), []):
+                report.sent.append(sibling)
+                yield sibling, weight
+            report.sent.append(name)
+            yield name, matrix
+            del matrix  # before the next one is merged
+        for unit in sorted(set(earlier) & units.keys()):
+            report.sent += [name for name, _ in units[unit]]
+            yield from units[unit]
+    except (RuntimeError, MemoryError, UsageError) as error:
+        report.error = error
 
 
 def check_complete(report: PushReport, expected: list[str]) -> None:

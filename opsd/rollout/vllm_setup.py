@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
@@ -14,8 +14,6 @@ from opsd.run_identity import read_json_object
 
 # The ranks that vLLM has kernels for; an adapter of another rank uses the next larger one.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-Placement = Literal["uni", "external_launcher", "mp"]
 
 
 def require_vllm() -> None:
@@ -39,12 +37,11 @@ def local_model(name: str, revision: str | None) -> str:
     return name if revision is None else str(model_folder(name, revision))
 
 
-def placement(tensor_parallel_size: int) -> Placement:
-    """Return where the engine's workers run.
+def placement(tensor_parallel_size: int) -> str:
+    """Return where the engine's workers run, as vLLM's distributed_executor_backend.
 
-    "uni": in this process alone. "external_launcher": in the processes that a launcher started, including
-    this one, in groups of `tensor_parallel_size` neighbouring ranks; every rank builds its engine at the same
-    time, and the size divides their number. "mp": in child processes of vLLM's own.
+    "uni": in this process alone. "mp": in child processes of vLLM's own. "external_launcher": in the ranks
+    that a launcher started, in groups of `tensor_parallel_size`, which divides their number.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return "external_launcher"
