@@ -146,10 +146,11 @@ def _load_hub(source: str, split: str, revision: str | None, remedy: str) -> Dat
             f"{source!r} does not exist; give an existing file or folder, or a hub id owner/name"
         )
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         return datasets.load_dataset(source, split=split, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         # Errors of the connection and of the hub are subclasses of OSError.
         raise ArtefactError(
             f"the dataset {source!r} (split {split!r}) cannot be loaded: {error}. Without a connection set "

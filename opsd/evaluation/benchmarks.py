@@ -30,7 +30,7 @@ class Benchmark:
 
     Attributes:
         size: number of problems.
-        hub_id, split: the dataset on the Hugging Face hub; None for a local benchmark.
+        hub_id, split: the dataset on the Hugging Face hub; None for a local one.
         path: file of a local benchmark below the repository.
         variable: environment variable that replaces `path`.
         remedy: how to get a local file that is missing.
@@ -110,7 +110,7 @@ def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> Load
         if not os.path.exists(source):
             raise ArtefactError(f"the problems of {name} are not at {source}; {remedy}")
     rows = load_table(source, split=split, remedy="pass --dataset_path FILE")
-    problems = [_problem(index, fields, source) for index, fields in enumerate(rows)]
+    problems = [_problem(index, fields, source) for index, fields in enumerate(rows.to_list())]
     if row is not None and len(problems) != row.size:
         raise ArtefactError(
             f"{where} holds {len(problems)} problems, but {name} has {row.size}; "

@@ -1,11 +1,9 @@
 """The journal of an evaluation: finished samples on disk as they finish, so that a killed run can be resumed.
 
 A JSONL file. Each line is `{"crc32": "xxxxxxxx", "data": {...}}`, the checksum over the bytes of `data`; the
-first line's data is the header, which holds the regime (everything that two runs must share to be the same
-run). A line is complete at the operating system as soon as its sample is finished, so killing the process
-loses at most the line being written; the disk is synchronised every few lines or seconds, so a power cut
-loses little more. A last line without its newline is what a kill leaves: it is dropped and its sample drawn
-again. A kill explains no other damage, which is therefore an error.
+first line's data is the header with the regime. A kill loses at most the line being written, a power cut what
+was written since the last synchronisation. A last line without its newline is dropped and its sample drawn
+again; a kill explains no other damage, which is therefore an error.
 """
 
 from __future__ import annotations
@@ -79,15 +77,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 class Journal:
-    """A journal open for appending, locked against a second writer. Use it as a context manager.
+    """A journal open for appending, locked against a second writer. A context manager.
 
     Args:
-        path: the file; its folder is created. An existing journal is continued.
+        path: a new file, or a journal that is continued.
         regime: what must be equal for two runs to be the same run; JSON values.
 
     Attributes:
         records: what the file held when it was opened, without the header, in the order written.
-        dropped_bytes: length of the torn last line that was cut off, 0 as a rule.
+        dropped_bytes: length of the torn last line that was cut off.
 
     Raises:
         UsageError: another process writes this journal, or it belongs to another regime (every differing

@@ -97,7 +97,8 @@ def build_engine(config: EvalConfig, facts: ModelFacts, tokenizer: PreTrainedTok
     if config.adapter is not None:
         model = load_adapter(model, config.adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return HFEngine(model.to(device).eval(), tokenizer, batch_size=config.hf_batch_size)
+    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps torch's method without its type
+    return HFEngine(model.eval(), tokenizer, batch_size=config.hf_batch_size)
 
 
 def _load_options(config: EvalConfig) -> dict[str, Any]:

@@ -49,8 +49,6 @@ FIELDS = REGIME_FIELDS | {
     FIRST_FILES_KEY: int | float | None,
 }
 GROUND_TRUTH_KEYS = ("ground_truth", "answer", "gt_answer")
-# 500 problems x 12 samples x 38,912 tokens are below 1 GB of text.
-MAX_RESULT_BYTES = 4 * 2**30
 
 
 def problem_record(
@@ -67,11 +65,9 @@ def problem_record(
     """Return one entry of `results`.
 
     Args:
-        texts: the full generation of each sample, in order of sampling.
-        predicted: its answer, None when it is unformatted.
-        truncated: whether it was cut at max_new_tokens.
+        texts, predicted, truncated, tokens: of each sample, in order: the full generation, its answer (None
+            when it is unformatted), whether it was cut at max_new_tokens, its length.
         grade: verdicts and vote of the same samples.
-        tokens: length of each sample.
     """
     generations = [
         {
@@ -128,12 +124,11 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def build_result(
     *, regime: Mapping[str, Any], results: Sequence[Mapping[str, Any]], **extra: Any
 ) -> dict[str, Any]:
-    """Return the complete result: regime, aggregates, date, `extra` (versions, engine, grading), records.
+    """Return the complete result: regime, aggregates, date, further top-level keys, records.
 
     Args:
         regime: a value for every field of REGIME_FIELDS but num_problems, which is counted.
         results: entries from `problem_record`.
-        extra: further top-level keys.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -162,7 +157,7 @@ def load_result(path: Path | str) -> dict[str, Any]:
     Counts and percentages have the units of `aggregate` whichever schema the file has.
 
     Raises:
-        ArtefactError: it is missing, over MAX_RESULT_BYTES, torn, not strict JSON, or not a result file.
+        ArtefactError: it is missing, torn, not strict JSON, or not a result file.
     """
     path = Path(path)
     result = _strict_json(path)
@@ -187,11 +182,6 @@ def _strict_json(path: Path) -> Any:
         return float(text) if math.isfinite(float(text)) else refuse(text)
 
     try:
-        size = path.stat().st_size
-        if size > MAX_RESULT_BYTES:
-            raise ArtefactError(
-                f"{path} has {size:,} bytes; result files are read up to {MAX_RESULT_BYTES:,}"
-            )
         return json.loads(path.read_bytes(), parse_constant=refuse, parse_float=finite)
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -2,9 +2,8 @@
 
     result = evaluate(EvalConfig(base_model="Qwen/Qwen3-4B", dataset="aime25", output="results/x.json"))
 
-The same call resumes a killed run: finished samples are read from the journal beside the output, and since
-every sample has its own seed, the result is the one that the uninterrupted run gives (apart from `date` and
-`timing`).
+The same call resumes a killed run from the journal beside the output; since every sample has its own seed,
+the result is the one of the uninterrupted run (apart from `date` and `timing`).
 """
 
 from __future__ import annotations

@@ -293,16 +293,15 @@ def forbid_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_closing_line_names_what_grading_killed(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, reference: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, gold = tmp_path / "rows.jsonl", "100000000!"
-    path.write_text(json.dumps({"problem": "what is 1+1?", "answer": gold}))
-    config = config_of(world, tmp_path / "r.json", dataset_path=str(path), time_limit=0.5)
+    config = config_of(world, tmp_path / "r.json")
+    items = [{"gold": "9!", "predicted": None}, {"gold": "2", "predicted": "7\n!"}]
+    killed = reference["grading"] | {"killed": 2, "killed_items": items}
+    Path(config.output).write_text(json.dumps(reference | {"grading": killed}))
     assert evaluate_math.main(command_of(config)[2:]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    killed = load_result(config.output)["grading"]["killed"]
-    assert killed > 0
-    assert f"{killed} killed in grading and counted as not equal (" in line
+    assert r"2 killed in grading and counted as not equal (9!, 7\n!), in" in line
 
 
 def test_a_finished_run_is_not_repeated(

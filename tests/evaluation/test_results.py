@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from opsd.errors import ArtefactError, UsageError
-from opsd.evaluation import results
 from opsd.evaluation.grading import NO_ANSWER, ProblemGrade
 from opsd.evaluation.names import parse_name, result_path
 from opsd.evaluation.results import (
@@ -184,17 +183,13 @@ def test_damage_is_refused_with_the_file_named(tmp_path, result, damage, message
     assert str(path) in str(caught.value)
 
 
-def test_not_utf8_missing_and_huge(tmp_path, result, monkeypatch):
+def test_not_utf8_and_missing(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(b"\xff\xfe{}\x00")
     with pytest.raises(ArtefactError, match="damaged"):
         load_result(path)
     with pytest.raises(ArtefactError, match="cannot be read"):
         load_result(tmp_path / "none.json")
-    write_result(path, result)
-    monkeypatch.setattr(results, "MAX_RESULT_BYTES", 100)
-    with pytest.raises(ArtefactError, match="read up to 100"):
-        load_result(path)
 
 
 @pytest.mark.parametrize(

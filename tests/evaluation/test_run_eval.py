@@ -203,9 +203,7 @@ def test_strings_are_data(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "settings", "said"),
     [
-        ("", {}, "METHOD_NAME and DATASET"),
         ("small_base", {}, "METHOD_NAME and DATASET"),
-        ("small_ppo small", {}, "unknown method 'small_ppo'"),
         ("small_pwopsdx small", {}, "unknown method"),
         ("small_pwopsd`touch${IFS}pwned` small", {}, "unknown method"),
         ("small_pwopsd_/../x small", {}, "'small_pwopsd_/../x' does not fit a file name"),
@@ -215,7 +213,6 @@ def test_strings_are_data(checkout: Path) -> None:
         ("small_base small 0", {}, "--tensor_parallel_size is 0"),
         ("small_base small 1;touch${IFS}pwned", {}, "--tensor_parallel_size"),
         ("small_base small 2", {}, "--tensor_parallel_size is 2, but --engine hf"),
-        ("small_base small 1 x", {}, "--seed: invalid int value: 'x'"),
         ("small_base small 1 -1", {}, "--seed is -1"),
         ("small_base small 1 1 extra", {}, "too many arguments ('extra')"),
         ("small_base small", {"ENGINE": "tgi"}, "--engine is 'tgi'"),
