@@ -41,7 +41,6 @@ class Plan:
     problems: list[BranchProblem]
     tokenizer: PreTrainedTokenizerBase
     regime: dict[str, Any]  # identifies the run
-    longest: int  # tokens of the longest request
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Branches:
     continued: dict[BranchKey, dict[int, Continued]] = field(default_factory=lambda: defaultdict(dict))
 
     def add(self, record: dict) -> None:
-        """Take in one record of the journal."""
+        """Add one record of the journal."""
         if record["kind"] == "spine":
             self.spines[record["problem"]] = Spine(record["tokens"], record["truncated"], record["answer"])
         elif record["kind"] == "forks":
@@ -97,12 +96,8 @@ class Sampler:
     """Draws what the journal does not hold yet."""
 
     def __init__(self, plan: Plan, journal: Journal, backend: ModelBackend) -> None:
-        self.config, self.tokenizer, self.journal, self.backend = (
-            plan.config,
-            plan.tokenizer,
-            journal,
-            backend,
-        )
+        self.config, self.tokenizer = plan.config, plan.tokenizer
+        self.journal, self.backend = journal, backend
         self.problems = {problem.index: problem for problem in plan.problems}
         self.branches = Branches()
         for record in journal.records:
