@@ -7,7 +7,7 @@ uninterrupted one, and any continuation can be drawn again alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,14 +83,6 @@ class Branches:
             done = Continued(record["answer"], record["truncated"], record["tokens"])
             self.continued[key][record["sample"]] = done
 
-    def every(self) -> Iterator[tuple[BranchKey, int | None]]:
-        """Yield every branch and control, with the token forced there (None for a control)."""
-        for problem, forks in sorted(self.forks.items()):
-            for fork in forks:
-                yield (problem, fork.offset, CONTROL), None
-                for alternative in fork.alternatives:
-                    yield (problem, fork.offset, alternative.rank), alternative.token_id
-
 
 class Sampler:
     """Draws what the journal does not hold yet."""
@@ -156,9 +148,12 @@ class Sampler:
         self.backend.scoring_done()
 
     def _continue_branches(self) -> None:
-        every = [
-            (key, token, k) for key, token in self.branches.every() for k in range(self.config.continuations)
-        ]
+        every: list[tuple[BranchKey, int | None, int]] = []
+        for problem, forks in sorted(self.branches.forks.items()):
+            for fork in forks:
+                for rank, token in [(CONTROL, None), *((a.rank, a.token_id) for a in fork.alternatives)]:
+                    key = (problem, fork.offset, rank)
+                    every += [(key, token, sample) for sample in range(self.config.continuations)]
         pending = [work for work in every if work[2] not in self.branches.continued[work[0]]]
         if pending:
             with _bar("continuations", len(every), len(pending)) as bar:

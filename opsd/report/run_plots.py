@@ -6,6 +6,7 @@ left out; each `method/…` metric has a panel, under its key where this file do
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,10 +89,9 @@ def load_runs(folders: Sequence[Path]) -> dict[str, Run]:
     for place in places:
         if places.count(place) > 1:
             raise UsageError(f"{str(place)!r} is given twice")
-    names = [place.name for place in places]
-    names = [p.name if names.count(p.name) == 1 else f"{p.parent.name}/{p.name}" for p in places]
-    if len(set(names)) < len(names):
-        names = list(map(str, places))
+    # The shortest ends of the paths that differ.
+    tails = (["/".join(place.parts[-length:]) for place in places] for length in itertools.count(1))
+    names = next(names for names in tails if len(set(names)) == len(names))
     return dict(zip(names, map(load_run, folders), strict=True))
 
 
