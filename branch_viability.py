@@ -9,9 +9,9 @@ tokens after the student's prompt and the spine so far, and let the student go o
 continuations recover the answer. The control continues the same prefixes with nothing forced.
 
 Writes branches.csv, branches.parquet, viability_vs_position.png, report.md and journal.jsonl (every
-continuation) into --output_dir. A killed run continues when the same command is given again; a finished one
-is analysed anew without sampling. docs/branch_viability.md says how to read the report. Exit codes: 0 done, 2
-a wrong argument (or another run's journal in the folder), 3 a missing or damaged model, data set or file.
+continuation) into --output_dir. The same command resumes a killed run, and analyses a finished one again
+without sampling. docs/branch_viability.md says how to read the report. Exit codes: 0 done, 2 a wrong argument
+(or another run's journal in the folder), 3 a missing or damaged model, data set or file.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def main(argv: list[str] | None = None) -> int:
 
     analysis = diagnose(config, command=sys.argv[1:] if argv is None else argv)
     everything = analysis.subsets[0]
-    position = everything.rows[0]
+    position = everything.aurocs["relative_position"]
     print(
         f"{everything.branches} branches of {everything.problems} problems: AUROC of relative position "
-        f"{position.absolute.text()} for absolute viability, {position.relative.text()} relative to the "
-        f"control; report in {printable(config.folder / 'report.md')}"
+        f"{position['absolute'].text()} for absolute viability, {position['relative'].text()} relative to "
+        f"the control; report in {printable(config.folder / 'report.md')}"
     )
     return 0
 

@@ -51,25 +51,18 @@ SUBSETS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One predictor: AUROC of absolute and relative viability, concordance with the difference itself."""
-
-    column: str
-    absolute: Estimate
-    relative: Estimate
-    graded: Estimate
-
-
-@dataclass(frozen=True)
 class Subset:
-    """The figures of one subset of the branches; `viable` and `ties` are shares."""
+    """The figures of one subset of the branches; `viable` and `ties` are shares.
+
+    `aurocs` holds, by predictor, AUROC for `absolute` and `relative` viability and `graded` concordance.
+    """
 
     name: str
     branches: int
     problems: int
     viable: float
     ties: float
-    rows: list[Row]
+    aurocs: dict[str, dict[str, Estimate]]
 
 
 @dataclass(frozen=True)
@@ -177,13 +170,16 @@ def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
 
 def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Subset:
     relative = relative_label(table["viability"], table["control_viability"])
-    outcomes = (table["viable"].to_numpy(dtype=float), relative, table["relative_viability"].to_numpy())
-    rows = []
+    outcomes = {"absolute": table["viable"], "relative": relative, "graded": table["relative_viability"]}
+    aurocs = {}
     for column, (_, higher_is_viable) in PREDICTORS.items():
-        scores = table[column].to_numpy(dtype=float) * (1 if higher_is_viable else -1)
-        rows.append(Row(column, *(clustered_auroc(scores, y, table["code"], weights) for y in outcomes)))
+        scores = table[column] * (1 if higher_is_viable else -1)
+        aurocs[column] = {
+            name: clustered_auroc(scores, outcome, table["code"], weights)
+            for name, outcome in outcomes.items()
+        }
     problems, ties = table["problem"].nunique(), float(pd.Series(relative).isna().mean())
-    return Subset(name, len(table), problems, float(table["viable"].mean()), ties, rows)
+    return Subset(name, len(table), problems, float(table["viable"].mean()), ties, aurocs)
 
 
 def _group(label: str, key: float, rows: pd.DataFrame, weights: NDArray[np.float64]) -> Group:

@@ -89,16 +89,16 @@ def _verdict(estimate: Estimate) -> str:
 
 
 def _reading(subset: Subset) -> str:
-    position = subset.rows[0]
+    position = subset.aurocs["relative_position"]
     lines = [
         "## What it says\n",
-        f"- Relative position {_verdict(position.absolute)}: AUROC for absolute viability "
-        f"{position.absolute.text()} (the paper on Qwen3-4B: 0.83 [0.66, 0.95]).",
-        f"- Against the unforced control, relative position {_verdict(position.relative)}: AUROC for "
-        f"relative viability {position.relative.text()}.",
+        f"- Relative position {_verdict(position['absolute'])}: AUROC for absolute viability "
+        f"{position['absolute'].text()} (the paper on Qwen3-4B: 0.83 [0.66, 0.95]).",
+        f"- Against the unforced control, relative position {_verdict(position['relative'])}: AUROC for "
+        f"relative viability {position['relative'].text()}.",
     ]
     for which in ("absolute", "relative"):
-        found = {row.column: getattr(row, which) for row in subset.rows}
+        found = {column: estimates[which] for column, estimates in subset.aurocs.items()}
         known = {column: estimate for column, estimate in found.items() if estimate.value is not None}
         if known:
             column = max(known, key=lambda column: abs(known[column].value - 0.5))
@@ -136,10 +136,9 @@ def _subset(subset: Subset) -> str:
     )
     header = ("predictor", "read as", "absolute viability", "relative viability", "relative, graded")
     rows = []
-    for row in subset.rows:
-        label, higher_is_viable = PREDICTORS[row.column]
-        estimates = (row.absolute, row.relative, row.graded)
-        rows.append((label, "+" if higher_is_viable else "−", *(each.text() for each in estimates)))
+    for column, (label, higher_is_viable) in PREDICTORS.items():
+        texts = [estimate.text() for estimate in subset.aurocs[column].values()]
+        rows.append((label, "+" if higher_is_viable else "−", *texts))
     return head + summary + markdown_table(header, rows)
 
 

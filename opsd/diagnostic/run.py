@@ -35,22 +35,11 @@ def diagnose(config: BranchConfig, *, command: Sequence[str] = ()) -> Analysis:
         UsageError: prompts do not fit the model, or the journal is another run's.
         ArtefactError: model, adapter, data or journal is missing or damaged.
     """
-    plan = prepare(config)
-    make_backend = partial(ModelBackend, config, plan.tokenizer, longest=plan.longest)
-    return carry_out(plan, make_backend, command)
-
-
-def prepare(config: BranchConfig) -> Plan:
-    """Check model and data, render the prompts, and make sure that the longest request fits.
-
-    Raises:
-        UsageError, ArtefactError: see `diagnose`.
-    """
     load = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     model_config = load_config(config.model_name_or_path, **load)
     tokenizer = load_tokenizer(config.model_name_or_path, **load)
     problems = load_problems(config.dataset, tokenizer, num_problems=config.num_problems)
-    # A fork near a spine's end leaves a continuation its whole limit: student prompt + spine + continuation.
+    # A fork near a spine's end leaves a continuation all of its limit: student prompt + spine + continuation.
     longest = max(len(p.student_ids) + 2 * config.max_new_tokens for p in problems)
     scored = max(len(p.teacher_ids) + config.max_new_tokens for p in problems)
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -61,11 +50,8 @@ def prepare(config: BranchConfig) -> Plan:
             "positions; lower --max_new_tokens"
         )
     # Student and teacher by content: hashes of their files.
-    model = check_model(
-        EvalConfig(
-            base_model=config.model_name_or_path, dataset="", output="", adapter=config.adapter, **load
-        )
-    )
+    checked = {"base_model": config.model_name_or_path, "adapter": config.adapter, **load}
+    model = check_model(EvalConfig(dataset="", output="", **checked))
     columns = ("problem", "answer", "teacher")
     data = ({"problem": p.problem, "answer": p.answer, "teacher": p.teacher_ids} for p in problems)
     regime = {
@@ -74,7 +60,8 @@ def prepare(config: BranchConfig) -> Plan:
         "data": dataset_fingerprint(data, columns=columns),
         **{name: v for name, v in asdict(config).items() if name not in MAY_CHANGE["diagnostic"]},
     }
-    return Plan(config, problems, tokenizer, regime, longest)
+    make_backend = partial(ModelBackend, config, tokenizer, longest=longest)
+    return carry_out(Plan(config, problems, tokenizer, regime), make_backend, command)
 
 
 def carry_out(plan: Plan, make_backend: Callable[[], ModelBackend], command: Sequence[str] = ()) -> Analysis:

@@ -7,7 +7,7 @@ uninterrupted one, and any continuation can be drawn again alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,6 @@ class Plan:
     problems: list[BranchProblem]
     tokenizer: PreTrainedTokenizerBase
     regime: dict[str, Any]  # identifies the run
-    longest: int  # tokens of the longest request
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Branches:
     continued: dict[BranchKey, dict[int, Continued]] = field(default_factory=lambda: defaultdict(dict))
 
     def add(self, record: dict) -> None:
-        """Take in one record of the journal."""
+        """Add one record of the journal."""
         if record["kind"] == "spine":
             self.spines[record["problem"]] = Spine(record["tokens"], record["truncated"], record["answer"])
         elif record["kind"] == "forks":
@@ -84,25 +83,13 @@ class Branches:
             done = Continued(record["answer"], record["truncated"], record["tokens"])
             self.continued[key][record["sample"]] = done
 
-    def every(self) -> Iterator[tuple[BranchKey, int | None]]:
-        """Yield every branch and control, with the token forced there (None for a control)."""
-        for problem, forks in sorted(self.forks.items()):
-            for fork in forks:
-                yield (problem, fork.offset, CONTROL), None
-                for alternative in fork.alternatives:
-                    yield (problem, fork.offset, alternative.rank), alternative.token_id
-
 
 class Sampler:
     """Draws what the journal does not hold yet."""
 
     def __init__(self, plan: Plan, journal: Journal, backend: ModelBackend) -> None:
-        self.config, self.tokenizer, self.journal, self.backend = (
-            plan.config,
-            plan.tokenizer,
-            journal,
-            backend,
-        )
+        self.config, self.tokenizer = plan.config, plan.tokenizer
+        self.journal, self.backend = journal, backend
         self.problems = {problem.index: problem for problem in plan.problems}
         self.branches = Branches()
         for record in journal.records:
@@ -161,9 +148,12 @@ class Sampler:
         self.backend.scoring_done()
 
     def _continue_branches(self) -> None:
-        every = [
-            (key, token, k) for key, token in self.branches.every() for k in range(self.config.continuations)
-        ]
+        every: list[tuple[BranchKey, int | None, int]] = []
+        for problem, forks in sorted(self.branches.forks.items()):
+            for fork in forks:
+                for rank, token in [(CONTROL, None), *((a.rank, a.token_id) for a in fork.alternatives)]:
+                    key = (problem, fork.offset, rank)
+                    every += [(key, token, sample) for sample in range(self.config.continuations)]
         pending = [work for work in every if work[2] not in self.branches.continued[work[0]]]
         if pending:
             with _bar("continuations", len(every), len(pending)) as bar:

@@ -142,12 +142,13 @@ def score_forks(
             "margin": top.values[:, 0].exp() - top.values[:, 1].exp(),
             "kl": _expectation(teacher, teacher - student),
         }
+        figures = {name: column.tolist() for name, column in figures.items()}
         columns = (kept, teacher.gather(1, kept).exp(), student.gather(1, kept).exp())
         tokens, teacher_shares, student_shares = (column.tolist() for column in columns)
         for k, offset in enumerate(offsets[span]):
             shares = zip(tokens[k], teacher_shares[k], student_shares[k], strict=True)
             alternatives = [Alternative(rank, *row) for rank, row in enumerate(shares, 1)]
-            values = {name: float(column[k]) for name, column in figures.items()}
+            values = {name: column[k] for name, column in figures.items()}
             forks.append(Fork(offset, **values, alternatives=alternatives))
     return forks
 

@@ -6,8 +6,8 @@ left out; each `method/…` metric has a panel, under its key where this file do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,14 +57,8 @@ PANELS = {
 }
 # The keys of one panel with their labels, by its title and unit.
 Panels = dict[tuple[str, str], dict[str, str]]
-
-
-@dataclass
-class Run:
-    """The values that one run logged, by key and step; NaN where the log has null."""
-
-    name: str
-    series: dict[str, pd.Series]
+# What one run logged, by key: values by step, NaN where the log has null.
+Run = dict[str, pd.Series]
 
 
 def load_run(folder: Path) -> Run:
@@ -76,17 +70,15 @@ def load_run(folder: Path) -> Run:
         raise ArtefactError(f"{str(folder)!r} holds no {METRICS_NAME}: no run has logged a step there")
     rows = read_metrics(folder)
     keys = dict.fromkeys(key for row in rows for key in row if key != "step")
-    series = {
-        key: pd.Series({row["step"]: row[key] for row in rows if key in row}, dtype=float) for key in keys
-    }
-    run = Run(folder.resolve().name, series)
+    values = {key: {row["step"]: row[key] for row in rows if key in row} for key in keys}
+    run = {key: pd.Series(some, dtype=float) for key, some in values.items()}
     if not panels_of([run]):
         raise ArtefactError(f"{str(path)!r} holds no logged step yet")
     return run
 
 
-def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return every run, under names that differ.
+def load_runs(folders: Sequence[Path]) -> dict[str, Run]:
+    """Return the runs by names that differ.
 
     Raises:
         UsageError: a folder is given twice, or more runs than there are colours.
@@ -97,17 +89,15 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     for place in places:
         if places.count(place) > 1:
             raise UsageError(f"{str(place)!r} is given twice")
-    runs = [load_run(folder) for folder in folders]
-    names = [run.name for run in runs]
-    for run, place in zip(runs, places, strict=True):
-        if names.count(run.name) > 1:
-            run.name = f"{place.parent.name}/{place.name}"
-    return runs
+    # The shortest ends of the paths that differ.
+    tails = (["/".join(place.parts[-length:]) for place in places] for length in itertools.count(1))
+    names = next(names for names in tails if len(set(names)) == len(names))
+    return dict(zip(names, map(load_run, folders), strict=True))
 
 
-def panels_of(runs: Sequence[Run]) -> Panels:
+def panels_of(runs: Iterable[Run]) -> Panels:
     """Return the panels for which some run has a number, those of unknown `method/…` keys last."""
-    found = {key for run in runs for key, values in run.series.items() if values.notna().any()}
+    found = {key for run in runs for key, values in run.items() if values.notna().any()}
     unknown = sorted(key for key in found.difference(PANELS) if key.startswith("method/"))
     panels: Panels = {}
     for key, (title, unit, label) in (PANELS | {key: (key, "value", "") for key in unknown}).items():
@@ -121,14 +111,14 @@ def smoothed(values: pd.Series, window: int) -> pd.Series:
     return values.rolling(window, min_periods=1).mean().where(values.notna())
 
 
-def draw(runs: Sequence[Run], path: Path, *, smooth: int = 1) -> None:
+def draw(runs: dict[str, Run], path: Path, *, smooth: int = 1) -> None:
     """Write the picture: for `smooth` > 1 a running mean over so many logged steps, raw values faint."""
-    panels = panels_of(runs)
+    panels = panels_of(runs.values())
     figure, axes = plots.small_multiples(len(panels))
     for axis, ((title, unit), labels) in zip(axes, panels.items(), strict=True):
         plots.label(axis, title=title, x="optimizer step", y=unit)
-        _panel(axis, unit, labels, runs, 1 if unit in NOT_SMOOTHED else smooth)
-    title = plots.plain(runs[0].name, 80) if len(runs) == 1 else ""
+        _panel(axis, unit, labels, runs.values(), 1 if unit in NOT_SMOOTHED else smooth)
+    title = plots.plain(next(iter(runs)), 80) if len(runs) == 1 else ""
     if smooth > 1:
         title += f"{'   ' if title else ''}(running mean over {smooth} steps, raw values faint)"
     if title:
@@ -137,23 +127,23 @@ def draw(runs: Sequence[Run], path: Path, *, smooth: int = 1) -> None:
         from matplotlib.lines import Line2D
 
         lines = [
-            Line2D([], [], color=colour, linewidth=2, label=plots.plain(run.name, 60))
-            for run, colour in zip(runs, plots.COLOURS, strict=False)
+            Line2D([], [], color=colour, linewidth=2, label=plots.plain(name, 60))
+            for name, colour in zip(runs, plots.COLOURS, strict=False)
         ]
         columns = min(len(runs), 4)
         figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     plots.save(figure, path)
 
 
-def _panel(axis: Axes, unit: str, labels: dict[str, str], runs: Sequence[Run], smooth: int) -> None:
+def _panel(axis: Axes, unit: str, labels: dict[str, str], runs: Iterable[Run], smooth: int) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     for run, colour in zip(runs, plots.COLOURS, strict=False):
         for key, style in zip(labels, LINE_STYLES, strict=False):
-            if key not in run.series:
+            if key not in run:
                 continue
-            values = run.series[key]
+            values = run[key]
             if smooth > 1:
                 axis.plot(values, color=colour, linestyle=style, linewidth=0.8, alpha=0.25)
             marker = "o" if len(values) < MARKERS_BELOW else None

@@ -188,14 +188,11 @@ class Table:
     columns: tuple[str, ...]
     averaged: tuple[str, ...]  # the columns of each row's equal-weight mean; empty for a single column
     rows: list[Row]
+    val_n: int
 
     @property
     def runs(self) -> list[Run]:
         return [run for row in self.rows for cell in row.cells.values() for run in cell.runs]
-
-    @property
-    def val_n(self) -> int:
-        return self.runs[0].facts["val_n"]
 
     @property
     def figures(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -252,7 +249,8 @@ def _table(runs: Sequence[Run], on_skip: Callable[[str], None]) -> Table:
     # The base first, then the paper's methods, each followed by its variants.
     stems = [*METHOD_TITLES, None]
     keys = sorted(rows, key=lambda key: (stems.index(method_stem(key[0])), key[0], key[1], key[2] or 0))
-    return Table(model, columns, averaged if len(averaged) > 1 else (), [rows[key] for key in keys])
+    ordered = [rows[key] for key in keys]
+    return Table(model, columns, averaged if len(averaged) > 1 else (), ordered, runs[0].facts["val_n"])
 
 
 def method_stem(method: str) -> str | None:

@@ -53,6 +53,8 @@ def draw(tables: Sequence[Table], numbers: Mapping[str, Any], path: Path) -> Non
         Line2D([], [], color=GREY, linewidth=1, label="95 % bootstrap over problems"),
         Line2D([], [], color=GREY, label="the paper", **PAPER_STYLE),
     ]
+    if not any(paper_rows(numbers, table.model) for table in tables):
+        handles.pop()
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     plots.save(figure, path)
 

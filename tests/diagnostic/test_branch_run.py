@@ -129,7 +129,7 @@ def known_plan(folder: Path, *, problems: int = 40, **settings) -> Plan:
     ]
     names = ("num_positions", "top_k", "continuations", "seed")
     regime = {name: getattr(config, name) for name in names} | {"num_problems": problems}
-    return Plan(config, made, tokenizer, regime, longest=500)
+    return Plan(config, made, tokenizer, regime)
 
 
 def run_known(plan: Plan, chance, **options):
@@ -149,8 +149,7 @@ def records_of(folder: Path) -> list[dict]:
 
 
 def figure(analysis, column: str, which: str):
-    row = next(row for row in analysis.subsets[0].rows if row.column == column)
-    return getattr(row, which)
+    return analysis.subsets[0].aurocs[column][which]
 
 
 NOISE = ("teacher_entropy", "student_entropy", "margin", "kl", "teacher_probability", "student_probability")

@@ -114,11 +114,6 @@ def test_a_flat_curve_is_undetermined():
     assert any("whether the weight should rise" in phrase for phrase in fit.undetermined())
 
 
-def test_few_noisy_problems_are_undetermined():
-    fit = fitted(world(5, problems=MIN_CLUSTERS + 1, forks=5, curve=moderate, continuations=2))
-    assert fit.undetermined()
-
-
 def test_fewer_problems_than_an_interval_needs():
     fit = fitted(world(6, problems=MIN_CLUSTERS - 1, curve=moderate))
     assert fit.undetermined() == [f"{MIN_CLUSTERS - 1} problems are too few for any interval"]

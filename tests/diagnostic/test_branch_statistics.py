@@ -39,12 +39,6 @@ def test_auroc_is_scikit_learns(seed, levels):
     assert clustered_auroc(scores, labels, codes, weights).value == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_constant_score_says_nothing():
-    weights = resample_weights(4, resamples=50, seed=0)
-    estimate = clustered_auroc(np.zeros(8), [0, 1] * 4, np.arange(8) // 2, weights)
-    assert estimate.value == 0.5
-
-
 @pytest.mark.parametrize("labels", [[True, True], [False, False]])
 def test_one_outcome_alone_defines_no_auroc(labels):
     estimate = clustered_auroc([0.1, 0.2], labels, [0, 1], resample_weights(2, resamples=20, seed=0))
@@ -127,19 +121,6 @@ def test_each_resample_draws_as_many_problems_as_there_are():
     assert (weights == 0).mean() == pytest.approx(0.352, abs=0.02)
     assert np.array_equal(weights, resample_weights(12, resamples=2000, seed=4))
     assert not np.array_equal(weights, resample_weights(12, resamples=2000, seed=5))
-
-
-def test_copies_of_a_branch_add_no_certainty():
-    """The reason for clustering: ten copies of each branch of a problem are no evidence more."""
-    scores, labels, codes = random_data(6)
-    weights = resample_weights(15, resamples=400, seed=0)
-    once = clustered_auroc(scores, labels, codes, weights)
-    tenfold = clustered_auroc(*(np.tile(column, 10) for column in (scores, labels, codes)), weights)
-    assert (tenfold.value, tenfold.low, tenfold.high) == pytest.approx((once.value, once.low, once.high))
-    # Resampled as if each branch were a problem of its own, the interval shrinks.
-    alone = resample_weights(1200, resamples=400, seed=0)
-    naive = clustered_auroc(np.tile(scores, 10), np.tile(labels, 10), np.arange(1200), alone)
-    assert naive.high - naive.low < 0.5 * (once.high - once.low)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

@@ -103,8 +103,8 @@ def test_the_mean_looks_back_and_passes_over_what_is_missing():
 def test_a_left_out_step_is_a_gap(tmp_path):
     """The trainer writes null where a step had no finite number."""
     run = load_run(log_run(tmp_path / "one", loss=None))
-    assert run.series["loss"].isna().all()
-    assert len(run.series["loss"]) == 6
+    assert run["loss"].isna().all()
+    assert len(run["loss"]) == 6
     assert "Loss (each method has its own)" not in [title for title, _ in panels_of([run])]
 
 
@@ -141,7 +141,7 @@ def test_an_unknown_method_metric_is_drawn_under_its_key(tmp_path, monkeypatch):
 
 def test_a_run_in_progress_is_drawn_without_the_line_being_written(tmp_path, caplog):
     run = load_run(log_run(tmp_path / "one", tail='{"step": 7, "lo'))
-    assert list(run.series["loss"].index) == [1, 2, 3, 4, 5, 6]
+    assert list(run["loss"].index) == [1, 2, 3, 4, 5, 6]
     assert "incomplete" in caplog.text
 
 
@@ -211,4 +211,4 @@ def test_wrong_arguments(tmp_path, flags, message):
 
 def test_equal_names_are_told_apart(tmp_path):
     runs = load_runs([log_run(tmp_path / seed / "small_opsd") for seed in ("t1", "t2")])
-    assert [run.name for run in runs] == ["t1/small_opsd", "t2/small_opsd"]
+    assert list(runs) == ["t1/small_opsd", "t2/small_opsd"]
