@@ -218,8 +218,7 @@ class Grader:
         def verdicts(gold: str, equal: Equal) -> dict[tuple[str, str], Verdict]:
             return {(gold, predicted): equal(gold, predicted) for predicted in answers[gold]}
 
-        decided = [pair for part in self._map(verdicts, answers) for pair in part.items()]
-        known = dict(decided)
+        known = {pair: verdict for part in self._map(verdicts, answers) for pair, verdict in part.items()}
         return [bool(known[pair]) for pair in pairs]
 
     def grade_problem(self, gold: str, predicted: Sequence[str | None]) -> ProblemGrade:
