@@ -11,7 +11,6 @@ nor vLLM, so that stored results can be graded again anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
@@ -20,8 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.errors import UsageError
-from opsd.evaluation.grading_worker import Verdict, group, walk
+from opsd.evaluation.grading_shortcuts import decide_texts
 
 # What the authors' files, and ours, hold as `predicted_answer` of an unformatted sample.
 NO_ANSWER = "[No boxed answer found]"
@@ -40,11 +38,12 @@ NAMED_KILLS, NAMED_CHARACTERS = 50, 200
 # After this many killed items of one problem, as many as it has samples, what is left of it gets a tenth of
 # the limit: ordinary answers need a hundredth, and a problem of hostile ones ends in minutes.
 FULL_LIMIT_KILLS = 12
-# Deaths of a worker in one problem while it was at no item, before grading gives up.
+# Deaths of a worker in one problem before it began to work, after which grading gives up.
 MAX_IDLE_DEATHS = 5
 ROOT = Path(__file__).resolve().parents[2]
 
-Pair = tuple[int, int]  # indices of two texts of a problem, gold side first
+Verdict = bool | None  # None: the comparison was killed, which counts as not equal
+Equal = Callable[[str, str], Verdict]  # of two answers, the gold side first
 
 _BOX_TOKENS = re.compile(r"\\boxed\{|[{}]")
 
@@ -93,9 +92,43 @@ class ProblemGrade:
         return any(self.correct)
 
 
+def group(texts: Sequence[str], equal: Equal) -> list[list[int]]:
+    """Cluster samples: each joins the first cluster whose first member is equivalent in either direction.
+
+    Returns:
+        Clusters of positions in `texts`, in the order in which they were founded.
+    """
+    clusters: list[list[int]] = []
+    for position, text in enumerate(texts):
+        for cluster in clusters:
+            first = texts[cluster[0]]
+            verdict = equal(first, text)
+            # The other direction of a killed comparison is not tried: it counts as not equal.
+            if verdict or (verdict is False and first != text and equal(text, first)):
+                cluster.append(position)
+                break
+        else:
+            clusters.append([position])
+    return clusters
+
+
+def grade_answers(gold: str, predicted: Sequence[str | None], equal: Equal) -> ProblemGrade:
+    """Grade the samples of one problem and vote."""
+    correct = [text is not None and bool(equal(gold, text)) for text in predicted]
+    formatted = [(position, text) for position, text in enumerate(predicted) if text is not None]
+    clusters = [[formatted[i][0] for i in cluster] for cluster in group([t for _, t in formatted], equal)]
+    if invalid := [position for position, text in enumerate(predicted) if text is None]:
+        clusters = sorted([*clusters, invalid], key=lambda cluster: cluster[0])
+    if not clusters:
+        return ProblemGrade(correct, clusters, None, False)
+    winner = max(range(len(clusters)), key=lambda index: len(clusters[index]))
+    # The first member of the INVALID cluster is unformatted and therefore not correct.
+    return ProblemGrade(correct, clusters, winner, correct[clusters[winner][0]])
+
+
 @dataclass(frozen=True)
 class Killed:
-    """One parse (`predicted` is None) or comparison that was killed twice, the second time alone."""
+    """A parse (`predicted` is None) or comparison that was killed twice, the second time alone."""
 
     gold: str
     predicted: str | None = None
@@ -104,10 +137,9 @@ class Killed:
 class Grader:
     """Grades answers in `workers` processes that are killed when one parse or comparison exceeds its limit.
 
-    A context manager; processes start with the first answer. Each distinct string is parsed once per problem
-    and each distinct pair decided once, across calls too. A killed parse or comparison is tried once more
-    alone in a fresh process; killed again, it counts as not equal, in its problem alone, and is kept in
-    `killed`.
+    A context manager; processes start with the first answer that needs one. Each distinct pair is decided
+    once, across calls too. A killed parse or comparison is tried once more alone in a fresh process; killed
+    again, it counts as not equal, in its problem alone, and is kept in `killed`.
 
     Args:
         workers: processes; None takes the cores this process may use, at most 8.
@@ -140,7 +172,7 @@ class Grader:
         self._server: subprocess.Popen[bytes] | None = None
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(self.workers):
-            self._workers.put(_Worker())
+            self._workers.put(_Worker(self._new_process))
 
     def __enter__(self) -> Grader:
         return self
@@ -179,12 +211,15 @@ class Grader:
 
     def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Return math_verify's verdict on each (gold, predicted), False where it was killed."""
-        by_gold: dict[str, dict[str, None]] = defaultdict(dict)
+        answers: dict[str, dict[str, None]] = {}
         for gold, predicted in pairs:
-            by_gold[gold][predicted] = None
-        decided = self._decide([((gold, *answers), False) for gold, answers in by_gold.items()])
-        verdicts = dict(zip(by_gold, decided, strict=True))
-        return [bool(verdicts[gold][gold, predicted]) for gold, predicted in pairs]
+            answers.setdefault(gold, {})[predicted] = None
+
+        def verdicts(gold: str, equal: Equal) -> dict[tuple[str, str], Verdict]:
+            return {(gold, predicted): equal(gold, predicted) for predicted in answers[gold]}
+
+        known = {pair: verdict for part in self._map(verdicts, answers) for pair, verdict in part.items()}
+        return [bool(known[pair]) for pair in pairs]
 
     def grade_problem(self, gold: str, predicted: Sequence[str | None]) -> ProblemGrade:
         """Return `grade` of a single problem."""
@@ -192,85 +227,25 @@ class Grader:
 
     def grade(self, problems: Sequence[tuple[str, Sequence[str | None]]]) -> list[ProblemGrade]:
         """Return the grade of each (gold answer, predicted answers; None = unformatted)."""
-        texts = [
-            (gold, *dict.fromkeys(p for p in predicted if p is not None)) for gold, predicted in problems
-        ]
-        decided = self._decide([(job_texts, True) for job_texts in texts])
-        return [_grade(*problem, verdicts) for problem, verdicts in zip(problems, decided, strict=True)]
+        return self._map(lambda problem, equal: grade_answers(problem[0], problem[1], equal), problems)
 
-    def _decide(self, jobs: Sequence[tuple[tuple[str, ...], bool]]) -> list[dict[tuple[str, str], Verdict]]:
-        """Return for each (texts, clustered) every verdict that it needs, by pair of texts."""
-        distinct = list(dict.fromkeys(jobs))
+    def _map(self, decide: Callable[[Any, Equal], Any], problems: Iterable[Any]) -> list[Any]:
+        """Return `decide(problem, equal)` of each problem, in order; as many at a time as workers."""
+
+        def run(problem: Any) -> tuple[Any, list[Killed]]:
+            equal = _Comparison(self)
+            try:
+                return decide(problem, equal), equal.killed
+            finally:
+                equal.finish()
+
         with ThreadPoolExecutor(self.workers) as threads:
-            decided = dict(zip(distinct, threads.map(self._decide_problem, distinct), strict=True))
-        verdicts = []
-        for texts, clustered in jobs:
-            known, killed = decided[texts, clustered]
+            done = list(threads.map(run, problems))
+        for _, killed in done:
             self.killed += killed
-            killed.clear()
-            verdicts.append({(texts[i], texts[j]): verdict for (i, j), verdict in known.items()})
-        return verdicts
+        return [result for result, _ in done]
 
-    def _decide_problem(self, job: tuple[tuple[str, ...], bool]) -> tuple[dict[Pair, Verdict], list[Killed]]:
-        """Return every verdict that one problem needs, and what was killed on the way."""
-        texts, clustered = job
-        pairs = [(i, j) for i in range(len(texts) if clustered else 1) for j in range(1, len(texts))]
-        known = {
-            (i, j): self._verdicts[texts[i], texts[j]]
-            for i, j in pairs
-            if (texts[i], texts[j]) in self._verdicts
-        }
-        with contextlib.suppress(KeyError):
-            walk(len(texts), clustered, lambda i, j: known[i, j])
-            return known, []
-        worker = self._workers.get()
-        try:
-            killed = self._ask(worker, texts, clustered, known)
-        finally:
-            self._workers.put(worker)
-        if not killed:  # what was killed in one problem says nothing about another
-            self._verdicts.update({(texts[i], texts[j]): verdict for (i, j), verdict in known.items()})
-        return known, killed
-
-    def _ask(
-        self, worker: _Worker, texts: tuple[str, ...], clustered: bool, known: dict[Pair, Verdict]
-    ) -> list[Killed]:
-        """Add to `known` what is missing; what dies is tried once more alone in a fresh process."""
-        killed: list[Killed] = []
-        unparsable: list[int] = []
-        alone: tuple[int, ...] = ()
-        idle_deaths = 0
-        while True:
-            patient = len(killed) < FULL_LIMIT_KILLS
-            job = {
-                "texts": texts,
-                "clustered": clustered,
-                "alone": alone,
-                "known": [(*pair, verdict) for pair, verdict in known.items()],
-                "unparsable": unparsable,
-                "cpu_limit_s": self.time_limit_s if patient else self.time_limit_s / 10,
-            }
-            died = worker.run(job, known, self._new_worker)
-            if died is None and not alone:
-                return killed
-            if died == ():
-                idle_deaths += 1
-                if idle_deaths > MAX_IDLE_DEATHS:
-                    raise RuntimeError(
-                        f"grading workers ended {idle_deaths} times before they began to work; "
-                        f"memory_limit_mb={self.memory_limit_mb} may be too small"
-                    )
-            elif died and died == alone:
-                killed.append(Killed(*(texts[index] for index in died)))
-                if len(died) == 1:
-                    unparsable += died
-                else:
-                    known[died] = None
-                alone = ()
-            else:
-                alone = died or ()
-
-    def _new_worker(self) -> socket.socket:
+    def _new_process(self) -> socket.socket:
         """Return the socket of a fresh worker process, which the server forks."""
         with self._lock:
             if self._server is None or self._server.poll() is not None:
@@ -283,7 +258,7 @@ class Grader:
                 )
                 # A session of its own: Ctrl-C is this process's to handle.
                 self._server = subprocess.Popen(
-                    [sys.executable, "-P", "-c", code], stdin=theirs, start_new_session=True
+                    [sys.executable, "-P", "-c", code], stdin=theirs.fileno(), start_new_session=True
                 )
                 theirs.close()
             ours, theirs = socket.socketpair()
@@ -292,58 +267,87 @@ class Grader:
             return ours
 
 
-class _Worker:
-    """One worker process at a time; after its death the next job gets a fresh one."""
+class _Comparison:
+    """`Equal` for one problem: what is killed in it counts in it alone."""
 
-    def __init__(self) -> None:
-        self._stream: Any = None
+    def __init__(self, grader: Grader) -> None:
+        self.killed: list[Killed] = []
+        self._grader = grader
+        self._worker: _Worker | None = None
+        self._own: dict[tuple[str, str], Verdict] = {}
+        self._killed_texts: set[str] = set()
+        self._idle_deaths = 0
+
+    def finish(self) -> None:
+        if self._worker is not None:
+            self._grader._workers.put(self._worker)
+
+    def __call__(self, gold: str, predicted: str) -> Verdict:
+        known, pair = self._grader._verdicts, (gold, predicted)
+        if pair not in known and pair not in self._own:
+            verdict = decide_texts(gold, predicted)
+            if verdict is None:
+                verdict = self._ask(gold, predicted)
+            if verdict is None or self._killed_texts.intersection(pair):
+                self._own[pair] = verdict
+            else:
+                known[pair] = verdict
+        return self._own[pair] if pair in self._own else known[pair]
+
+    def _ask(self, gold: str, predicted: str) -> Verdict:
+        """Let a worker decide; what dies is tried once more, in a fresh process that did nothing else."""
+        if self._worker is None:
+            self._worker = self._grader._workers.get()
+        died_once: set[tuple[str, ...]] = set()
+        while not self._killed_texts.intersection((gold, predicted)):
+            limit_s = self._grader.time_limit_s
+            if len(self.killed) >= FULL_LIMIT_KILLS:
+                limit_s /= 10
+            answer = self._worker.ask(gold, predicted, limit_s)
+            if answer in ("0", "1"):
+                return answer == "1"
+            item = {"": (), "g": (gold,), "p": (predicted,), "c": (gold, predicted)}[answer]
+            if not item:
+                self._idle_deaths += 1
+                if self._idle_deaths > MAX_IDLE_DEATHS:
+                    raise RuntimeError(
+                        f"grading workers ended {self._idle_deaths} times before they began to work; "
+                        f"memory_limit_mb={self._grader.memory_limit_mb} may be too small"
+                    )
+            elif item in died_once:
+                self.killed.append(Killed(*item))
+                if len(item) == 2:
+                    return None
+                self._killed_texts.update(item)
+            else:
+                died_once.add(item)
+        return False
+
+
+class _Worker:
+    """One worker process at a time; after its death the next question starts a fresh one."""
+
+    def __init__(self, start: Callable[[], socket.socket]) -> None:
+        self._start = start
+        self._connection: socket.socket | None = None
 
     def close(self) -> None:
-        if self._stream is not None:
-            with contextlib.suppress(OSError):
-                self._stream.close()
-            self._stream = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
-    def run(
-        self, job: dict[str, Any], known: dict[Pair, Verdict], start: Callable[[], socket.socket]
-    ) -> tuple[int, ...] | None:
-        """Give `job` to the process and take its verdicts into `known`.
-
-        Returns:
-            None when the job is done; when the process died, the indices of the text that it was parsing or
-            of the two that it was comparing, () if it was at neither.
-        """
-        item: tuple[int, ...] = ()
+    def ask(self, gold: str, predicted: str, cpu_limit_s: float) -> str:
+        """Return "1" or "0"; when the process died, the stage it was at (see `grading_worker`) or ""."""
+        last = ""
         try:
-            if self._stream is None:
-                with start() as connection:
-                    self._stream = connection.makefile("rw", encoding="ascii")
-            self._stream.write(json.dumps(job) + "\n")
-            self._stream.flush()
-            for line in self._stream:
-                kind, *fields = line.split()
-                if kind == "done":
-                    return None
-                item = tuple(map(int, fields[:2]))
-                if kind == "verdict":
-                    known[item], item = fields[2] == "1", ()
+            if self._connection is None:
+                self._connection = self._start()
+            self._connection.sendall(json.dumps([gold, predicted, cpu_limit_s]).encode("ascii") + b"\n")
+            while received := self._connection.recv(64).decode("ascii"):
+                last = received[-1]
+                if last in "01":
+                    return last
         except OSError:
             pass
         self.close()
-        return item
-
-
-def _grade(
-    gold: str, predicted: Sequence[str | None], verdicts: dict[tuple[str, str], Verdict]
-) -> ProblemGrade:
-    correct = [text is not None and bool(verdicts[gold, text]) for text in predicted]
-    formatted = [position for position, text in enumerate(predicted) if text is not None]
-    members = group([predicted[position] for position in formatted], lambda a, b: verdicts[a, b])
-    clusters = [[formatted[position] for position in cluster] for cluster in members]
-    invalid = [position for position, text in enumerate(predicted) if text is None]
-    clusters = sorted([*clusters, invalid] if invalid else clusters, key=lambda cluster: cluster[0])
-    if not clusters:
-        return ProblemGrade(correct, clusters, None, False)
-    winner = max(range(len(clusters)), key=lambda index: len(clusters[index]))
-    # The first member of the INVALID cluster is unformatted and therefore not correct.
-    return ProblemGrade(correct, clusters, winner, correct[clusters[winner][0]])
+        return last

@@ -5,8 +5,6 @@ import zlib
 from fractions import Fraction
 from typing import Any
 
-import sympy as sp
-
 MARGIN = 1e-3  # math_verify rounds decimals to 6 places
 _NUMBER = re.compile(r"-?\d{1,9}(?:\.\d{1,6})?|(-?)\\d?frac\{(\d{1,9})\}\{([1-9]\d{0,8})\}", re.ASCII)
 # Numbers of three digits are left out: `(1,000)` is one number.
@@ -16,11 +14,11 @@ _LETTER, _WORD = r"[a-zA-Z](?![a-zA-Z])", r"\\text\{(?!and|or)[a-z]*\}"
 _ONE = rf"(?:[-+0-9.^{{}}! ]|{_LETTER}|{_WORD}|\\(?:d?frac|sqrt|pi|cdot|circ)(?![a-zA-Z]))+"
 _EXPRESSION = re.compile(rf"(?:[a-z] ?= ?)?{_ONE}")
 
-_NODES = (sp.Rational, sp.Float, sp.NumberSymbol, type(sp.I), sp.Add, sp.Mul, sp.Symbol, sp.factorial)
 
-
-def plain_number(text: str) -> sp.Number | None:
+def plain_number(text: str) -> Any:
     """Return what math_verify parses from a plain integer or decimal; None for other texts."""
+    import sympy as sp
+
     match = _NUMBER.fullmatch(text)
     return None if match is None or match[2] else sp.Float(text) if "." in text else sp.Integer(int(text))
 
@@ -40,18 +38,23 @@ def decide_texts(gold: str, predicted: str) -> bool | None:
 
 def value(trees: list) -> complex | None:
     """Return the value of one parsed sum, product or power, each symbol at a fixed point; else None."""
+    import sympy as sp  # here and above: the process that drives the workers does without
+
+    nodes = (sp.Rational, sp.Float, sp.NumberSymbol, type(sp.I), sp.Add, sp.Mul, sp.Symbol, sp.factorial)
 
     def is_plain(node: Any) -> bool:
         if isinstance(node, sp.Pow):  # the power of a base beside the branch cut has no safe value
             return node.exp.is_Integer or bool(node.base.is_positive)
-        return isinstance(node, _NODES)
+        return isinstance(node, nodes)
 
     # math_verify compares a lone symbol by its name.
     if len(trees) != 1 or not isinstance(trees[0], sp.Expr) or isinstance(trees[0], sp.Symbol):
         return None
     try:
         if all(map(is_plain, sp.preorder_traversal(trees[0]))):
-            points = {s: 1 + zlib.crc32(str(s).encode()) / 2**32 for s in trees[0].free_symbols}
+            points: dict[Any, Any] = {
+                s: 1 + zlib.crc32(str(s).encode()) / 2**32 for s in trees[0].free_symbols
+            }
             return complex(trees[0].evalf(subs=points))
     except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError):
         pass
