@@ -16,25 +16,18 @@ import sys
 from opsd.arguments import parse_arguments
 from opsd.errors import run_cli
 
-logger = logging.getLogger("ea_opsd_train")
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, load, train. Returns the exit code."""
-    training, method, rollout, options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    _set_up_logging(training)
-    from opsd.training import train
-
-    return train(training, method, rollout, options)
-
-
-def _set_up_logging(training) -> None:
+    """Parse, load and train; return the exit code."""
+    training, *others = parse_arguments(sys.argv[1:] if argv is None else argv)
     level = logging.INFO if training.process_index == 0 else logging.ERROR
-    logging.basicConfig(
-        level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
+    words = "%(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level, format=words, stream=sys.stderr, force=True)
     for noisy in ("httpx", "datasets", "filelock", "urllib3", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    from opsd.training import train  # late: it imports torch and transformers
+
+    return train(training, *others)
 
 
 if __name__ == "__main__":

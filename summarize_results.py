@@ -13,52 +13,37 @@ runs are left out with a line on stderr, and the exit code is then 1.
 from __future__ import annotations
 
 import argparse
-import csv
 import glob
-import io
 import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from opsd.errors import OneLineParser, UsageError, printable, run_cli
+from opsd.errors import ArtefactError, OneLineParser, UsageError, printable, run_cli
 from opsd.files import atomic_write_text
-from opsd.report.commands import missing_commands
-from opsd.report.notes import regime_line, table_notes
+from opsd.report.markdown import markdown_table
+from opsd.report.notes import missing_commands, regime_line, table_notes
 from opsd.report.plots import check_picture
 from opsd.report.summary import (
+    BENCHMARK_TITLES,
     METRICS,
     Row,
+    Run,
     Statistic,
     Table,
-    benchmark_title,
     build_tables,
-    collect,
-    paper_row,
+    load_run,
+    paper_rows,
     row_title,
 )
 
 DEFAULT_PATTERN = "eval_results/*_38k*.json"
 PAPER_NUMBERS = Path(__file__).resolve().parent / "opsd" / "report" / "paper_numbers.json"
-CSV_COLUMNS = [
-    "source",
-    "model",
-    "method",
-    "benchmark",
-    "metric",
-    "mean",
-    "deviation",
-    "values",
-    "low95",
-    "high95",
-    "notes",
-]
+CSV_LABELS = ["source", "model", "method", "benchmark", "metric"]
+CSV_COLUMNS = [*CSV_LABELS, "mean", "deviation", "values", "low95", "high95", "notes"]
 DASH = "—"
 METRIC_TITLES = {"average": "Avg", "pass": "Pass", "majority": "Maj"}
-
-
-# -- cells as text -------------------------------------------------------------------------------------------
 
 
 def with_deviation(statistic: Statistic | None) -> str:
@@ -96,33 +81,28 @@ class Notes:
 def grid(table: Table, metric: str, text: Callable[[Statistic | None], str], notes: Notes) -> list[list[str]]:
     """Return header and rows of one metric of one table, cells with the numbers of their notes."""
     name = f"{METRIC_TITLES[metric]}@{table.val_n}"
-    mean = [f"{name}, mean of {len(table.averaged)}"] if table.averaged else []
-    lines = [["method", *map(benchmark_title, table.columns), *mean]]
+    header = [BENCHMARK_TITLES.get(name, name) for name in table.columns]
+    header += [f"{name}, {title}" for title, _ in table.figures[len(table.columns) :]]
+    lines = [["method", *header]]
     for row in table.rows:
-        cells = [(row.cells[c].statistic(metric) if c in row.cells else None, (c,)) for c in table.columns]
-        if table.averaged:
-            cells.append((row.average(metric, table.averaged), table.averaged))
-        texts = [text(value) + (notes.mark(row, columns) if value else "") for value, columns in cells]
+        figures = [(row.statistic(metric, columns), columns) for _, columns in table.figures]
+        texts = [text(figure) + (notes.mark(row, columns) if figure else "") for figure, columns in figures]
         lines.append([row_title(row), *texts])
     return lines
 
 
 def paper_lines(table: Table, numbers: dict) -> list[list[str]]:
-    """The paper's rows in the columns of `table`."""
+    """Return the paper's rows in the columns of `table`; none for a table without its benchmarks."""
     lines = []
-    if not set(table.columns) & set(numbers["benchmarks"]):
-        return lines
-    for title, cells, mean in paper_row(numbers, table.model):
-        by_name = dict(zip(numbers["benchmarks"], cells, strict=True))
-        texts = [
-            f"{by_name[c][0]:.2f} ± {by_name[c][1]:.2f}" if c in by_name else DASH for c in table.columns
-        ]
-        lines.append([f"{title} (paper)", *texts, f"{mean:.2f}"])
+    for _, title, figures in paper_rows(numbers, table.model):
+        texts = [" ± ".join(f"{x:.2f}" for x in figures.get(columns, [])) for _, columns in table.figures]
+        if any(texts):
+            lines.append([f"{title} (paper)", *(text or DASH for text in texts)])
     return lines
 
 
 def sections(table: Table, numbers: dict) -> list[tuple[str, list[list[str]], list[str]]]:
-    """Return (title, lines, notes) of everything that is said about one model in one regime."""
+    """Return (title, lines, notes) of the four tables of one model in one regime."""
     name, notes = f"@{table.val_n}", Notes(table)
     below = [regime_line(table), *(f"[{number}] {text}" for number, text in enumerate(notes.texts, 1))]
     main = grid(table, "average", with_deviation, notes) + paper_lines(table, numbers)
@@ -139,12 +119,8 @@ def sections(table: Table, numbers: dict) -> list[tuple[str, list[list[str]], li
 
 
 def markdown(title: str, lines: list[list[str]], notes: list[str]) -> str:
-    escaped = [[printable(cell).replace("|", "\\|") for cell in line] for line in lines]
-    header, *rows = [f"| {' | '.join(line)} |" for line in escaped]
-    rule = f"|{' --- |' * len(lines[0])}"
-    return "\n".join(
-        [f"### {printable(title)}\n", header, rule, *rows, *(f"\n{printable(n)}" for n in notes), ""]
-    )
+    below = "".join(f"\n{printable(note)}\n" for note in notes)
+    return f"### {printable(title)}\n\n{markdown_table(lines[0], lines[1:])}{below}"
 
 
 def latex(title: str, lines: list[list[str]], notes: list[str]) -> str:
@@ -161,44 +137,40 @@ def latex(title: str, lines: list[list[str]], notes: list[str]) -> str:
 
 def csv_text(tables: Sequence[Table], numbers: dict) -> str:
     """Return one line for each statistic, in percent."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
+    from pandas import DataFrame
 
-    def safe(text: str) -> str:
-        # A spreadsheet takes a text that begins like this for a formula.
-        return printable(f"'{text}" if text.startswith(("=", "+", "-", "@")) else text)
-
-    def write(*known: str, **figures: object) -> None:
-        writer.writerow(dict(zip(CSV_COLUMNS, map(safe, known), strict=False)) | figures)
-
+    lines = []
     for table in tables:
         regime, notes = regime_line(table), Notes(table)
-        mean_title = f"mean of {len(table.averaged)}"
         for row, metric in itertools.product(table.rows, METRICS):
-            cells = [(name, (name,), cell.statistic(metric)) for name, cell in row.cells.items()]
-            if table.averaged:
-                cells.append((mean_title, table.averaged, row.average(metric, table.averaged)))
-            for title, columns, s in cells:
-                if s is not None:
-                    said = safe(" ".join([regime, *notes.of(row, columns)]))
-                    figures = {
-                        "mean": s.mean,
-                        "deviation": s.deviation,
-                        "low95": s.interval[0],
-                        "high95": s.interval[1],
-                    }
-                    texts = {name: f"{value:.4f}" for name, value in figures.items() if value is not None}
-                    write(
-                        "ours", row.model, row_title(row), title, metric, values=s.count, notes=said, **texts
+            for title, columns in table.figures:
+                if figure := row.statistic(metric, columns):
+                    deviation = "" if figure.deviation is None else f"{figure.deviation:.4f}"
+                    low, high = (f"{end:.4f}" for end in figure.interval)
+                    said = " ".join([regime, *notes.of(row, columns)])
+                    head = (
+                        "ours",
+                        table.model,
+                        row_title(row),
+                        title,
+                        metric,
+                        f"{figure.mean:.4f}",
+                        deviation,
                     )
-        for title, cells, mean in paper_row(numbers, table.model):
-            for column, (value, deviation) in zip(numbers["benchmarks"], cells, strict=True):
-                write(
-                    "paper", table.model, title, column, "average", mean=value, deviation=deviation, values=3
-                )
-            write("paper", table.model, title, "mean of 4", "average", mean=mean)
-    return buffer.getvalue()
+                    lines.append([*head, str(figure.count), low, high, said])
+        for _, method, figures in paper_rows(numbers, table.model):
+            for title, columns in table.figures:
+                if columns in figures:
+                    count = ["3"] if len(columns) == 1 else []
+                    lines.append(["paper", table.model, method, title, "average", *figures[columns], *count])
+
+    def safe(value: object) -> object:
+        # A spreadsheet takes a text that begins like this for a formula.
+        formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
+        return printable(f"'{value}" if formula else value) if isinstance(value, str) else value
+
+    rows = [dict(zip(CSV_COLUMNS, map(safe, line), strict=False)) for line in lines]
+    return DataFrame(rows, columns=CSV_COLUMNS, dtype=object).to_csv(index=False)
 
 
 def render(tables: Sequence[Table], numbers: dict, form: str, seeds: Sequence[int] | None) -> str:
@@ -240,7 +212,12 @@ def main(argv: list[str] | None = None) -> int:
     if not paths:
         raise UsageError(f"no file matches {' '.join(args.patterns)!r}")
     skipped: list[str] = []
-    runs = collect(paths, skipped.append)
+    runs: list[Run] = []
+    for path in paths:
+        try:
+            runs.append(load_run(path))
+        except ArtefactError as error:
+            skipped.append(str(error))
     numbers = json.loads(PAPER_NUMBERS.read_text("utf-8"))
     tables = build_tables(runs, skipped.append)
     for message in skipped:

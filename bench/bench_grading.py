@@ -4,9 +4,8 @@ Two measurements, printed as one Markdown table each.
 
 1. Grading and voting over problems x samples answers: `opsd.evaluation.grading.Grader` against the plain
    form, one process that calls math_verify's parse and verify for each comparison. All verdicts must be
-   equal. Neither the plain form's imports nor the start of the grader's processes is part of the ratio; the start is
-   printed beside it. Other work on the machine lengthens both, the form with more processes more: compare the
-   load average that is printed, and the processor seconds, which it changes little.
+   equal. The ratio leaves out the imports of the plain form and the start of the grader's processes, which is
+   printed too. On a busy machine compare the processor seconds; the load average is printed.
 2. Hostile answers, each graded three times beside ordinary ones: seconds for each, killed comparisons, and
    the largest memory of a worker.
 
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from opsd.errors import ArtefactError, run_cli
 from opsd.evaluation.grading import Grader, ProblemGrade
+from tests.evaluation.answer_forms import plain_equivalent
 
 Problems = list[tuple[str, list[str | None]]]
 
@@ -106,21 +106,6 @@ def make_problems(golds: Sequence[str], samples: int, rng: random.Random) -> Pro
 
 
 # -- the plain form ------------------------------------------------------------------------------------------
-
-
-def plain_equivalent(gold: str, predicted: str) -> bool:
-    """The protocol's equivalence, read off: parse both, verify, for each comparison anew."""
-    from math_verify import parse, verify
-
-    try:
-        trees = [
-            parse(text if "$" in text else f"${text}$", fallback_mode="no_fallback")
-            for text in (gold, predicted)
-        ]
-        return verify(*trees, timeout_seconds=5)
-    except Exception:
-        strip = str.maketrans("", "", "$ ")
-        return gold.translate(strip).lower() == predicted.translate(strip).lower()
 
 
 def plain_grade(gold: str, answers: Sequence[str | None]) -> ProblemGrade:

@@ -34,7 +34,7 @@ COLUMNS = (
 
 
 def inputs(tokens: int, vocabulary: int, hidden: int, device: str, dtype: str):
-    """(head weight [V, H], student [N, H], teacher [N, H], ids [N], lengths [3]).
+    """Return (head weight [V, H], student [N, H], teacher [N, H], ids [N], lengths [3]).
 
     The teacher is a perturbed student, so that no divergence is 0 by accident.
     """
@@ -54,7 +54,7 @@ def inputs(tokens: int, vocabulary: int, hidden: int, device: str, dtype: str):
 
 
 def step(form: str, method: str, data, hyper, chunk_positions: int | None = None):
-    """(loss, gradient [N, H]) of one micro-batch in one of the two forms; REOPOLD refines."""
+    """Return (loss, gradient [N, H]) of a micro-batch in one form; REOPOLD in refinement."""
     import dataclasses
 
     from bench.dense import dense_loss
@@ -81,7 +81,7 @@ def step(form: str, method: str, data, hyper, chunk_positions: int | None = None
 
 
 def work(args) -> None:
-    """A form's process: memory and time of its first step, then one timed step for each line it reads."""
+    """Measure memory and time of a first step, then time one step for each line of input."""
     import torch
 
     from bench.memory import PeakMemory
@@ -158,7 +158,7 @@ def workers(*made: Worker) -> Iterator[tuple[Worker, ...]]:
 
 
 def compare(args, method: str, vocabulary: int, tokens: int) -> dict:
-    """One row of the table, {column: text}; empty cells where the dense form is not measured.
+    """Return one row of the table, {column: text}; empty cells where the dense form is not measured.
 
     Raises:
         SystemExit: the two forms' losses or gradient norms differ.

@@ -1,4 +1,4 @@
-"""What padding costs at the length spread of real data, and how many backbone calls its limit takes.
+"""Measure the cost of padding at the length spread of real data, and the backbone calls of its limit.
 
     python bench/bench_padding.py
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def padded(lengths: list[int], limit: float) -> tuple[int, int]:
-    """(padded tokens, grids) of one micro-batch of one role."""
+    """Return (padded tokens, grids) of one micro-batch of one role."""
     from opsd.batch import length_groups
 
     groups = length_groups(lengths, limit)
@@ -31,7 +31,7 @@ def padded(lengths: list[int], limit: float) -> tuple[int, int]:
 
 
 def measure(batches: list[list[int]], limit: float) -> tuple[float, float, float]:
-    """(padded / valid over all, the worst micro-batch's, mean calls per micro-batch)."""
+    """Return (padded / valid over all, the worst micro-batch's, mean calls per micro-batch)."""
     found = [padded(lengths, limit) for lengths in batches]
     valid = [sum(lengths) for lengths in batches]
     total = sum(tokens for tokens, _ in found) / sum(valid)

@@ -1,4 +1,4 @@
-"""Rollouts by both engines, in one run: `python bench/bench_rollout.py [--model FOLDER] [--batches 32 256]`
+"""Time both rollout engines in one run: `python bench/bench_rollout.py [--model FOLDER] [--batches 32 256]`
 
 The same requests, as in training: the student's prompts of the small world, temperature 1.1, top_p 0.95,
 top_k 20, a rank-64 adapter on all seven matrices. transformers samples with the adapter unmerged, `batch`
@@ -41,7 +41,7 @@ class Clock:
 
 @dataclass(order=True)
 class Rollout:
-    """One generate call; the one of the least `seconds` is the best."""
+    """One generate call."""
 
     seconds: float
     wall: float
@@ -49,7 +49,7 @@ class Rollout:
 
 
 def adapted_model(name: str, rank: int) -> Any:
-    """The model in its own dtype under a random adapter, on the GPU where there is one."""
+    """Load the model in its own dtype with a random adapter, on the GPU where there is one."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -67,7 +67,7 @@ def adapted_model(name: str, rank: int) -> Any:
 
 
 def requests_of(tokenizer: Any, count: int) -> list[Any]:
-    """The first `count` problems of the small world with the seeds of a first step."""
+    """Return the first `count` problems of the small world with the seeds of a first step."""
     from opsd.prompts import encode_student
     from opsd.rollout.engine import Request
     from opsd.seeds import rollout_seed

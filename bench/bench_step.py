@@ -1,17 +1,17 @@
-"""A whole optimizer step, split into its phases, against the dense form of it, in one run.
+"""Time the phases of an optimizer step and of its dense form, in one run.
 
     python bench/bench_step.py                    # the small arithmetic world of testbed/
-    python bench/bench_step.py --world qwen3      # Qwen3-4B's shapes scaled down, its whole vocabulary
+    python bench/bench_step.py --world qwen3      # Qwen3-4B's shapes scaled down, its complete vocabulary
     python bench/bench_step.py --world qwen3 --full --device cuda --dtype bfloat16    # its full shapes
 
 Both forms run in the real Trainer loop (bench/step_forms.py); they take turns, each round starts from the
 same weights, and the first step of a round warms up. On a CPU the round with the least processor time counts
 and ratios are of processor time, which other jobs on the machine change less than the wall clock; on a GPU
-the wall clock decides. "tokens/s" are completion tokens trained on per second of the whole step. "share of
+the wall clock decides. "tokens/s" are completion tokens trained on per second of the step. "share of
 matmul rate" is the useful work of the two passes, the objective and the backward pass (valid tokens only, no
 recomputation counted) over the time of those phases, divided by what a large matrix product reaches on the
 same device in the same dtype. The baseline: one rollout call per micro-batch, prompts padded to the longest
-and completions to the maximum, logits of whole sequences.
+and completions to the maximum, logits of complete sequences.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def trainer_arguments(args, folder: str):
-    """The four argument groups as ea_opsd_train.py would parse them."""
+    """Return the four argument groups as ea_opsd_train.py parses them."""
     from bench.step_worlds import TESTBED
     from opsd.arguments import parse_arguments
 
@@ -98,7 +98,7 @@ def trainer_arguments(args, folder: str):
 
 
 def run_round(args, form: str):
-    """One training run of 1 + steps optimizer steps -> its trainer; always the same seed and weights."""
+    """Train 1 + steps optimizer steps, always with the same seed and weights; return the trainer."""
     import torch
 
     from bench.step_forms import DenseTrainer, TimedTrainer
@@ -138,7 +138,7 @@ def run_round(args, form: str):
 
 
 def useful_flops(model, record) -> float:
-    """Operations that a step cannot do without, rollout excluded: valid tokens, no recomputation.
+    """Return the operations that a step needs without the rollout: valid tokens, no recomputation.
 
     A frozen matrix costs 2 operations per weight and token forward and 2 backward (no weight gradient), an
     adapter's 2 and 4; causal attention 2·t²·d a layer forward, twice that backward; the head three products
@@ -163,7 +163,7 @@ def useful_flops(model, record) -> float:
 
 
 def matmul_rate(device: str, dtype: str) -> float:
-    """Operations a second (on a CPU: a processor second) of a large matrix product, the best of several."""
+    """Return operations a second (on a CPU: a processor second) of a large product, best of several."""
     import torch
 
     size, clock = (8192, time.perf_counter) if device == "cuda" else (1536, time.process_time)
@@ -179,7 +179,7 @@ def matmul_rate(device: str, dtype: str) -> float:
 
 
 def summary(trainer) -> dict:
-    """Means over the measured steps of one round; what a round is chosen and printed by."""
+    """Return the means over the measured steps of one round."""
     from bench.step_forms import PHASES
 
     steps, records = trainer.clock.steps[1:], trainer.records[1:]
@@ -204,7 +204,7 @@ def summary(trainer) -> dict:
 
 
 def measure(args) -> dict[str, dict]:
-    """{form: summary of its best round}; a form that does not fit in memory is missing."""
+    """Return {form: summary of its best round} without forms that do not fit in memory."""
     import torch
 
     best: dict[str, dict] = {}
@@ -226,7 +226,7 @@ def measure(args) -> dict[str, dict]:
 
 
 def print_table(best: dict[str, dict], rate: float, *, decisive: int) -> None:
-    """Phases and their sum, in seconds and processor seconds of each form; then the forms' other figures.
+    """Print each form's phases and their sum in seconds and processor seconds, then its other figures.
 
     `decisive` is 0 where the wall clock gives the ratios, 1 where processor seconds do.
     """

@@ -23,7 +23,7 @@ def dense_loss(
     hyper: Hyperparameters,
     step: int = 0,
 ) -> Tensor:
-    """The loss of one micro-batch, [N, V] tensors throughout.
+    """Return the loss of one micro-batch, by [N, V] tensors.
 
     Args:
         student_hidden, teacher_hidden: [N, H] hidden states that predict the N completion tokens.
@@ -39,7 +39,7 @@ def dense_loss(
 
 
 def tempered_log_softmax(logits: Tensor, hyper: Hyperparameters) -> Tensor:
-    """[..., V] raw logits -> log-probabilities at temperature T in float32; no name keeps the logits."""
+    """Return [..., V] raw logits as log-probabilities at temperature T in float32."""
     return torch.log_softmax(logits.float() / hyper.temperature, dim=-1)
 
 
@@ -53,7 +53,7 @@ def loss_from_logs(
     hyper: Hyperparameters,
     step: int = 0,
 ) -> Tensor:
-    """`dense_loss` from [N, V] log-probabilities of student and teacher."""
+    """Return `dense_loss` from [N, V] log-probabilities of student and teacher."""
     return _LOSSES[method](student_log, teacher_log, token_ids, lengths, hyper, step)
 
 

@@ -1,4 +1,4 @@
-"""What each departure from the authors' code is worth, measured in the small world: a Markdown table.
+"""Measure each departure from the authors' code in the small world; print a Markdown table.
 
     OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 python bench/measure_departures.py
     python bench/measure_departures.py --only padding dtype
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# vLLM's CPU build asks for half of the memory unless told otherwise.
+# vLLM's CPU build asks for half of the memory by default.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch  # noqa: E402
@@ -92,7 +92,7 @@ def make_world(path: str, data: str, problems: int) -> World:
 
 
 def requests(prompts: list[list[int]]) -> list[Request]:
-    """Training's own requests at optimizer step 0."""
+    """Return training's own requests at optimizer step 0."""
     return [Request(p, rollout_seed(seed=42, step=0, problem=k)) for k, p in enumerate(prompts)]
 
 
@@ -114,7 +114,7 @@ def merge_drift(world: World) -> list[Row]:
 
 
 def _random_model():
-    """Two layers whose entries have the size that a large model's have."""
+    """Return two layers whose entries have the size of a large model's."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     config = Qwen3Config(
@@ -125,7 +125,7 @@ def _random_model():
 
 
 def _drift(world: World, make: Callable, rate: float, kept: bool) -> tuple[float, list[str]]:
-    """(standard deviation of the base's entries, what changed with each way of pushing)."""
+    """Return (standard deviation of the base's entries, what changed with each way of pushing)."""
     from peft import LoraConfig, get_peft_model
 
     from opsd.merging import merged_weights
@@ -158,14 +158,14 @@ def _drift(world: World, make: Callable, rate: float, kept: bool) -> tuple[float
 
 @torch.no_grad()
 def _move_adapter(model, rate: float, ways: dict[str, Tensor] | None) -> None:
-    """One step as large as AdamW takes: every entry by the learning rate, its own way or a random one."""
+    """Move every entry by the learning rate, as AdamW does, in its own or a random direction."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter += rate * (torch.randn_like(parameter).sign() if ways is None else ways[name])
 
 
 def _teacher_kl(world: World, model) -> float:
-    """KL(teacher as loaded ‖ teacher as it is now) on the completions, in bf16 as training runs it."""
+    """Return KL(teacher as loaded ‖ teacher now) on the completions, in bf16 as in training."""
     now = model.get_base_model()
     attach_hidden_forward(now)
     loaded = load_causal_lm(world.path, dtype=torch.bfloat16).requires_grad_(False)
@@ -180,7 +180,7 @@ def _teacher_kl(world: World, model) -> float:
 
 
 def logits_of(model, prompts: list[list[int]], completions: list[list[int]], *, pad_id: int = 0) -> Tensor:
-    """[N, V] raw logits at the completion tokens, each sequence laid out as in training."""
+    """Return [N, V] raw logits at the completion tokens, each sequence laid out as in training."""
     batch = role_batch(prompts, completions, pad_id=pad_id, max_padding_ratio=1.25, device="cpu")
     with torch.no_grad():
         hidden = batch.hidden_states(model)
@@ -188,17 +188,17 @@ def logits_of(model, prompts: list[list[int]], completions: list[list[int]], *, 
 
 
 def log_probabilities(model, prompts, completions) -> Tensor:
-    """[N, V] at the temperature of the objectives."""
+    """Return [N, V] log-probabilities at the temperature of the objectives."""
     return torch.log_softmax(logits_of(model, prompts, completions) / TEMPERATURE, dim=-1)
 
 
 def kl(left: Tensor, right: Tensor) -> Tensor:
-    """KL(left ‖ right) of [N, V] log-probabilities, [N] nats."""
+    """Return KL(left ‖ right) of [N, V] log-probabilities, [N] nats."""
     return (left.exp() * (left - right)).sum(-1)
 
 
 def opsd_loss(student: Tensor, teacher: Tensor, clip: float = CLIP) -> Tensor:
-    """The opsd objective of [N, V] raw logits in their own dtype."""
+    """Return the opsd objective of [N, V] raw logits in their own dtype."""
     p, q = (torch.log_softmax(z / TEMPERATURE, dim=-1) for z in (teacher, student))
     entries = p.exp() * (p - q)
     return (entries.clamp(max=clip) if clip else entries).sum(-1).mean()
@@ -232,7 +232,7 @@ def padding(world: World, *, batch: int = 4) -> list[Row]:
 
 
 def _right_padded(world: World, group: list[list[int]], ids: list[list[int]], row: int) -> Tensor:
-    """[n, V] of one row where prompts are padded at the right and all completions start at one column."""
+    """Return [n, V] of one row: prompts padded at the right, all completions from one column on."""
     width, longest = max(map(len, group)), max(map(len, ids))
     pad = world.tokenizer.pad_token_id
     grid = torch.full((len(group), width + longest), pad)
@@ -380,7 +380,7 @@ def bos_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def beginnings(tokenizer: PreTrainedTokenizerBase, problem: str) -> dict[str, int]:
-    """How many beginning-of-sequence tokens a prompt gets, by way; "here" is this project's."""
+    """Return the beginning-of-sequence tokens of a prompt by code path; "here" is this project's."""
     message = [{"role": "user", "content": problem}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     once = tokenizer(text)["input_ids"]
@@ -525,7 +525,7 @@ def _children(engine, prompts: list[list[int]], seed: int) -> list[tuple[int, ..
 
 
 def _shared(left: list[tuple[int, ...]], right: list[tuple[int, ...]]) -> int:
-    """Samples of `left` that stand in `right` too, each counted once: equal by chance counts as well."""
+    """Count the samples of `left` that are also in `right`, each once, chance matches included."""
     pool = list(right)
     count = 0
     for sample in left:

@@ -12,7 +12,7 @@ EXACT_MALLOC = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"
 
 
 class PeakMemory:
-    """Context manager; `extra` is the peak in bytes above the level at entry.
+    """A context manager whose `extra` is the peak in bytes above the level at entry.
 
     On a CPU the kernel keeps the high-water mark (VmHWM, Linux only), so no short peak is missed. Start the
     process with the environment `EXACT_MALLOC`.

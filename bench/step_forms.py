@@ -2,7 +2,7 @@
 
 `TimedTrainer` is OPSDTrainer with a clock around its phases; nothing it computes changes. `DenseTrainer` is
 the baseline: a rollout call per micro-batch, prompts padded to the longest and completions to the maximum,
-logits of every position of the whole sequence, and the objective by autograd through [B, C, V] tensors.
+logits of every position of the sequence, and the objective by autograd through [B, C, V] tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PHASES = (
 
 
 class Clock:
-    """Charges all time between two `next_step` calls to exactly one phase each: the innermost that is open.
+    """Assigns all time between two `next_step` calls to one phase at a time, the innermost open one.
 
     Attributes:
         steps: per finished step {phase: [wall seconds, processor seconds of this process]}.
@@ -73,7 +73,7 @@ class Clock:
             self.leave()
 
     def next_step(self) -> None:
-        """End the step that runs, if any, and begin one."""
+        """End the current step, if any, and begin one."""
         self._charge()
         if self._current is not None:
             self.steps.append(dict(self._current))
@@ -81,7 +81,7 @@ class Clock:
 
 
 class _TimedEngine:
-    """An engine with its two calls on the clock."""
+    """An engine whose two calls are timed."""
 
     def __init__(self, engine, clock: Clock):
         self.engine, self.clock, self.calls = engine, clock, 0
@@ -100,7 +100,7 @@ class _TimedEngine:
 
 
 class _TimedRole(RoleBatch):
-    """A layout whose pass is on the clock."""
+    """A layout whose pass is timed."""
 
     @classmethod
     def of(cls, role: RoleBatch, clock: Clock, phase: str) -> _TimedRole:
@@ -132,7 +132,7 @@ class StepRecord:
 
 
 class TimedTrainer(OPSDTrainer):
-    """OPSDTrainer on a clock. `clock.steps` and `records` hold one entry per optimizer step."""
+    """OPSDTrainer with timed phases. `clock.steps` and `records` hold one entry per optimizer step."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -212,7 +212,7 @@ class PaddedRole:
     padded_tokens: int
 
     def logits(self, model) -> Tensor:
-        """[B, C, V] logits that predict the completions, out of those of the whole sequence."""
+        """Return the [B, C, V] logits that predict the completions."""
         logits = model(
             input_ids=self.input_ids,
             attention_mask=self.attention_mask,
@@ -225,7 +225,7 @@ class PaddedRole:
 def padded_role(
     prompts: Sequence[Sequence[int]], completions, *, maximum: int, pad_id: int, device
 ) -> PaddedRole:
-    """B prompts and completions -> their padded grid; `maximum` is C, tokens."""
+    """Return the padded grid of B prompts and completions; `maximum` is C, tokens."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width + maximum), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)

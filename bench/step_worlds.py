@@ -28,7 +28,7 @@ VOCABULARY = 151936
 
 
 def spread(count: int, shortest: int, longest: int, seed: int = 0) -> list[int]:
-    """Log-normal lengths whose central 99 % spans shortest..longest, cut to that range; tokens."""
+    """Draw log-normal lengths whose central 99 % spans shortest..longest, cut to that range; tokens."""
     generator = random.Random(seed)
     low, high = math.log(shortest), math.log(longest)
     middle, width = (low + high) / 2, (high - low) / 2 / 2.576
@@ -36,7 +36,7 @@ def spread(count: int, shortest: int, longest: int, seed: int = 0) -> list[int]:
 
 
 def problems_of(args, tokenizer, count: int):
-    """The first `count` problems of the small world, or random ids with a spread of lengths."""
+    """Return the first `count` problems of the small world, or random ids with a spread of lengths."""
     from datasets import Dataset, load_dataset
 
     from opsd.data import Problems, encode_problems
@@ -59,7 +59,7 @@ def problems_of(args, tokenizer, count: int):
 
 
 def adapted_model(args, options, training):
-    """The base of the chosen world with a fresh adapter, as training makes it."""
+    """Return the base of the chosen world with a fresh adapter, as in training."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Qwen3Config

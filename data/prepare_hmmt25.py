@@ -15,15 +15,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from opsd.errors import ArtefactError, OneLineParser, run_cli
-from opsd.evaluation.benchmarks import (
-    BENCHMARKS,
-    HMMT25_DEFAULT,
-    HMMT25_VARIABLE,
-    answer_text,
-    hub_rows,
-    read_rows,
-)
+from opsd.evaluation.benchmarks import BENCHMARKS, HMMT25_DEFAULT, HMMT25_VARIABLE, answer_text
 from opsd.files import atomic_write_bytes
+from opsd.tables import load_table
 
 HUB_ID = "MathArena/hmmt_feb_2025"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -81,14 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="split on the hub (default %(default)s)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / HMMT25_DEFAULT)
     args = parser.parse_args(argv)
-    local = Path(args.source)
-    if local.exists():
-        rows = read_rows(local)
-    elif local.suffix in (".jsonl", ".json", ".csv", ".parquet"):
-        raise ArtefactError(f"there is no file {args.source}")
-    else:
-        rows = hub_rows(args.source, args.split, remedy="give a local copy with --source FILE")
-    write_parquet(clean_rows(rows, args.source), args.output)
+    rows = load_table(args.source, split=args.split, remedy="give a local copy with --source FILE")
+    write_parquet(clean_rows(list(rows), args.source), args.output)
     print(f"{args.output}: {len(rows)} problems")
     if args.output.resolve() != (REPOSITORY / HMMT25_DEFAULT).resolve():
         print(f"set {HMMT25_VARIABLE}={args.output} to use it")

@@ -1,7 +1,7 @@
-"""`accelerate launch` that keeps the exit code: `python launchers/accelerate_launch.py --config_file F …`
+"""Run `accelerate launch` and keep the exit code: `python launchers/accelerate_launch.py --config_file F …`
 
-accelerate answers any failing rank with its own traceback and exit code 1. Here the rank that failed first is
-named in one line and its exit code is passed on: a wrong flag stays 2, a missing file 3.
+accelerate answers any failing rank with its own traceback and exit code 1. This program prints one line about
+the rank that failed first and returns its exit code: a wrong flag stays 2, a missing file 3.
 """
 
 from __future__ import annotations

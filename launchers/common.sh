@@ -1,9 +1,8 @@
 # shellcheck shell=bash
-# What every launcher shares; sourced, never run. Needs bash 4.4 and Python 3.11, nothing that is installed by
-# `ensure_venv`.
+# The functions that all launchers share, to be sourced. Needs bash 4.4 and Python 3.11, no package.
 #
-#   DRY_RUN=1   print each command as the shell would need it typed, and do nothing
-#   PYTHON      the Python (3.11 or newer) that makes .venv; VENV another place for it
+#   DRY_RUN=1   print each command, quoted for a shell, and do nothing
+#   PYTHON      the Python (3.11 or newer) that creates .venv; VENV another place for it
 #   STACK       gpu or cpu, instead of looking for an NVIDIA GPU
 #   HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE   1 = use the local Hugging Face cache alone (default 0)
 
@@ -24,7 +23,7 @@ export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-0}"
 # A library that finds a tokenizer's threads after a fork only warns about it.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
-# A relative path would no longer hold where a launcher or a program has changed its folder.
+# Launchers and programs change their working directory.
 if [[ -n "${HMMT25_PARQUET_PATH:-}" && "$HMMT25_PARQUET_PATH" != /* ]]; then
   export HMMT25_PARQUET_PATH="$PWD/$HMMT25_PARQUET_PATH"
 fi
@@ -66,7 +65,7 @@ try_lock() { # NAME
   return "$code"
 }
 
-# The interpreter of .venv, which is made and filled first where need be. Sets VENV_PYTHON.
+# Create .venv and install the requirements where necessary; set VENV_PYTHON.
 #   ensure_venv [--with-vllm]
 ensure_venv() {
   # shellcheck disable=SC2034
@@ -86,9 +85,9 @@ base_python() {
   die 3 "no Python 3.11 or newer found; set PYTHON to one"
 }
 
-# The name of a result file, without .json: opsd/evaluation/names.py.
+# Check the flags of an evaluation and print the name of its result, without .json.
 result_stem() { # METHOD_NAME DATASET SEED|"" [flags of evaluate_math.py ...]
-  (cd -- "$REPO_ROOT" && "$(base_python)" -m opsd.evaluation.names "$@")
+  (cd -- "$REPO_ROOT" && "$(base_python)" -m opsd.evaluation.config "$@")
 }
 
 # Run a command, or with DRY_RUN=1 print it so that it can be pasted into a shell.

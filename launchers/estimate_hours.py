@@ -20,7 +20,7 @@ Each assumption below has a flag, which takes its fast and its slow end. Needs o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 STEPS = 150
 BATCH = 32
@@ -34,11 +34,7 @@ ASSUMPTIONS: dict[str, tuple[float, float, str]] = {
     "bandwidth": (3.35e12, 3.35e12, "bytes/s a GPU: data sheet of the H100 SXM"),
     "matrix_rate": (989e12, 989e12, "bf16 FLOP/s a GPU: data sheet of the H100 SXM"),
     "memory": (80e9, 80e9, "bytes a GPU: data sheet of the H100 SXM"),
-    "bandwidth_share": (
-        0.73,
-        0.41,
-        "of the bandwidth: 3.3 to 5.9 ms a decode step of Qwen3-4B, as estimated",
-    ),
+    "bandwidth_share": (0.73, 0.41, "of the bandwidth: 3.3 to 5.9 ms a decode step of Qwen3-4B, estimated"),
     "matrix_share": (0.5, 0.3, "of the matrix rate: usual for training at this size"),
     "push_speed": (4.2e9, 3.8e9, "bytes/s: 1.9 to 2.1 s for Qwen3-4B as others report"),
     "student_tokens": (1000, 1300, "prompt and completion: assumed"),
@@ -68,10 +64,8 @@ def evaluation_seconds(
     return SAMPLES * problems * tokens * step / sequences
 
 
-def hours(
-    args: argparse.Namespace, parameters: float, kv_bytes: float, end: int
-) -> tuple[float, float, float]:
-    """Return (seconds a step, GPU-hours of training, GPU-hours of evaluation) of one model at an end."""
+def hours(args: argparse.Namespace, parameters: float, kv_bytes: float, end: int) -> tuple[float, ...]:
+    """Return (seconds a step, GPU-hours of training, GPU-hours of evaluation); end 0 is the fast one."""
     a = {name: getattr(args, name)[end] for name in ASSUMPTIONS}
     step = step_seconds(parameters, args.gpus, a)
     tested = sum(evaluation_seconds(parameters, kv_bytes, name, args.gpus, a) for name in args.benchmarks)
@@ -79,33 +73,26 @@ def hours(
     return step, STEPS * step * scale, args.seeds * tested * scale
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--model", nargs=3, action="append", metavar=("TAG", "PARAMETERS", "KV_BYTES"), required=True
-    )
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    model = ("TAG", "PARAMETERS", "KV_BYTES")
+    parser.add_argument("--model", nargs=3, action="append", metavar=model, required=True)
     parser.add_argument("--benchmarks", nargs="+", required=True)
     for name in ("methods", "seeds", "gpus"):
         parser.add_argument(f"--{name}", type=int, required=True)
     for name, (low, high, source) in ASSUMPTIONS.items():
         parser.add_argument(f"--{name}", nargs=2, type=float, default=(low, high), help=source)
-    args = parser.parse_args(argv)
-    print(
-        f"estimate for {args.gpus} GPUs, measured on no machine (formula: launchers/estimate_hours.py), from"
-    )
+    args = parser.parse_args()
+    source = "measured on no machine (formula: launchers/estimate_hours.py)"
+    print(f"estimate for {args.gpus} GPUs, {source}, from")
     for name, (_, _, source) in ASSUMPTIONS.items():
         low, high = getattr(args, name)
         print(f"  {name:16} {low:g}" + (f" to {high:g}" if high != low else "") + f"  {source}")
     sums = [0.0, 0.0]
     for tag, parameters, kv_bytes in args.model:
         ends = [hours(args, float(parameters), float(kv_bytes), end) for end in (0, 1)]
-        (step, train, test), (slow_step, slow_train, slow_test) = ends
-        print(
-            f"  {tag}: {step:.0f} to {slow_step:.0f} s a step, training {train:.0f} to {slow_train:.0f}, "
-            f"evaluation {test:.0f} to {slow_test:.0f} GPU-hours"
-        )
+        step, train, test = (f"{fast:.0f} to {slow:.0f}" for fast, slow in zip(*ends, strict=True))
+        print(f"  {tag}: {step} s a step, training {train}, evaluation {test} GPU-hours")
         sums = [total + end[1] + end[2] for total, end in zip(sums, ends, strict=True)]
     days = [total / args.gpus / 24 for total in sums]
     print(

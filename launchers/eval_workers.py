@@ -20,7 +20,7 @@ from plan_command import WrongSettingError, count, say, shown, visible_gpus
 
 RUN_EVAL = Path(__file__).resolve().parent / "run_eval.sh"
 REFRESH_S = 0.5
-# Seconds from the request to end to the kill.
+# Seconds from SIGTERM to SIGKILL.
 GRACE_S = 10.0
 
 
@@ -55,11 +55,11 @@ class Worker:
 
 @dataclass
 class Pool:
-    """The cells that wait, the workers, and what has become of the cells."""
+    """The cells that are left, the workers, and the results so far."""
 
     workers: list[Worker]
     cells: collections.deque[Cell]
-    tensor_parallel: int
+    tensor_parallel: str
     flags: Sequence[str]
     total: int
     done: int = 0
@@ -69,7 +69,7 @@ class Pool:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def command(self, cell: Cell) -> list[str]:
-        words = ["bash", str(RUN_EVAL), cell.name, cell.dataset, str(self.tensor_parallel)]
+        words = ["bash", str(RUN_EVAL), cell.name, cell.dataset, self.tensor_parallel]
         return [*words, *([cell.seed] if cell.seed else []), *(["--", *self.flags] if self.flags else [])]
 
     def environment(self, worker: Worker, cell: Cell) -> dict[str, str]:
@@ -78,44 +78,40 @@ class Pool:
 
     def work(self, worker: Worker) -> None:
         """Evaluate cells until none is left; the body of a worker's thread."""
-        while (cell := self.start_next(worker)) is not None:
+        while True:
+            with self.lock:
+                worker.status, worker.process = "idle", None
+                if self.stopping or not self.cells:
+                    return
+                cell = self.cells.popleft()
+                process = worker.process = subprocess.Popen(
+                    self.command(cell),
+                    env=self.environment(worker, cell),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             error, busy = "", False
-            for line in output_lines(worker.process):
+            for line in output_lines(process):
                 worker.status = f"{cell}: {line}"
                 error = line if line.startswith("error: ") else error
                 busy = busy or ("another worker is on" in line and not cell.wait)
-            self.finish(worker, cell, worker.process.wait(), error=error, busy=busy)
+            code = process.wait()
+            with self.lock:
+                if code == 0 and busy:
+                    cell.wait = True
+                    self.cells.append(cell)
+                else:
+                    self.finish(worker, cell, code, error)
 
-    def start_next(self, worker: Worker) -> Cell | None:
-        """Start the next cell; None when there is none."""
-        with self.lock:
-            worker.status = "idle"
-            if self.stopping or not self.cells:
-                return None
-            cell = self.cells.popleft()
-            worker.process = subprocess.Popen(
-                self.command(cell),
-                env=self.environment(worker, cell),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            return cell
-
-    def finish(self, worker: Worker, cell: Cell, code: int, *, error: str, busy: bool) -> None:
-        """Note how a cell ended; one that another start works on goes to the end of the list."""
-        with self.lock:
-            worker.process = None
-            if code == 0 and busy:
-                cell.wait = True
-                self.cells.append(cell)
-                return
-            self.done += 1
-            how = "done" if code == 0 else f"exit code {code}" + (f" ({error[7:]})" if error else "")
-            self.news.append(f"{self.done} of {self.total} cells, {worker.label}: {cell}: {how}")
-            if code != 0:
-                self.failures.append(f"{cell}: {how}")
+    def finish(self, worker: Worker, cell: Cell, code: int, error: str = "") -> None:
+        """Record how a cell ended."""
+        self.done += 1
+        how = "done" if code == 0 else f"exit code {code}" + (f" ({error[7:]})" if error else "")
+        self.news.append(f"{self.done} of {self.total} cells, {worker.label}: {cell}: {how}")
+        if code != 0:
+            self.failures.append(f"{cell}: {how}")
 
     def stop(self) -> None:
         """End every running evaluation with its child processes; finished samples stay in its journal."""
@@ -123,33 +119,29 @@ class Pool:
             self.stopping = True
             running = [worker.process for worker in self.workers if worker.process is not None]
         for number in (signal.SIGTERM, signal.SIGKILL):
-            limit = time.monotonic() + GRACE_S
             for process in running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-            while any(map(group_lives, running)) and time.monotonic() < limit:
+                signal_group(process, number)
+            limit = time.monotonic() + GRACE_S
+            while time.monotonic() < limit and any(signal_group(process, 0) for process in running):
                 time.sleep(0.05)
 
 
-def group_lives(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process of the session that `process` leads is left."""
+def signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Signal the session that `process` leads; False when none of its processes is left."""
     process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+        return True
+    return False
 
 
 def output_lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
     """Yield each line of output, and each state of a progress bar, as it comes."""
     rest = b""
-    while chunk := process.stdout.read1(65536):
-        *lines, rest = re.split(rb"[\r\n]", rest + chunk)
-        for line in lines:
-            if text := line.decode(errors="replace").strip():
-                yield text
-    process.stdout.close()
+    with process.stdout as stream:
+        while chunk := stream.read1(65536):
+            *lines, rest = re.split(rb"[\r\n]", rest + chunk)
+            yield from filter(None, (line.decode(errors="replace").strip() for line in lines))
 
 
 def watch(pool: Pool, threads: Sequence[threading.Thread]) -> None:
@@ -176,24 +168,23 @@ def dry_run(pool: Pool) -> None:
     """Print every command in the order of the list."""
     for number, cell in enumerate(pool.cells):
         worker = pool.workers[number % len(pool.workers)]
-        environment = pool.environment(worker, cell)
         done = subprocess.run(
-            pool.command(cell), env=environment, stdout=subprocess.PIPE, text=True, check=False
+            pool.command(cell),
+            env=pool.environment(worker, cell),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
         )
         place = f"CUDA_VISIBLE_DEVICES={worker.devices} " if worker.devices else ""
         print("".join(f"{place}{line}\n" for line in done.stdout.splitlines()), end="", flush=True)
-        pool.done += 1
-        if done.returncode != 0:
-            pool.failures.append(f"{cell}: exit code {done.returncode}")
+        pool.finish(worker, cell, done.returncode)
 
 
 def make_workers(tensor_parallel: int) -> list[Worker]:
     """Return the workers, each with its own `tensor_parallel` GPUs. Raises WrongSettingError."""
     gpus = visible_gpus()
     fitting = len(gpus) // tensor_parallel if gpus else 1
-    number = count(
-        {"WORKERS": os.environ.get("WORKERS") or str(fitting or 1)}, "WORKERS", "a number of workers"
-    )
+    number = count("WORKERS", os.environ.get("WORKERS") or str(fitting or 1), "a number of workers")
     if gpus and number > fitting:
         raise WrongSettingError(
             f"WORKERS={number} x TENSOR_PARALLEL={tensor_parallel} takes more than the {len(gpus)} visible "
@@ -206,29 +197,22 @@ def make_workers(tensor_parallel: int) -> list[Worker]:
 
 def read_cells(path: str | None) -> list[Cell]:
     """Return the cells of a file, or of standard input. Raises WrongSettingError."""
+    source, usage = path or "standard input", "write METHOD_NAME DATASET [SEED]"
     try:
         text = sys.stdin.read() if path is None else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise WrongSettingError(
-            f"{path or 'standard input'} cannot be read ({error}); give a text file"
-        ) from None
-    cells = []
-    for line in text.splitlines():
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        if len(words) not in (2, 3):
-            raise WrongSettingError(f"'{line}' is not a cell: write METHOD_NAME DATASET [SEED]")
-        cells.append(Cell(*words))
-    if not cells:
-        raise WrongSettingError(
-            f"{path or 'standard input'} names no cell: write METHOD_NAME DATASET [SEED] a line"
-        )
-    return cells
+        raise WrongSettingError(f"{source} cannot be read ({error}); give a text file") from None
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    for line in lines:
+        if len(line.split()) not in (2, 3):
+            raise WrongSettingError(f"'{line}' is not a cell: {usage}")
+    if not lines:
+        raise WrongSettingError(f"{source} has no cell: {usage} a line")
+    return [Cell(*line.split()) for line in lines]
 
 
 def evaluate(pool: Pool) -> None:
-    """Run all cells; on ^C or a request to end, end the workers too."""
+    """Run all cells; on SIGINT or SIGTERM, end the workers too."""
     threads = [threading.Thread(target=pool.work, args=(worker,), daemon=True) for worker in pool.workers]
     try:
         for thread in threads:
@@ -240,9 +224,9 @@ def evaluate(pool: Pool) -> None:
         raise
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0, 1 where a cell failed, 2 for a wrong call, 130 after ^C or a request to end."""
-    words = list(sys.argv[1:] if argv is None else argv)
+def main() -> int:
+    """Return 0, 1 where a cell failed, 2 for a wrong call, 130 after SIGINT or SIGTERM."""
+    words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     try:
         if cut > 1:
@@ -250,12 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"'{words[1]}' is one argument too many: eval_workers.sh [FILE] [-- flags]"
             )
         cells = read_cells(words[0] if cut else None)
-        given = {"TENSOR_PARALLEL": os.environ.get("TENSOR_PARALLEL") or "1"}
-        parallel = count(given, "TENSOR_PARALLEL", "the number of GPUs that share a model")
-        pool = Pool(make_workers(parallel), collections.deque(cells), parallel, words[cut + 1 :], len(cells))
+        parallel = os.environ.get("TENSOR_PARALLEL") or "1"
+        workers = make_workers(count("TENSOR_PARALLEL", parallel, "the number of GPUs that share a model"))
     except WrongSettingError as error:
         print(f"error: {shown(str(error))}", file=sys.stderr)
         return 2
+    pool = Pool(workers, collections.deque(cells), parallel, words[cut + 1 :], len(cells))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         dry_run(pool) if os.environ.get("DRY_RUN") == "1" else evaluate(pool)

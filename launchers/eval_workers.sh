@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate a list of cells, several at the same time: one worker of run_eval.sh per GPU, each with its own GPU.
+# Evaluate a list of cells in parallel: one worker of run_eval.sh per visible GPU.
 #
 #   bash launchers/eval_workers.sh [FILE] [-- flags of evaluate_math.py ...]
 #

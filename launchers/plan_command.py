@@ -2,16 +2,17 @@
 
     plan_command.py NAME=VALUE ... -- FLAGS OF THE LAUNCHER -- FLAGS OF THE USER
 
-The settings are train.sh's variables. A flag of the user replaces the launcher's, so that each stands once,
-and a line on stderr says which value it replaces. Standard output holds words that each end in a NUL byte:
-the value for PYTORCH_CUDA_ALLOC_CONF (empty: none), then the flags of ea_opsd_train.py. A wrong setting ends
-it with 2 and one line. It runs before anything is installed, so it needs only Python's standard library.
+The settings are train.sh's variables. A flag of the user replaces the launcher's, and a line on stderr says
+which value it replaces. Standard output holds words that each end in a NUL byte: the value for
+PYTORCH_CUDA_ALLOC_CONF (empty: none), then the flags of ea_opsd_train.py. A wrong setting ends it with exit
+code 2 and one line. It runs before anything is installed and needs only Python's standard library.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def flag_words(name: str, values: Sequence[str]) -> list[str]:
 def same_values(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether two spellings of a flag's values mean the same: 1e-3 and 0.001, `--bf16` and `--bf16 true`."""
 
-    def meaning(value: str) -> object:
+    def meaning(value: str) -> float | str:
         try:
             return float(value)
         except ValueError:
@@ -91,69 +92,53 @@ def same_values(first: Sequence[str], second: Sequence[str]) -> bool:
     return [meaning(v) for v in first or ["true"]] == [meaning(v) for v in second or ["true"]]
 
 
-def override(own: Mapping[str, list[str]], user: Mapping[str, list[str]]) -> list[str]:
-    """Say what the user's flags replace and add; return the names of those that change the experiment.
+def announce(
+    own: Mapping[str, list[str]], user: Mapping[str, list[str]], settings: Mapping[str, str]
+) -> None:
+    """Say what the user's flags replace and add.
 
     Raises:
-        WrongSettingError: one of them follows from a setting, or the run would bear the name of the cell that
-            it is not.
+        WrongSettingError: a flag follows from a setting, or changes the experiment under the name of the
+            paper's cell.
     """
-    changed = []
+    cell = f"{settings['MODEL']}_{settings['METHOD']}"
     for name, values in user.items():
+        given = " ".join(flag_words(name, values))
         if name in OWN_FLAGS:
             raise WrongSettingError(f"--{name} is set by the launcher: {OWN_FLAGS[name]}")
-        given = " ".join(flag_words(name, values))
         if name not in own:
             say(f"{given} added")
         elif not same_values(own[name], values):
             say(f"{given} instead of {' '.join(own[name])}")
-            if name not in SAME_EXPERIMENT:
-                changed.append(name)
-    return changed
+            if name not in SAME_EXPERIMENT and settings["RUN_NAME"] == cell:
+                raise WrongSettingError(
+                    f"{given} makes another experiment than {cell}; give it a name of its own, such as "
+                    f"RUN_NAME={cell}_{name}"
+                )
 
 
-def check_run_name(
-    changed: Sequence[str], user: Mapping[str, list[str]], settings: Mapping[str, str]
-) -> None:
-    """Refuse an experiment with other numbers under the name of the paper's cell."""
-    cell = f"{settings['MODEL']}_{settings['METHOD']}"
-    if changed and settings["RUN_NAME"] == cell:
-        given = " ".join(flag_words(changed[0], user[changed[0]]))
-        raise WrongSettingError(
-            f"{given} makes another experiment than {cell}; give it a name of its own, such as "
-            f"RUN_NAME={cell}_{changed[0]}"
-        )
-
-
-def count(settings: Mapping[str, str], name: str, example: str) -> int:
+def count(name: str, value: str, example: str) -> int:
     """Return a setting that must be a positive whole number."""
-    value = settings[name]
-    if not (value.isascii() and value.isdigit() and len(value) < 10 and value[0] != "0"):
+    if not re.fullmatch("[1-9][0-9]{0,8}", value):
         raise WrongSettingError(f"{name}={value}: give {example}")
     return int(value)
 
 
 def accumulation(settings: Mapping[str, str]) -> int:
     """Return the micro-batches of an optimizer step of EFFECTIVE_BATCH sequences; check ranks and GPUs."""
-    processes = count(settings, "NUM_PROCESSES", "the number of ranks, such as 4")
-    batch = count(settings, "PER_DEVICE_BATCH", "a number of sequences, such as 2")
+    processes = count("NUM_PROCESSES", settings["NUM_PROCESSES"], "the number of ranks, such as 4")
+    batch = count("PER_DEVICE_BATCH", settings["PER_DEVICE_BATCH"], "a number of sequences, such as 2")
     if EFFECTIVE_BATCH % (processes * batch):
         raise WrongSettingError(
             f"NUM_PROCESSES={processes} x PER_DEVICE_BATCH={batch} does not divide the effective batch of "
             f"{EFFECTIVE_BATCH}; choose both so that it does"
         )
-    if settings["DEVICE"] == "gpu" and settings["DRY_RUN"] != "1":
-        gpus = len(visible_gpus())
-        if gpus == 0:
-            raise WrongSettingError(
-                f"{settings['MODEL']} needs NVIDIA GPUs and none is visible; the small world does not: "
-                "bash launchers/quickstart.sh"
-            )
-        if processes > gpus:
-            raise WrongSettingError(
-                f"NUM_PROCESSES={processes}, but {gpus} GPU(s) are visible; lower NUM_PROCESSES (the "
-                f"effective batch stays {EFFECTIVE_BATCH})"
-            )
+    if settings["DEVICE"] == "gpu" and settings["DRY_RUN"] != "1" and processes > (n := len(visible_gpus())):
+        remedy = "lower NUM_PROCESSES (the effective batch stays 32)"
+        raise WrongSettingError(
+            f"NUM_PROCESSES={processes}, but {n} GPU(s) are visible; "
+            + (remedy if n else "the small world needs none: bash launchers/quickstart.sh")
+        )
     return EFFECTIVE_BATCH // (processes * batch)
 
 
@@ -178,22 +163,18 @@ def check_merge_step(step: int, flags: Mapping[str, list[str]]) -> None:
     strategy = " ".join(flags["save_strategy"])
     if strategy != "steps":
         raise WrongSettingError(f"--save_strategy {strategy} may never save checkpoint-{step}; leave it out")
-    last = number(flags, "max_steps", int)
+    last, every = number(flags, "max_steps"), number(flags, "save_steps")
     if last < step:
-        raise WrongSettingError(f"--max_steps {last} ends before checkpoint-{step}; {remedy}")
-    every = number(flags, "save_steps", float)
-    if 0 < every < 1:
-        every = math.ceil(last * every)
-    if step != last and not (every > 0 and step % every == 0):
-        raise WrongSettingError(
-            f"--save_steps {flags['save_steps'][0]} never saves checkpoint-{step}; {remedy}"
-        )
+        raise WrongSettingError(f"--max_steps {last:g} ends before checkpoint-{step}; {remedy}")
+    interval = math.ceil(last * every) if 0 < every < 1 else every
+    if step != last and (interval <= 0 or step % interval):
+        raise WrongSettingError(f"--save_steps {every:g} never saves checkpoint-{step}; {remedy}")
 
 
-def number(flags: Mapping[str, list[str]], name: str, kind: type) -> float:
+def number(flags: Mapping[str, list[str]], name: str) -> float:
     """Return the one number that is a flag's value."""
     try:
-        (value,) = map(kind, flags[name])
+        (value,) = map(float, flags[name])
     except ValueError:
         raise WrongSettingError(f"--{name} {' '.join(flags[name])}: give one number") from None
     return value
@@ -211,8 +192,11 @@ def allocator(settings: Mapping[str, str], flags: Mapping[str, list[str]]) -> st
     return "" if sleeps or taken or settings["DEVICE"] != "gpu" else "expandable_segments:True"
 
 
-def check_names(settings: Mapping[str, str]) -> None:
-    """Check the settings that are words."""
+def plan(words: Sequence[str]) -> list[str]:
+    """Return the allocator's setting and the words of all flags. Raises WrongSettingError."""
+    first = words.index("--")
+    second = words.index("--", first + 1)
+    settings = dict(word.split("=", 1) for word in words[:first])
     if settings["ROLLOUT"] not in ("hf", "vllm"):
         raise WrongSettingError(f"ROLLOUT={settings['ROLLOUT']}: use hf or vllm")
     name = settings["RUN_NAME"]
@@ -221,31 +205,21 @@ def check_names(settings: Mapping[str, str]) -> None:
             f"RUN_NAME={name}: use a name without '/' or control characters, not starting with '.' or '-', "
             "not ending in _merged"
         )
-
-
-def plan(words: Sequence[str]) -> list[str]:
-    """Return the allocator's setting and the words of all flags. Raises WrongSettingError."""
-    first = words.index("--")
-    second = words.index("--", first + 1)
-    settings = dict(word.split("=", 1) for word in words[:first])
-    check_names(settings)
-    own = parse_flags(words[first + 1 : second])
-    user = parse_flags(words[second + 1 :])
+    own, user = parse_flags(words[first + 1 : second]), parse_flags(words[second + 1 :])
     own["gradient_accumulation_steps"] = [str(accumulation(settings))]
-    step = count(settings, "MERGE_STEP", "a number of optimizer steps such as 100")
-    changed = override(own, user)
     flags = {name: values for name, values in own.items() if name not in user} | user
+    step = count("MERGE_STEP", settings["MERGE_STEP"], "a number of optimizer steps such as 100")
     check_merge_step(step, flags)
-    check_run_name(changed, user, settings)
+    announce(own, user, settings)
     return [
         allocator(settings, flags),
-        *(w for name, values in flags.items() for w in flag_words(name, values)),
+        *(word for name, values in flags.items() for word in flag_words(name, values)),
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     try:
-        words = plan(sys.argv[1:] if argv is None else argv)
+        words = plan(sys.argv[1:])
     except WrongSettingError as error:
         print(f"error: {shown(str(error))}", file=sys.stderr)
         return 2

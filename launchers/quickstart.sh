@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole path on this machine, without a GPU: PW-OPSD trains a small transformer on its own rollouts, its
+# Train, merge and evaluate on this machine without a GPU: PW-OPSD trains a small transformer on its own rollouts, its
 # checkpoint-100 is merged, and base and trained model are evaluated on held-out problems.
 #
 #   bash launchers/quickstart.sh
 #
-# Started again, it goes on where it was; a finished quickstart only prints its result.
+# The same command continues an interrupted quickstart; a finished one only prints its result.
 #
 #   METHOD       opsd, eopd, reopold or pwopsd (default)
 #   ROLLOUT      hf (default) or vllm: what samples, in training and in evaluation
@@ -54,7 +54,7 @@ if [[ "$DRY_RUN" != 1 ]] && (($(nproc 2>/dev/null || echo 1) > 1)); then
   mkdir -p -- "$EVAL_ROOT/logs"
   evaluate "$BASE_NAME" >"$EVAL_ROOT/logs/quickstart_base.out" 2>&1 &
   base_process=$!
-  # An interrupted quickstart leaves no evaluation running behind its back.
+  # An interrupted quickstart ends its evaluation too.
   trap 'kill "$base_process" 2>/dev/null || true' EXIT
 else
   say "2/4  the base model on held-out problems"

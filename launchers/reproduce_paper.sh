@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The paper's table from top to bottom: 3 models x 4 methods, 4 benchmarks x 3 seeds, on one machine with GPUs.
+# Reproduce the paper's table: 3 models x 4 methods, 4 benchmarks x 3 seeds, on one machine with GPUs.
 #
 #   bash launchers/reproduce_paper.sh            DRY_RUN=1 prints every command instead
 #
-# Whatever is finished is not done again: after a crash, or on another day, give the same command. A cell that
-# fails does not stop the others; the failures are listed at the end, and the exit code is then 1. The table is
-# printed and drawn from whatever results there are: EVAL_ROOT/paper_table.md and paper_table.png.
+# The same command continues after an interruption; finished cells are not repeated. A failed cell stops no other; the
+# failures are listed at the end, and the exit code is then 1. The table is printed and drawn from all results that
+# exist: EVAL_ROOT/paper_table.md and paper_table.png.
 #
 #   MODELS, METHODS_TO_RUN, BENCHMARKS, SEEDS   lists in quotes, to run a part
 #   TENSOR_PARALLEL, WORKERS                    see launchers/eval_workers.sh (default: 4 GPUs share a model)
@@ -23,7 +23,6 @@ export TENSOR_PARALLEL="${TENSOR_PARALLEL:-4}"
 export EVAL_ROOT="${EVAL_ROOT:-$REPO_ROOT/eval_results}"
 GPUS="${GPUS:-4}"
 
-# The range of GPU-hours of the list above; each of its assumptions can be set there.
 estimate() {
   local model facts=()
   for model in "${MODEL_LIST[@]}"; do
@@ -65,7 +64,7 @@ evaluate() { # CELL
   done | bash "$REPO_ROOT/launchers/eval_workers.sh"
 }
 
-# The table and its picture from the result files of the listed models, whichever are there.
+# The table and its picture from the existing result files of the listed models.
 summarize() {
   local model patterns=()
   for model in "${MODEL_LIST[@]}"; do
@@ -76,12 +75,12 @@ summarize() {
     say "no result in $EVAL_ROOT yet: no table"
     return 0
   fi
-  # --output first: a table with a damaged file beside it is written all the same, and the exit code says so.
+  # A damaged file makes the exit code 1; the table of the others is written all the same.
   run "$VENV_PYTHON" "$REPO_ROOT/summarize_results.py" "${patterns[@]}" --seeds "${SEED_LIST[@]}" \
     --output "$EVAL_ROOT/paper_table.md" --plot "$EVAL_ROOT/paper_table.png"
 }
 
-# Days of work must not end at a file that was missing all along.
+# A missing file must stop the work before its first day.
 check_hmmt25() {
   is_one_of hmmt25 "${BENCHMARK_LIST[@]}" || return 0
   local parquet="${HMMT25_PARQUET_PATH:-$REPO_ROOT/data/hmmt25_clean/train.parquet}"
@@ -119,5 +118,5 @@ if [[ "$DRY_RUN" != 1 && -f "$EVAL_ROOT/paper_table.md" ]]; then
 fi
 if ((${#FAILED[@]})); then
   printf '  %s\n' "${FAILED[@]}" >&2
-  die 1 "${#FAILED[@]} part(s) failed (listed above); the same command goes on from here"
+  die 1 "${#FAILED[@]} part(s) failed (listed above); the same command continues from here"
 fi

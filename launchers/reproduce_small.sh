@@ -4,12 +4,11 @@
 #
 #   bash launchers/reproduce_small.sh            DRY_RUN=1 prints every command instead
 #
-# Whatever is finished is not done again: after a crash give the same command. Ends by writing the records and
-# pictures of docs/small_world/ and the tables in README.md and docs/small_world.md (testbed/study.py).
+# The same command continues after an interruption; finished runs are not repeated. At the end it writes the records
+# and pictures of docs/small_world/ and the tables in README.md and docs/small_world.md (testbed/study.py).
 #
-#   1. search      each method at each learning rate, SEARCH_STEPS steps with seed 42. Chosen is, per method, the
-#                  rate whose rollouts are right most often in the last 10 of these steps, among those that leave
-#                  something to compare: see HIGHEST_RATE in testbed/study.py.
+#   1. search      each method at each learning rate up to HIGHEST_RATE (testbed/study.py), SEARCH_STEPS steps with
+#                  seed 42; the rate with the most right rollouts in the last 10 of these steps is taken
 #   2. training    each method, and the ablation's two other cells at PW-OPSD's rate, STEPS steps, TRAINING_SEEDS
 #   3. long runs   each method once for LONG_STEPS steps with the paper's seed 42
 #   4. evaluation  the base and every trained model, both held-out sets, SEEDS
@@ -34,7 +33,7 @@ export VAL_N="${VAL_N:-2}" NUM_SAMPLES="${NUM_SAMPLES:-128}"
 JOBS="${JOBS:-$(nproc 2>/dev/null || echo 1)}"
 export OUTPUT_ROOT="${OUTPUT_ROOT:-$REPO_ROOT/outputs}"
 export EVAL_ROOT="${EVAL_ROOT:-$REPO_ROOT/eval_results}"
-# Runs side by side share the cores; one thread each also keeps the numbers the same on every machine.
+# Parallel runs share the cores; one thread each also gives the same numbers on every machine.
 export OMP_NUM_THREADS=1
 
 for name in STEPS LONG_STEPS SEARCH_STEPS VAL_N NUM_SAMPLES JOBS; do
@@ -80,7 +79,7 @@ finish_phase() {
   wait
   [[ ! -s "$FAILURES" ]] && return 0
   sed 's/^/  /' -- "$FAILURES" >&2
-  die 1 "these failed (logs: $EVAL_ROOT/logs/study_*.out); the same command goes on from here"
+  die 1 "these failed (logs: $EVAL_ROOT/logs/study_*.out); the same command continues from here"
 }
 
 search() { # METHOD RATE

@@ -94,7 +94,7 @@ if [[ "$DRY_RUN" != 1 ]]; then
   code=0
   [[ -e "$MERGED_DIR" ]] && { "$VENV_PYTHON" "$REPO_ROOT/merge_lora.py" --check "$MERGED_DIR" \
     --base_model "$BASE_MODEL" --run_name "$RUN_NAME" --step "$MERGE_STEP" -- "${TRAIN_FLAGS[@]}" || code=$?; }
-  # 0: whole and this cell's; 1: incomplete, so it is merged again; anything else: another run's.
+  # 0: complete and of this cell; 1: incomplete, so it is merged again; anything else: of another run.
   ((code <= 1)) || exit "$code"
   if [[ -e "$MERGED_DIR" && "$code" == 0 ]]; then
     say "$MERGED_DIR is complete; nothing to do"

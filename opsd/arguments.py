@@ -11,6 +11,7 @@ from opsd.errors import OneLineParser, UsageError
 from opsd.objectives import METHODS, Hyperparameters
 from opsd.options import (
     AT_LEAST_ONE,
+    BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
     PROPER_SHARE,
@@ -24,8 +25,9 @@ from opsd.options import (
 )
 
 DEFAULT_DATASET = "siyanzhao/Openthoughts_math_30k_opsd"
+DTYPES = ("auto", "float32", "bfloat16")
+LOSS_SCOPES = ("micro_batch", "global")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BELOW_ONE = Range(0, 1, high_open=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +36,7 @@ class MethodArguments(Hyperparameters):
 
     method: str = option(help="objective", choices=tuple(METHODS))
     loss_scope: str = option(
-        "micro_batch",
-        "normalise over a micro-batch (the paper) or the whole optimizer step",
-        choices=("micro_batch", "global"),
+        "micro_batch", "normalise over a micro-batch (paper) or an optimizer step", choices=LOSS_SCOPES
     )
 
 
@@ -59,7 +59,7 @@ class RolloutArguments:
         10, "compare the sampler with the trainer's logits every so many steps; 0 = never", range=NOT_NEGATIVE
     )
     log_completions_steps: int = option(
-        10, "write a step's completions every so many steps; 0 = never", range=NOT_NEGATIVE
+        10, "steps between written completions; 0 = never", range=NOT_NEGATIVE
     )
 
 
@@ -70,9 +70,7 @@ class ModelArguments:
     model_name_or_path: str = option(help="hub id or folder of the base model")
     model_revision: str | None = option(None, "hub branch, tag or commit")
     trust_remote_code: bool = option(False, "run code that the model ships")
-    dtype: str = option(
-        "auto", "of the base; auto = bfloat16 with --bf16", choices=("auto", "float32", "bfloat16")
-    )
+    dtype: str = option("auto", "of the base; auto = bfloat16 with --bf16", choices=DTYPES)
     attn_implementation: str = option("sdpa", "as in from_pretrained")
     lora_r: int = option(64, "rank", range=AT_LEAST_ONE)
     lora_alpha: float = option(128, "scale is alpha / r", range=POSITIVE)
@@ -85,15 +83,9 @@ class ModelArguments:
         help="hub id, folder, parquet, JSONL or CSV with the columns problem and solution",
     )
     dataset_revision: str | None = option(None, "hub branch, tag or commit")
-    max_length: int = option(
-        20000, "tokens of prompt + completion; problems with longer prompts are skipped", range=Range(2)
-    )
-    max_padding_ratio: float = option(
-        1.15, "most padded / valid tokens of a forward pass over several sequences", range=Range(1)
-    )
-    skip_nonfinite: int = option(
-        0, "how many steps with a NaN or infinite loss or gradient to leave out", range=NOT_NEGATIVE
-    )
+    max_length: int = option(20000, "tokens of prompt + completion; longer ones are skipped", range=Range(2))
+    max_padding_ratio: float = option(1.15, "most padded / valid tokens of a forward pass", range=Range(1))
+    skip_nonfinite: int = option(0, "steps with a NaN or infinite loss to leave out", range=NOT_NEGATIVE)
     merge_step: int = option(
         100, "step of the checkpoint to merge; --save_total_limit never deletes it", range=AT_LEAST_ONE
     )
@@ -121,29 +113,19 @@ TRAINER_DEFAULTS = {
     "logging_steps": 1,
     "report_to": "none",
 }
-TRAINER_RANGES = {
-    "per_device_train_batch_size": AT_LEAST_ONE,
-    "gradient_accumulation_steps": AT_LEAST_ONE,
-    "learning_rate": POSITIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "adam_beta1": BELOW_ONE,
-    "adam_beta2": BELOW_ONE,
-    "adam_epsilon": POSITIVE,
-    "max_grad_norm": NOT_NEGATIVE,
-    "max_steps": AT_LEAST_ONE,
-    "warmup_steps": NOT_NEGATIVE,
-    "save_steps": POSITIVE,
-    "logging_steps": POSITIVE,
-    "save_total_limit": AT_LEAST_ONE,
-    "dataloader_num_workers": NOT_NEGATIVE,
-    "ddp_timeout": POSITIVE,
-    "seed": SEED,
-    "data_seed": SEED,
-}
+TRAINER_RANGES = (
+    dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), AT_LEAST_ONE)
+    | dict.fromkeys(("max_steps", "save_total_limit"), AT_LEAST_ONE)
+    | dict.fromkeys(("learning_rate", "adam_epsilon"), POSITIVE)
+    | dict.fromkeys(("save_steps", "logging_steps", "ddp_timeout"), POSITIVE)
+    | dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"), NOT_NEGATIVE)
+    | dict.fromkeys(("adam_beta1", "adam_beta2"), BELOW_ONE)
+    | dict.fromkeys(("seed", "data_seed"), SEED)
+)
 # Fields that must stay off, and why.
 UNSUPPORTED = {
     "deepspeed": "the adapter run fits DistributedDataParallel",
-    "fsdp": "the base weights must stay whole and untouched on every rank",
+    "fsdp": "the base weights must stay complete and unchanged on every rank",
     "torch_compile": "generation and the two passes compile into different graphs each step",
     "push_to_hub": "a run writes into --output_dir alone; upload the merged folder with `hf upload`",
     "full_determinism": "use --seed; rollouts have hashed seeds of their own",
@@ -160,23 +142,20 @@ UNSUPPORTED = {
 # Fields with several values: those that are supported, the default first, and why no other is.
 SUPPORTED = {
     "eval_strategy": (("no",), UNSUPPORTED["eval_on_start"]),
-    "include_num_input_tokens_seen": (
-        ("no", "False"),
-        "rollout/completion_tokens counts what is sampled",
-    ),
+    "include_num_input_tokens_seen": (("no", "False"), "rollout/completion_tokens counts what is sampled"),
     "train_sampling_strategy": (("random", "sequential"), "--max_padding_ratio keeps padding down"),
 }
 
 
 def parse_arguments(argv: Sequence[str]):
-    """(TrainingArguments, MethodArguments, RolloutArguments, ModelArguments) from the command line.
+    """Parse a command line into (TrainingArguments, MethodArguments, RolloutArguments, ModelArguments).
 
     Raises:
         UsageError: an unknown flag, a value that does not parse, or one outside its range.
         SystemExit: for --help.
     """
     if not {"-h", "--help"} & set(argv):
-        # A mistake in a flag of ours is answered before the seconds that importing transformers takes.
+        # A mistake in a flag of this project is reported before transformers is imported.
         early = OneLineParser(prog="ea_opsd_train.py", add_help=False, allow_abbrev=False)
         add_options(early, *GROUPS)
         _check_ours(vars(early.parse_known_args(list(argv))[0]))
@@ -188,14 +167,10 @@ def parse_arguments(argv: Sequence[str]):
     parser = TrainingParser(TrainingArguments, prog="ea_opsd_train.py", allow_abbrev=False)
     add_options(parser, *GROUPS)
     parser.set_defaults(**TRAINER_DEFAULTS)
-    namespace = vars(parser.parse_args(list(argv)))
-    _check_ours(namespace)
-    for name, allowed in TRAINER_RANGES.items():
-        check_range(name, namespace.get(name), allowed)
-    method, rollout, model = (take(group, namespace) for group in GROUPS)
-    _check_trainer(namespace)
-    trainer = _training_arguments({k: v for k, v in namespace.items() if v is not argparse.SUPPRESS})
-    return trainer, method, rollout, model
+    values = vars(parser.parse_args(list(argv)))
+    method, rollout, model = (take(group, values) for group in GROUPS)
+    _check_trainer(values)
+    return _training_arguments(values), method, rollout, model
 
 
 def _check_ours(values: dict) -> None:
@@ -209,6 +184,8 @@ def _check_ours(values: dict) -> None:
 
 
 def _check_trainer(values: dict) -> None:
+    for name, allowed in TRAINER_RANGES.items():
+        check_range(name, values.get(name), allowed)
     if not values.get("output_dir"):
         raise UsageError("--output_dir is missing: give a folder, e.g. outputs/my_run")
     for name, reason in UNSUPPORTED.items():
@@ -225,13 +202,15 @@ def _training_arguments(values: dict):
     from transformers import TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
 
-    values["remove_unused_columns"] = False
-    values["dataloader_drop_last"] = True
-    values["logging_nan_inf_filter"] = False  # a non-finite step stops the run; it is not averaged away
-    values["ddp_find_unused_parameters"] = False
-    # A micro-batch takes several forward passes before its backward; buffers must not be rewritten between.
-    values["ddp_broadcast_buffers"] = False
-    values["average_tokens_across_devices"] = False
+    values = {name: value for name, value in values.items() if value is not argparse.SUPPRESS} | {
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,
+        "logging_nan_inf_filter": False,  # a non-finite step stops the run and is not averaged away
+        "ddp_find_unused_parameters": False,
+        # A micro-batch takes several forward passes before its backward; buffers must not change in between.
+        "ddp_broadcast_buffers": False,
+        "average_tokens_across_devices": False,
+    }
     if values.get("gradient_checkpointing"):
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if not values.get("run_name"):

@@ -1,14 +1,13 @@
-"""Prompts + completions -> token grids for the backbone, and back to flat per-token rows.
+"""Lay prompts and completions out in token grids for the backbone, and put its rows back in order.
 
-A completion follows its prompt directly; padding comes after it, where a causal model cannot attend to it, so
-a sequence's hidden states depend neither on padding nor on the rest of the batch. Lengths alone say which
-tokens are valid.
-
-Shapes: B sequences, N = Σ lengths completion tokens, H hidden.
+A completion follows its prompt directly and padding follows it, where a causal model cannot attend to it. So
+a sequence's hidden states depend neither on padding nor on the rest of the batch, and lengths alone say which
+tokens are valid. Shapes: B sequences, N = Σ lengths completion tokens, H hidden.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,60 +17,45 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """One forward pass: sequences of similar length, padded to the longest of them.
+    """One forward pass: sequences of similar length, padded to the longest of them."""
 
-    Attributes:
-        input_ids: [b, t], right-padded.
-        positions: [n] flat indices into b·t of the positions that predict completion tokens.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
+    input_ids: Tensor  # [b, t], padded at the right
+    positions: Tensor  # [n] flat indices into b·t of the positions that predict completion tokens
 
 
 @dataclass(frozen=True)
 class RoleBatch:
-    """One role's view of a micro-batch.
-
-    Attributes:
-        grids: the forward passes.
-        restore: [N] permutation that puts the grids' rows back into the order of the sequences.
-        valid_tokens: prompt and completion tokens of all sequences, without each one's last.
-        padded_tokens: what the backbone processes, padding included.
-    """
+    """One role's view of a micro-batch."""
 
     grids: list[Grid]
-    restore: Tensor
-    valid_tokens: int
-    padded_tokens: int
+    restore: Tensor  # [N] permutation of the grids' rows into the order of the sequences
+    valid_tokens: int  # prompt and completion tokens of all sequences, without the last of each
+    padded_tokens: int  # tokens that the backbone processes, padding included
 
     def hidden_states(self, forward: Callable[..., Tensor]) -> Tensor:
-        """[N, H] hidden states that predict the completion tokens, in the order of the sequences.
+        """Return the [N, H] hidden states that predict the completion tokens, in the sequences' order.
 
-        Args:
-            forward: a model with the `positions` keyword of `opsd.head.attach_hidden_forward`.
+        `forward` is a model with the keyword `positions` of `opsd.head.attach_hidden_forward`.
         """
         rows = [forward(input_ids=grid.input_ids, positions=grid.positions) for grid in self.grids]
         return torch.cat(rows).index_select(0, self.restore)
 
 
 def length_groups(lengths: Sequence[int], max_padding_ratio: float) -> list[list[int]]:
-    """Indices of sequences in groups whose padded / valid tokens stay at or below the ratio.
+    """Group the indices of sequences so that padded / valid tokens of a group stay within the ratio.
 
     Greedy from the longest down; every index appears once. A ratio of 1 groups equal lengths only.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
-    valid = 0
-    for index in order:
-        if groups:
-            longest = lengths[groups[-1][0]]
-            if longest * (len(groups[-1]) + 1) <= max_padding_ratio * (valid + lengths[index]):
-                groups[-1].append(index)
-                valid += lengths[index]
-                continue
-        groups.append([index])
-        valid = lengths[index]
+    longest = valid = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        if groups and longest * (len(groups[-1]) + 1) <= max_padding_ratio * (valid + length):
+            groups[-1].append(index)
+            valid += length
+        else:
+            groups.append([index])
+            longest = valid = length
     return groups
 
 
@@ -86,23 +70,18 @@ def role_batch(
     """Lay prompts and completions out for one role.
 
     Args:
-        prompts: B prompts, at least one token each: the first completion token is predicted from the last of
-        them.
+        prompts: B prompts of at least one token, whose last predicts the completion's first.
         completions: B completions, end-of-sequence included; one may be empty.
-        pad_id: what fills the grid; any valid id, its value has no influence.
+        pad_id: any valid id; its value has no influence.
 
     Raises:
         ValueError: a prompt without tokens, or the two lists differ in length.
     """
-    # The last token predicts nothing that is scored, so it never meets the backbone.
-    lengths = []
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if not len(prompt):
-            raise ValueError(f"the prompt of sequence {row} has no token")
-        lengths.append(max(len(prompt) + len(completion) - 1, 1))
-    starts = [0]
-    for completion in completions:
-        starts.append(starts[-1] + len(completion))
+    # The last token predicts nothing that is scored, so it is left out.
+    lengths = [max(len(p) + len(c) - 1, 1) for p, c in zip(prompts, completions, strict=True)]
+    if not all(prompts):
+        raise ValueError(f"the prompt of sequence {[*map(len, prompts)].index(0)} has no token")
+    starts = [0, *itertools.accumulate(map(len, completions))]
     grids, order = [], []
     for group in length_groups(lengths, max_padding_ratio):
         width = max(lengths[i] for i in group)
@@ -115,7 +94,5 @@ def role_batch(
             positions.extend(range(first, first + len(completions[i])))
             order.extend(range(starts[i], starts[i + 1]))
         grids.append(Grid(grid.to(device), torch.tensor(positions, dtype=torch.long, device=device)))
-    restore = torch.empty(len(order), dtype=torch.long)
-    restore[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
-    padded = sum(grid.input_ids.numel() for grid in grids)
-    return RoleBatch(grids, restore.to(device), sum(lengths), padded)
+    restore = torch.tensor(order, dtype=torch.long, device=device).argsort()
+    return RoleBatch(grids, restore, sum(lengths), sum(grid.input_ids.numel() for grid in grids))

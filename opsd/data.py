@@ -1,7 +1,7 @@
 """The training set: problems with reference solutions, encoded behind the student's and the teacher's prompt.
 
-The rows are encoded once. The token ids lie in an Arrow file in the cache of `datasets`, which all ranks of a
-machine map into memory and which the next start finds again.
+The rows are encoded once, into an Arrow file in the cache of `datasets`, which all ranks of a machine map
+into memory and a later start reads again.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("problem", "solution")
-# No tokenizer packs more characters than this into a token of prose; a longer row is over the limit
-# unencoded.
+# No tokenizer packs more characters of prose into a token; a longer row is over the limit without encoding.
 CHARACTERS_PER_TOKEN = 64
 ENCODING_BATCH = 512
 LEFT_OUT = {
@@ -48,31 +47,20 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Example:
-    """One problem behind both prompts.
+    """One problem behind both prompts."""
 
-    Attributes:
-        index: its row in the dataset as loaded; identifies the problem in rollout seeds and records.
-        problem: the text.
-        student_ids: token ids of the student's prompt.
-        teacher_ids: token ids of the teacher's prompt.
-    """
-
-    index: int
+    index: int  # row of the dataset as loaded; identifies the problem in rollout seeds and records
     problem: str
-    student_ids: list[int]
-    teacher_ids: list[int]
+    student_ids: list[int]  # tokens of the student's prompt
+    teacher_ids: list[int]  # tokens of the teacher's prompt
 
 
 class Problems(Dataset):
-    """The usable problems. Items are their positions; the trainer looks the rest up with `example`.
-
-    Attributes:
-        table: the fields of `Example` as columns, token ids as int32 in memory-mapped Arrow arrays.
-        sha256: of all rows as loaded (`opsd.provenance.dataset_fingerprint`).
-    """
+    """The usable problems. Items are their positions; the trainer calls `example` for the rest."""
 
     def __init__(self, table: datasets.Dataset, sha256: str = ""):
-        self.table, self.sha256 = table, sha256
+        self.table = table  # the fields of `Example` as columns, memory-mapped, token ids as int32
+        self.sha256 = sha256  # of all rows as loaded (`opsd.provenance.dataset_fingerprint`)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -86,23 +74,23 @@ class Problems(Dataset):
 
     @property
     def longest_student_prompt(self) -> int:
-        """In tokens."""
+        """Tokens of the longest student's prompt."""
         return self._longest("student_ids")
 
     @property
     def longest_prompt(self) -> int:
-        """In tokens, over both roles."""
+        """Tokens of the longest prompt of either role."""
         return max(self._longest("student_ids"), self._longest("teacher_ids"))
 
     def _longest(self, column: str) -> int:
         import pyarrow.compute
 
-        # Rows that are left out are in the file too, without tokens.
+        # The Arrow file also holds the rows that are left out, without tokens.
         return pyarrow.compute.max(pyarrow.compute.list_value_length(self.table.data[column])).as_py()
 
 
 def check_columns(rows: datasets.Dataset, source: str) -> None:
-    """Refuse a table without rows, or without the columns of `COLUMNS`. Raises ArtefactError."""
+    """Raise ArtefactError for a table without rows, or without the columns of `COLUMNS`."""
     missing = [column for column in COLUMNS if column not in rows.column_names]
     if missing:
         raise ArtefactError(
@@ -114,7 +102,7 @@ def check_columns(rows: datasets.Dataset, source: str) -> None:
 
 
 def has_text(problem: object, solution: object) -> bool:
-    """Whether both are text that is more than spaces."""
+    """Return whether both are text and more than spaces."""
     return all(isinstance(value, str) and value.strip() for value in (problem, solution))
 
 
@@ -132,11 +120,11 @@ def encode_problems(
     source: str,
     max_prompt_length: int,
 ) -> Problems:
-    """Encode every row behind both prompts, or find the file in which an earlier start or another rank did.
+    """Encode every row behind both prompts, or read the file that an earlier start or another rank wrote.
 
-    Left out, with one counted warning for each reason, are rows without text and rows with a prompt of more
-    than `max_prompt_length` tokens. A prompt is never truncated: half a reference solution is another
-    teacher. Text that spells a control token stays text, which is counted in a warning too.
+    Rows without text and rows with a prompt of more than `max_prompt_length` tokens are left out, with one
+    warning for each reason. A prompt is never truncated: half a reference solution is another teacher. Text
+    that spells a control token stays text; one warning counts such rows.
 
     Raises:
         ArtefactError: a missing column, no rows, or no usable one.
@@ -151,7 +139,7 @@ def encode_problems(
     file.parent.mkdir(parents=True, exist_ok=True)
     kinds = {"index": "int64", "problem": "string", "left_out": "string", "spells_control": "bool"}
     features = {name: datasets.Value(kind) for name, kind in kinds.items()}
-    ids = datasets.List(datasets.Value("int32"))
+    features |= {name: datasets.List(datasets.Value("int32")) for name in ("student_ids", "teacher_ids")}
     try:
         table = rows.map(
             _encode,
@@ -160,16 +148,14 @@ def encode_problems(
             batch_size=ENCODING_BATCH,
             fn_kwargs={"tokenizer": tokenizer, "limit": max_prompt_length},
             remove_columns=rows.column_names,
-            features=datasets.Features(features | {"student_ids": ids, "teacher_ids": ids}),
+            features=datasets.Features(features),
             cache_file_name=str(file),
             load_from_cache_file=True,
             new_fingerprint=key,
             desc="encoding problems",
         )
     except pyarrow.ArrowInvalid as error:
-        raise ArtefactError(
-            f"{file} is damaged ({error}); delete it and run the same command again"
-        ) from error
+        raise ArtefactError(f"{file} is damaged ({error}); delete it and run again") from error
     reasons = {kind: reason.format(limit=max_prompt_length) for kind, reason in LEFT_OUT.items()}
     left_out = table["left_out"][:]
     for kind, reason in reasons.items():
@@ -184,7 +170,7 @@ def encode_problems(
 
 
 def _key(sha256: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> str:
-    """SHA-256 (hex) of everything that the token ids follow from; a tokenizer in Python matches nothing."""
+    """Return the SHA-256 (hex) of all that the token ids depend on; a tokenizer in Python matches nothing."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     code = [Path(file).read_text(encoding="utf-8") for file in (prompts.__file__, __file__)]
     parts = [
@@ -195,44 +181,40 @@ def _key(sha256: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> str:
 
 
 def _encode(batch: dict, indices: list[int], *, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict:
-    """A batch of rows -> the columns of the cached file; texts and tokens of what is left out are empty."""
-    count = len(indices)
-    out = {
-        "index": indices,
-        "problem": [""] * count,
-        "left_out": [""] * count,
-        "spells_control": [False] * count,
-        "student_ids": [[] for _ in indices],
-        "teacher_ids": [[] for _ in indices],
-    }
+    """Turn rows into columns of the cached file, where texts and tokens of what is left out are empty."""
+    rows = [
+        {
+            "index": i,
+            "problem": "",
+            "left_out": "",
+            "spells_control": False,
+            "student_ids": [],
+            "teacher_ids": [],
+        }
+        for i in indices
+    ]
     kept = []
-    for row, (problem, solution) in enumerate(zip(batch["problem"], batch["solution"], strict=True)):
+    for row, problem, solution in zip(rows, batch["problem"], batch["solution"], strict=True):
         if not has_text(problem, solution):
-            out["left_out"][row] = "empty"
+            row["left_out"] = "empty"
         elif len(problem) + len(solution) > CHARACTERS_PER_TOKEN * limit:
-            out["left_out"][row] = "long"
+            row["left_out"] = "long"
         else:
             kept.append((row, problem, solution))
-    if not kept:
-        return out
     students = [(student_message(p), render_student(tokenizer, p)) for _, p, _ in kept]
     teachers = [(teacher_message(p, s), render_teacher(tokenizer, p, s)) for _, p, s in kept]
-    encoded = [encode_prompts(tokenizer, *zip(*pairs, strict=True)) for pairs in (students, teachers)]
-    for (row, problem, _), (message, _), *ids in zip(kept, teachers, *encoded, strict=True):
-        if max(map(len, ids)) > limit:
-            out["left_out"][row] = "long"
-            continue
-        out["problem"][row], (out["student_ids"][row], out["teacher_ids"][row]) = problem, ids
-        out["spells_control"][row] = spells_control_token(tokenizer, message)
-    return out
+    encoded = [encode_prompts(tokenizer, prompts) for prompts in (students, teachers)]
+    for (row, problem, _), (message, _), student, teacher in zip(kept, teachers, *encoded, strict=True):
+        if max(len(student), len(teacher)) > limit:
+            row["left_out"] = "long"
+        else:
+            row |= {"problem": problem, "student_ids": student, "teacher_ids": teacher}
+            row["spells_control"] = spells_control_token(tokenizer, message)
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def check_positions(problems: Problems, *, max_completion_length: int, positions: int | None) -> None:
-    """Refuse prompts that together with a completion exceed the model's positions.
-
-    Raises:
-        UsageError: the longest prompt + completion does not fit `positions`; the remedy is named.
-    """
+    """Raise UsageError where the longest prompt + completion exceeds the model's positions."""
     longest = problems.longest_prompt + max_completion_length
     if positions is not None and longest > positions:
         raise UsageError(

@@ -18,27 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """A frozen LM head: z = softcap(scale · (h Wᵀ + b)).
+    """A frozen LM head: z = softcap(scale · (h Wᵀ + b))."""
 
-    Attributes:
-        weight: [V, H].
-        bias: [V] or None.
-        scale: multiplies the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
-        softcap: c in c · tanh(z / c) (Gemma's final_logit_softcapping), or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0  # Cohere's logit_scale, Granite's 1 / logits_scaling
+    softcap: float | None = None  # c in c · tanh(z / c), Gemma's final_logit_softcapping
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Compute the model's own logits, [C, H] -> [C, V] in the head's dtype.
-
-        Args:
-            out: where to write them, [C, V] in the head's dtype; None allocates.
-        """
+        """Compute the model's own logits, [C, H] -> [C, V] in the head's dtype, in `out` if given."""
         hidden = hidden.to(self.weight.dtype)
         if out is None:
             logits = nn.functional.linear(hidden, self.weight, self.bias)
@@ -53,14 +42,14 @@ class Head:
         return logits
 
     def softcap_slope(self, logits: Tensor) -> Tensor | None:
-        """∂z/∂u of the soft cap at its output z, [C, V]; None without one."""
+        """Return the derivative of the soft cap at its output z, [C, V]; None without one."""
         if self.softcap is None:
             return None
         return (logits / self.softcap).square_().neg_().add_(1.0)
 
     @torch.no_grad()
     def back_project(self, grad_logits: Tensor) -> Tensor:
-        """[C, V] gradient with respect to scale · (h Wᵀ + b) -> [C, H] with respect to h."""
+        """Turn a gradient with respect to scale · (h Wᵀ + b), [C, V], into one with respect to h, [C, H]."""
         gradient = grad_logits.to(self.weight.dtype) @ self.weight
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
 
@@ -92,9 +81,9 @@ def head_of(model: PreTrainedModel) -> Head:
 def attach_hidden_forward(model: PreTrainedModel) -> None:
     """Add the keyword `positions` to a causal LM's forward, which then returns hidden states, not logits.
 
-    `model(input_ids, attention_mask, positions=flat_indices)` runs the backbone once and returns [N, H], the
-    last hidden states at `flat_indices` [N] of the flattened [B·T] grid. It remains the model's forward, so
-    adapters, gradient checkpointing, autocast and DistributedDataParallel work as usual.
+    `model(input_ids, positions=flat_indices)` runs the backbone once and returns the last hidden states
+    [N, H] at `flat_indices` [N] of the flattened [B·T] grid. It remains the model's forward, so adapters,
+    gradient checkpointing, autocast and DistributedDataParallel work as usual.
     """
     original = model.forward
     # `functools.wraps` hides this function's own signature, so both are read.
@@ -106,9 +95,7 @@ def attach_hidden_forward(model: PreTrainedModel) -> None:
     def forward(*args, positions: Tensor | None = None, **kwargs):
         if positions is None:
             return original(*args, **kwargs)
-        allowed = ("input_ids", "attention_mask", "position_ids")
-        backbone_inputs = {name: kwargs[name] for name in allowed if kwargs.get(name) is not None}
-        hidden = model.get_decoder()(**backbone_inputs, use_cache=False).last_hidden_state
+        hidden = model.get_decoder()(input_ids=kwargs["input_ids"], use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, positions)
 
     model.forward = forward
@@ -119,8 +106,7 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
     """Compare `head` with the model's own logits on a few tokens.
 
     Raises:
-        UsageError: they differ (the model changes its logits in a way that `Head` does not know), or the
-            model is not causal, so that padding at the right would change its hidden states.
+        UsageError: they differ, or the model is not causal, so that padding would change its hidden states.
     """
     device = head.weight.device
     ids = torch.arange(6, device=device).unsqueeze(0) % head.weight.shape[0]

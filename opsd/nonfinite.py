@@ -1,4 +1,4 @@
-"""Stop the run at a NaN or infinite loss or gradient, before the optimizer step, and save what it was."""
+"""Stop the run at a NaN or infinite loss or gradient, before the optimizer step, and save its statistics."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ class NonFiniteGuard:
     """Collect the losses of an optimizer step and check them once, with the gradient norm.
 
     Args:
-        output_dir: where `nonfinite-step-<N>.json` goes.
+        output_dir: where `nonfinite-step-<N>-rank-<R>.json` is written.
         tolerated: how many non-finite steps a run may leave out before it stops.
     """
 
     def __init__(self, output_dir: Path, *, tolerated: int):
-        self.output_dir = output_dir
-        self.tolerated = tolerated
-        self.seen = 0
+        self.output_dir, self.tolerated, self.seen = output_dir, tolerated, 0
         self._micro_batches: list[tuple[Tensor, list[int], TokenStats]] = []
 
     def see_loss(self, loss: Tensor, problems: list[int], stats: TokenStats) -> None:
@@ -54,7 +52,12 @@ class NonFiniteGuard:
         self.seen += 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         path = self.output_dir / f"nonfinite-step-{step}-rank-{rank}.json"
-        atomic_write_json(path, self._evidence(step, norm))
+        micro_batches = [
+            {"loss": _number(loss), "problems": problems, "statistics": _summary(stats)}
+            for loss, problems, stats in self._micro_batches
+        ]
+        evidence = {"step": step, "gradient_norm": _number(norm), "micro_batches": micro_batches}
+        atomic_write_json(path, evidence)
         problems = sorted({p for _, ids, _ in self._micro_batches for p in ids})
         if self.seen > self.tolerated:
             raise ArtefactError(
@@ -63,46 +66,27 @@ class NonFiniteGuard:
                 "such steps out with --skip_nonfinite N"
             )
         if is_main:
-            logger.warning(
-                "step %d is left out: loss or gradient is not finite (%d of %d tolerated); see %s",
-                step,
-                self.seen,
-                self.tolerated,
-                path,
-            )
+            message = "step %d is left out: loss or gradient is not finite (%d of %d tolerated); see %s"
+            logger.warning(message, step, self.seen, self.tolerated, path)
 
     def reset(self) -> None:
         """Forget the step."""
         self._micro_batches.clear()
 
-    def _evidence(self, step: int, norm: Tensor | float | None) -> dict:
-        return {
-            "step": step,
-            "gradient_norm": _number(norm) if norm is not None else None,
-            "micro_batches": [
-                {"loss": _number(loss), "problems": problems, "statistics": _summary(stats)}
-                for loss, problems, stats in self._micro_batches
-            ],
-        }
 
-
-def _number(value: Tensor | float) -> float | str:
-    """A float, or "nan", "inf" or "-inf", which JSON does not have as numbers."""
-    value = float(value)
-    return value if math.isfinite(value) else str(value)
+def _number(value: Tensor | float | None) -> float | str | None:
+    """Return a float, or "nan", "inf" or "-inf", which JSON does not have as numbers."""
+    value = None if value is None else float(value)
+    return value if value is None or math.isfinite(value) else str(value)
 
 
 def _summary(stats: TokenStats) -> dict:
-    """Extremes and the count of non-finite entries of every statistic."""
+    """Return the extremes and the count of non-finite entries of every statistic."""
     summary = {}
     for name, values in vars(stats).items():
         if values is None or values.numel() == 0:
             continue
-        values = values.detach().float()
-        finite = values[values.isfinite()]
-        summary[name] = {
-            "not_finite": int(values.numel() - finite.numel()),
-            "min": _number(finite.min()) if finite.numel() else None,
-            "max": _number(finite.max()) if finite.numel() else None,
-        }
+        finite = values[values.isfinite()].float()
+        extremes = (float(finite.min()), float(finite.max())) if finite.numel() else (None, None)
+        summary[name] = {"not_finite": len(values) - len(finite), "min": extremes[0], "max": extremes[1]}
     return summary

@@ -20,7 +20,7 @@ from opsd.errors import UsageError
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of finite numbers; NaN lies in none."""
+    """An interval of finite numbers; NaN is in none."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -34,12 +34,22 @@ class Range:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return (
-                f"in {'(' if self.low_open else '['}{self.low}, {self.high}{')' if self.high_open else ']'}"
-            )
+            left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+            return f"in {left}{self.low}, {self.high}{right}"
         if self.low == -math.inf:
             return "finite"
         return f"{'more than' if self.low_open else 'at least'} {self.low}"
+
+
+FINITE = Range()
+FRACTION = Range(0, 1)
+PROPER_SHARE = Range(0, 1, low_open=True)
+BELOW_ONE = Range(0, 1, high_open=True)
+OPEN_FRACTION = Range(0, 1, low_open=True, high_open=True)
+POSITIVE = Range(0, low_open=True)
+NOT_NEGATIVE = Range(0)
+AT_LEAST_ONE = Range(1)
+SEED = Range(0, 2**32 - 1)
 
 
 def option(
@@ -57,9 +67,9 @@ def option(
     Args:
         default: its value when the flag is not given; without one (and without `factory`) it is required.
         help: what it is, with its unit.
-        factory: makes the default of a list, or of a value that is read from the environment.
+        factory: returns the default, for a list or a value that is read from the environment.
         range, choices: the values that it may have; None (not set) passes.
-        kind: reads the flag's text, where the field's type does not.
+        kind: parses the flag's text, where the field's type does not.
         off: for a boolean, a second flag that sets it to False; the last one given counts.
     """
     metadata = {"help": help, "range": range, "choices": choices, "kind": kind, "off": off}
@@ -69,36 +79,39 @@ def option(
 
 
 def _boolean(text: str) -> bool:
-    words = dict.fromkeys(("true", "t", "yes", "y", "1"), True)
-    words |= dict.fromkeys(("false", "f", "no", "n", "0"), False)
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is no boolean; write True or False")
-    return words[text.lower()]
+    if text.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is no boolean; write True or False")
 
 
 def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
+def _options(group: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(group) if "help" in field.metadata]
+
+
 def add_options(parser: argparse.ArgumentParser, *groups: type) -> None:
     """Add a flag `--name` (also `--na-me`) for each field of these dataclasses that `option` declares."""
     for group in groups:
-        hints = typing.get_type_hints(group)
-        for field in dataclasses.fields(group):
-            if "help" in field.metadata:
-                _add_option(parser, field, hints[field.name])
+        kinds = typing.get_type_hints(group)
+        for field in _options(group):
+            _add_option(parser, field, kinds[field.name])
 
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
     if isinstance(kind, types.UnionType):  # X | None
         kind = next(part for part in kind.__args__ if part is not types.NoneType)
-    known = {"help": field.metadata["help"].replace("%", "%%"), "dest": field.name}
+    known: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%"), "dest": field.name}
     if field.metadata["choices"]:
         known["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
     if _is_required(field):
         # Without a value it is missing too, and `check_options` says so.
         known |= {"default": argparse.SUPPRESS, "nargs": "?"}
-    elif field.default is dataclasses.MISSING:
+    elif field.default_factory is not dataclasses.MISSING:
         known["default"] = field.default_factory()
     else:
         known["default"] = field.default
@@ -120,15 +133,13 @@ def check_options(group: type, values: Mapping[str, Any]) -> None:
     Raises:
         UsageError: the first that is missing, outside its range or none of its choices.
     """
-    for field in dataclasses.fields(group):
-        if "help" not in field.metadata:
-            continue
+    for field in _options(group):
         value, choices = values.get(field.name), field.metadata["choices"]
         if value in (None, "") and _is_required(field):
-            remedy = (
+            wanted = (
                 f"choose one of {', '.join(choices)}" if choices else f"give the {field.metadata['help']}"
             )
-            raise UsageError(f"--{field.name} is missing: {remedy}")
+            raise UsageError(f"--{field.name} is missing: {wanted}")
         if value is not None and choices and value not in choices:
             raise UsageError(f"--{field.name} is {value!r}, but must be one of {', '.join(choices)}")
         if field.metadata["range"] is not None:
@@ -145,12 +156,3 @@ def check_range(name: str, value: float | None, allowed: Range) -> None:
 def take(group: type, values: dict[str, Any]) -> Any:
     """Build the dataclass `group` from its options in `values`, and remove them there."""
     return group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group) if f.name in values})
-
-
-FRACTION = Range(0, 1)
-PROPER_SHARE = Range(0, 1, low_open=True)
-POSITIVE = Range(0, low_open=True)
-NOT_NEGATIVE = Range(0)
-AT_LEAST_ONE = Range(1)
-FINITE = Range()
-SEED = Range(0, 2**32 - 1)

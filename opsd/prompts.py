@@ -34,12 +34,12 @@ OPEN_THINK_AT_END = re.compile(r"<think\s*>\s*$")
 
 
 def student_message(problem: str) -> str:
-    """What the student reads while training: the problem alone."""
+    """Return what the student reads while training: the problem alone."""
     return f"Problem: {problem}\n\n{INSTRUCTION}"
 
 
 def teacher_message(problem: str, solution: str) -> str:
-    """What the privileged teacher reads: the problem and its reference solution."""
+    """Return what the privileged teacher reads: the problem and its reference solution."""
     return (
         f"Problem: {problem}\n\nHere is a reference solution to this problem:\n"
         f"=== Reference Solution Begin ===\n{solution}\n=== Reference Solution End ===\n"
@@ -48,7 +48,7 @@ def teacher_message(problem: str, solution: str) -> str:
 
 
 def evaluation_message(problem: str) -> str:
-    """What a model under evaluation reads."""
+    """Return what a model under evaluation reads."""
     return f"{problem}\n\n{INSTRUCTION}"
 
 
@@ -56,8 +56,7 @@ def close_open_think(rendered: str) -> str:
     """Close a `<think>` that ends the rendered prompt, so that the student answers without a thinking block.
 
     The templates of DeepSeek-R1-Distill-Llama-8B and Olmo-3-7B-Think ignore `enable_thinking` and end the
-    prompt with an open `<think>`. Only the very end is looked at: the problem's own text may contain the same
-    characters, and Qwen3 already renders `<think>\\n\\n</think>\\n\\n`.
+    prompt with an open `<think>`. Qwen3 already closes its own, and a problem's text may hold one.
     """
     return f"{rendered}</think>\n\n" if OPEN_THINK_AT_END.search(rendered) else rendered
 
@@ -84,7 +83,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, message: str, *, enable_thinking
 
 @lru_cache(maxsize=4)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str], Tokenizer]:
-    """(what spells a control token, a copy of the tokenizer that encodes these spellings as text).
+    """Return what spells a control token, and a copy of the tokenizer that encodes it as text.
 
     Control tokens are the special ones and every other added token with punctuation: `<think>` and
     `<tool_call>` are not special in Qwen3, but a model acts on them. Added words and runs of spaces are text.
@@ -98,30 +97,31 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str]
 
 
 def spells_control_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether `text` contains the spelling of a control token, such as `<|im_end|>` or `<think>`."""
+    """Return whether `text` spells a control token, such as `<|im_end|>` or `<think>`."""
     return _control_tokens(tokenizer)[0].search(text) is not None
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[str], rendered: Sequence[str]
-) -> list[list[int]]:
-    """Token ids of prompts, many at once. A control token that a message spells out is encoded as text.
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """Encode (message, rendered prompt) pairs. A control token that a message spells is encoded as text.
 
-    The template has written its own control tokens already, a beginning-of-sequence among them.
+    The template writes its own control tokens, a beginning-of-sequence among them.
 
     Raises:
         ArtefactError: such a message is not in its rendered prompt exactly once.
     """
-    ids = tokenizer(list(rendered), add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    for row, message in enumerate(messages):
+    if not prompts:
+        return []
+    rendered = [text for _, text in prompts]
+    ids = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    for row, (message, text) in enumerate(prompts):
         if spells_control_token(tokenizer, message):
-            ids[row] = _encode_as_text(tokenizer, message.strip(), rendered[row])
+            ids[row] = _encode_as_text(tokenizer, message.strip(), text)
     return ids
 
 
 def _encode_as_text(tokenizer: PreTrainedTokenizerBase, message: str, rendered: str) -> list[int]:
-    # A tokenizer cuts at its control tokens and encodes each stretch between them alone. So the stretch that
-    # holds the message reaches from the template's last control token before it to the first one after it.
+    # A tokenizer splits at its control tokens and encodes each part between them alone. So the part with the
+    # message extends from the template's last control token before it to the first one after it.
     before, found, after = rendered.partition(message)
     if not found or message in after:
         raise ArtefactError(
@@ -136,36 +136,36 @@ def _encode_as_text(tokenizer: PreTrainedTokenizerBase, message: str, rendered: 
 
 
 def render_student(tokenizer: PreTrainedTokenizerBase, problem: str) -> str:
-    """The student's rendered prompt, thinking off, with the think patch applied."""
+    """Render the student's prompt: thinking off, an open `<think>` closed."""
     return close_open_think(_render(tokenizer, student_message(problem), enable_thinking=False))
 
 
 def render_teacher(tokenizer: PreTrainedTokenizerBase, problem: str, solution: str) -> str:
-    """The teacher's rendered prompt, thinking on."""
+    """Render the teacher's prompt: thinking on."""
     return _render(tokenizer, teacher_message(problem, solution), enable_thinking=True)
 
 
 def render_evaluation(
     tokenizer: PreTrainedTokenizerBase, problem: str, *, enable_thinking: bool = True
 ) -> str:
-    """The evaluation prompt, thinking on unless asked otherwise."""
+    """Render the evaluation prompt."""
     return _render(tokenizer, evaluation_message(problem), enable_thinking=enable_thinking)
 
 
 def encode_student(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
-    """Token ids of `render_student`."""
-    return encode_prompts(tokenizer, [student_message(problem)], [render_student(tokenizer, problem)])[0]
+    """Return the tokens of `render_student`."""
+    return encode_prompts(tokenizer, [(student_message(problem), render_student(tokenizer, problem))])[0]
 
 
 def encode_teacher(tokenizer: PreTrainedTokenizerBase, problem: str, solution: str) -> list[int]:
-    """Token ids of `render_teacher`."""
+    """Return the tokens of `render_teacher`."""
     message, rendered = teacher_message(problem, solution), render_teacher(tokenizer, problem, solution)
-    return encode_prompts(tokenizer, [message], [rendered])[0]
+    return encode_prompts(tokenizer, [(message, rendered)])[0]
 
 
 def encode_evaluation(
     tokenizer: PreTrainedTokenizerBase, problem: str, *, enable_thinking: bool = True
 ) -> list[int]:
-    """Token ids of `render_evaluation`."""
+    """Return the tokens of `render_evaluation`."""
     rendered = render_evaluation(tokenizer, problem, enable_thinking=enable_thinking)
-    return encode_prompts(tokenizer, [evaluation_message(problem)], [rendered])[0]
+    return encode_prompts(tokenizer, [(evaluation_message(problem), rendered)])[0]

@@ -1,19 +1,16 @@
-"""Files of a run besides checkpoints: metrics.jsonl, TensorBoard's events, completions; the progress bar."""
+"""The files that a run writes beside its checkpoints, read and written without torch."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from transformers import ProgressCallback, TrainerCallback
-from transformers.integrations import TensorBoardCallback
-
+from opsd.errors import MALFORMED, ArtefactError, printable
 from opsd.files import atomic_write_text
-from opsd.report.run_plots import METRICS_NAME, read_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,76 +18,41 @@ if TYPE_CHECKING:
     from opsd.data import Example
     from opsd.rollout.engine import Completion
 
+logger = logging.getLogger(__name__)
 
-class MetricsFile(TrainerCallback):
-    """Append each log to metrics.jsonl; on resuming, first drop what the resumed steps will log again."""
-
-    def __init__(self, run_folder: Path):
-        self.run_folder = run_folder
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        kept = [row for row in read_metrics(self.run_folder) if row["step"] <= state.global_step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        atomic_write_text(self.run_folder / METRICS_NAME, text)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        # The Trainer's last log is a summary, not a step; in a resumed run its mean loss is that of a part.
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        with open(self.run_folder / METRICS_NAME, "a", encoding="utf-8") as file:
-            # JSON has no NaN: a step that was left out has null.
-            row = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in logs.items()}
-            file.write(json.dumps({"step": state.global_step, **row}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+METRICS_NAME = "metrics.jsonl"
 
 
-class TensorBoardFolder(TensorBoardCallback):
-    """Write TensorBoard's events of a run and of its resumptions to one folder, `runs/`.
+def read_metrics(run_folder: Path) -> list[dict[str, float | None]]:
+    """Return the logged steps of a run, in order; none where it has not logged yet.
 
-    transformers creates a folder at each start, so that steps logged after the last checkpoint would show
-    twice. Here each start writes its first step, from which on TensorBoard hides the events of earlier ones.
+    An incomplete last line, which is being written or was cut by a kill, is left out with a warning.
+
+    Raises:
+        ArtefactError: a line is not a logged step.
     """
-
-    def __init__(self, run_folder: Path):
-        super().__init__()
-        self.logging_dir = self.logging_dir or str(run_folder / "runs")
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
-            self.tb_writer.add_text("args", args.to_json_string(), state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "train_runtime" not in logs:
-            super().on_log(args, state, control, logs=logs, **kwargs)
+    path = run_folder / METRICS_NAME
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if lines.pop():
+        logger.warning("%s: the last line is incomplete and left out", printable(path))
+    return [_row(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
-class ConciseProgress(ProgressCallback):
-    """Show the Trainer's progress bar and one short line per log."""
-
-    SHOWN: ClassVar[dict[str, str]] = {
-        "loss": "loss {:.4g}",
-        "loss/divergence": "divergence {:.4g}",
-        "grad_norm": "gradient {:.3g}",
-        "rollout/completion_tokens": "tokens {:.0f}",
-        "rollout/truncated_share": "truncated {:.0%}",
-        "time/step_s": "{:.2f} s",
-    }
-
-    def close(self) -> None:
-        """End the bar's line, so that an error message starts on its own line."""
-        if self.training_bar is not None:
-            self.training_bar.close()
-            self.training_bar = None
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None or not logs or "loss" not in logs:
-            return
-        shown = [form.format(float(logs[name])) for name, form in self.SHOWN.items() if name in logs]
-        self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown))
+def _row(line: bytes, path: Path, number: int) -> dict[str, float | None]:
+    try:
+        row = json.loads(line)
+        # A name with half a surrogate pair cannot be drawn; steps beyond 2**53 are no exact numbers.
+        good = type(row["step"]) is int and 0 <= row["step"] < 2**53
+        for name, value in row.items():
+            good &= bool(name.encode()) and (value is None or (value is not True and math.isfinite(value)))
+    except MALFORMED:
+        good = False
+    if not good:
+        raise ArtefactError(
+            f"line {number} of {str(path)!r} is damaged: {line.decode('utf-8', 'replace')[:60]!r} is no "
+            "logged step; delete the line, or train anew"
+        )
+    return row
 
 
 def write_completions(

@@ -1,16 +1,24 @@
-"""The figures of an optimizer step that the trainer logs."""
+"""What a run logs: the figures of an optimizer step, and the callbacks that write and show them."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
+from opsd.files import atomic_write_text
 from opsd.head import Head
 from opsd.objectives import Reduction, TokenStats
+from opsd.records import METRICS_NAME, read_metrics
 from opsd.rollout.engine import Sampling
 from opsd.token_stats import sampling_audit
 
@@ -54,19 +62,9 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
             self[name].append(value)
 
     def record_audit(self, batch: MicroBatch, hidden: Tensor, *, head: Head, sampling: Sampling) -> None:
-        """Record how far the sampler is from the trainer's own distribution.
-
-        Args:
-            hidden: [N, H] the student's hidden states of `batch`.
-        """
-        outside, logprob = sampling_audit(
-            hidden.detach(),
-            batch.token_ids,
-            head=head,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
+        """Record how far the sampler is from the trainer's distribution, by the student's `hidden` [N, H]."""
+        rules = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        outside, logprob = sampling_audit(hidden.detach(), batch.token_ids, head=head, **rules)
         self["rollout/outside_support_share"].append(outside.float().mean())
         if all(completion.logprobs is not None for completion in batch.completions):
             theirs = [value for completion in batch.completions for value in completion.logprobs]
@@ -79,13 +77,84 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
         Args:
             gather: [1, M] of this rank -> [ranks, M]; called once.
         """
+
+        def over(name: str, values: Tensor) -> Tensor:
+            return values.amax(0) if name.endswith("_max") else values.mean(0)
+
         names = sorted(self)
-        reduce = [torch.amax if name.endswith("_max") else torch.mean for name in names]
-        kind = {"dtype": torch.float32, "device": device}
-        mine = [
-            over(torch.stack([torch.as_tensor(value, **kind) for value in self[name]]), 0)
-            for name, over in zip(names, reduce, strict=True)
-        ]
+        recorded = [[torch.as_tensor(v, dtype=torch.float32, device=device) for v in self[n]] for n in names]
+        mine = [over(name, torch.stack(values)) for name, values in zip(names, recorded, strict=True)]
         ranks = gather(torch.stack(mine).unsqueeze(0)).unbind(1)
-        values = torch.stack([over(one, 0) for one, over in zip(ranks, reduce, strict=True)]).tolist()
-        return dict(zip(names, values, strict=True))
+        values = torch.stack([over(name, one) for name, one in zip(names, ranks, strict=True)])
+        return dict(zip(names, values.tolist(), strict=True))
+
+
+class MetricsFile(TrainerCallback):
+    """Append each log to metrics.jsonl; on resuming, first drop what the resumed steps will log again."""
+
+    def __init__(self, run_folder: Path):
+        self.run_folder = run_folder
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        kept = [row for row in read_metrics(self.run_folder) if row["step"] <= state.global_step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        atomic_write_text(self.run_folder / METRICS_NAME, text)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # The Trainer's last log is a summary, whose mean loss in a resumed run is that of a part.
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        with open(self.run_folder / METRICS_NAME, "a", encoding="utf-8") as file:
+            # JSON has no NaN: a step that was left out has null.
+            row = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in logs.items()}
+            file.write(json.dumps({"step": state.global_step, **row}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class TensorBoardFolder(TensorBoardCallback):
+    """Write TensorBoard's events of a run and of its resumptions to one folder, `runs/`.
+
+    With a folder for each start, as in transformers, steps logged after the last checkpoint would show twice.
+    Here each start writes its first step, from which on TensorBoard hides the events of earlier starts.
+    """
+
+    def __init__(self, run_folder: Path):
+        super().__init__()
+        self.logging_dir = self.logging_dir or str(run_folder / "runs")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
+            self.tb_writer.add_text("args", args.to_json_string(), state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "train_runtime" not in logs:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+class ConciseProgress(ProgressCallback):
+    """Show the Trainer's progress bar and one short line per log."""
+
+    SHOWN: ClassVar[dict[str, str]] = {
+        "loss": "loss {:.4g}",
+        "loss/divergence": "divergence {:.4g}",
+        "grad_norm": "gradient {:.3g}",
+        "rollout/completion_tokens": "tokens {:.0f}",
+        "rollout/truncated_share": "truncated {:.0%}",
+        "time/step_s": "{:.2f} s",
+    }
+
+    def close(self) -> None:
+        """End the bar's line, so that an error message starts on its own line."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None or not logs or "loss" not in logs:
+            return
+        shown = [form.format(float(logs[name])) for name, form in self.SHOWN.items() if name in logs]
+        self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown))

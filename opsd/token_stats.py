@@ -1,10 +1,10 @@
 """Per-token statistics of student and teacher from hidden states, in chunks of positions.
 
-`dense_statistics` is the definition: whole [N, V] tensors and autograd. With a vocabulary of 150,000 entries
-these tensors are the memory limit of a run, so `token_statistics` computes the same in chunks: it projects a
-chunk of positions with the LM head, takes its statistics, and computes the gradient of the per-token terms
-with respect to the student's hidden states at once. A token's term depends on that token's hidden state
-alone, so the backward pass needs [N, H] only, and any mask, weight or reduction can be chosen afterwards.
+`dense_statistics` is the definition, by autograd on [N, V] tensors. With a vocabulary of 150,000 entries they
+do not fit in memory, so `token_statistics` computes the same in chunks: it projects a chunk of positions with
+the LM head, computes its statistics, and at once the gradient of the per-token terms with respect to the
+student's hidden states. A token's term depends on that token's hidden state alone, so the backward pass needs
+[N, H] only, and any mask, weight or reduction can be chosen afterwards.
 
 Shapes: N positions (completion tokens of all sequences, flat), H hidden, V vocabulary, C positions of a
 chunk. All quantities are at the distillation temperature T, in nats, in float32 (float64 for float64 inputs).
@@ -25,10 +25,12 @@ from opsd.objectives import StatsConfig, TokenStats
 # Size of one role's logits of a chunk; both roles' logits are in memory at once.
 CHUNK_BYTES_CPU = 22 * 2**20
 CHUNK_BYTES_CUDA = 128 * 2**20
-# Entries of a column in `_largest`.
-COLUMN_ENTRIES = 64
 # On a CPU elementwise operations run on blocks of rows of this size, which stay in the cache.
 BLOCK_BYTES_CPU = 5 * 2**19
+# Entries of a column in `_largest`.
+COLUMN_ENTRIES = 64
+# The statistics through which a term's gradient reaches the student.
+DIFFERENTIABLE = ("student_logprob", "clipped_divergence", "topk_divergence")
 
 TermFunction = Callable[[TokenStats], Tensor]
 
@@ -45,17 +47,11 @@ def token_statistics(
     """Compute the statistics of N positions; the gradient of `term` reaches `student` alone.
 
     Args:
-        student: [N, H] hidden states that predict the sampled tokens, or, without `head`, [N, V] raw logits.
-        teacher: the same for the teacher; it receives no gradient.
+        student, teacher: [N, H] hidden states that predict the sampled tokens; without `head` [N, V] logits.
         token_ids: [N] sampled tokens.
-        config: temperature and the statistics to compute.
-        term: per-token function of the statistics, [n] fields -> [n], called once per chunk; it must treat
-            positions independently. It is differentiated with respect to the fields in `DIFFERENTIABLE`; the
-            other fields are constants.
-        head: the LM head both sides share.
-
-    Returns:
-        TokenStats with [N] fields, `term` differentiable with respect to `student`.
+        term: per-token function of the statistics, [n] fields -> [n], that treats positions independently. It
+            is differentiated with respect to the fields in `DIFFERENTIABLE`; the others are constants.
+        head: the LM head that both roles share.
 
     Raises:
         ValueError: shapes disagree, or `top_k` exceeds the vocabulary.
@@ -76,7 +72,7 @@ def token_statistics(
 def dense_statistics(
     student: Tensor, teacher: Tensor, token_ids: Tensor, *, config: StatsConfig, term: TermFunction | None
 ) -> TokenStats:
-    """The definition of `token_statistics`: [N, V] raw logits whole, the gradient of `term` by autograd."""
+    """Define `token_statistics`: from [N, V] raw logits, the gradient of `term` by autograd."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     student_log, teacher_log = (
         (logits.to(dtype) / config.temperature).log_softmax(-1) for logits in (student, teacher.detach())
@@ -112,32 +108,24 @@ def _field_names(config: StatsConfig, term: TermFunction | None) -> list[str]:
     return names
 
 
-def _rows_per(buffer_bytes: int, vocabulary: int, itemsize: int) -> int:
-    return max(1, buffer_bytes // (vocabulary * itemsize))
-
-
 class _Workspace:
-    """The buffers of one call. On a CPU allocating them costs more time than the arithmetic in them.
-
-    Attributes:
-        logits: [2C, V], the student's rows and then the teacher's.
-        student_log, teacher_log, product: [n, V] for a block of n rows.
-    """
+    """The buffers of one call. On a CPU allocating them costs more time than the arithmetic in them."""
 
     def __init__(self, chunk: int, block: int, vocabulary: int, dtype: torch.dtype, device: torch.device):
-        self.logits = torch.empty(2 * chunk, vocabulary, dtype=dtype, device=device)
-        self.student_log, self.teacher_log, self.product = (
-            torch.empty(block, vocabulary, dtype=dtype, device=device) for _ in range(3)
-        )
+        def empty(rows: int) -> Tensor:
+            return torch.empty(rows, vocabulary, dtype=dtype, device=device)
+
+        self.logits = empty(2 * chunk)  # the student's rows, then the teacher's
+        self.student_log, self.teacher_log, self.product = empty(block), empty(block), empty(block)
 
     def log_softmax(self, logits: Tensor, out: Tensor) -> Tensor:
-        """[n, V] -> [n, V] in `out`, without −inf."""
+        """Write log-softmax of [n, V] logits, without −inf, to the first rows of `out` and return them."""
         # A logit of −inf has probability 0; with a finite logarithm its 0 · log 0 is 0 in the sums, not NaN.
         lowest = torch.finfo(logits.dtype).min
         return torch.log_softmax(logits, dim=-1, out=out[: len(logits)]).clamp_(min=lowest)
 
     def entropy(self, probs: Tensor, logs: Tensor) -> Tensor:
-        """−Σ_v p log p, [n, V] twice -> [n] nats."""
+        """Return −Σ_v p log p, nats: twice [n, V] -> [n]."""
         return -torch.mul(probs, logs, out=self.product[: len(probs)]).sum(-1)
 
 
@@ -150,35 +138,32 @@ class _ChunkedStatistics(torch.autograd.Function):
         names = _field_names(config, term)
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         fields = {name: torch.empty(positions, dtype=dtype, device=student.device) for name in names}
-        wants_gradient = term is not None and ctx.needs_input_grad[0]
-        gradient = torch.empty(student.shape, dtype=dtype, device=student.device) if wants_gradient else None
+        differentiate = term is not None and ctx.needs_input_grad[0]
+        gradient = torch.empty(student.shape, dtype=dtype, device=student.device) if differentiate else None
         vocabulary = head.weight.shape[0] if head is not None else student.shape[1]
-        on_cpu = student.device.type == "cpu"
-        chunk = config.chunk_positions or _rows_per(
-            CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_CUDA, vocabulary, dtype.itemsize
-        )
-        block = min(chunk, _rows_per(BLOCK_BYTES_CPU, vocabulary, dtype.itemsize)) if on_cpu else chunk
-        chunk, block = min(chunk, positions), min(block, positions)
+        on_cpu, row_bytes = student.device.type == "cpu", vocabulary * dtype.itemsize
+        automatic = (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_CUDA) // row_bytes
+        chunk = min(config.chunk_positions or max(automatic, 1), positions)
+        block = min(chunk, max(BLOCK_BYTES_CPU // row_bytes, 1)) if on_cpu else chunk
         space = _Workspace(chunk, block, vocabulary, dtype, student.device)
         for start in range(0, positions, max(chunk, 1)):
             span = slice(start, min(start + chunk, positions))
             student_logits, teacher_logits = _project(head, student[span], teacher[span], space.logits)
             for low in range(0, student_logits.shape[0], block):
                 rows = slice(low, low + block)
-                stats = _block_statistics(
-                    student_logits[rows],
-                    teacher_logits[rows],
-                    token_ids[span][rows],
-                    config,
-                    term,
-                    wants_gradient,
-                    head,
-                    space,
+                block_inputs = student_logits[rows], teacher_logits[rows], token_ids[span][rows]
+                values = _block_statistics(
+                    *block_inputs,
+                    config=config,
+                    term=term,
+                    differentiate=differentiate,
+                    head=head,
+                    space=space,
                 )
                 for name in names:
-                    fields[name][span][rows] = getattr(stats, name)
+                    fields[name][span][rows] = values[name]
             if gradient is not None:
-                gradient[span] = _back_project(head, student_logits, dtype)
+                gradient[span] = student_logits if head is None else head.back_project(student_logits)
         ctx.save_for_backward(gradient)
         outputs = tuple(fields[name] for name in names)
         ctx.mark_non_differentiable(*outputs[1 if term is not None else 0 :])
@@ -189,17 +174,13 @@ class _ChunkedStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *upstream):
         (gradient,) = ctx.saved_tensors
-        if gradient is None:
-            return None, None, None, None, None, None
-        scaled = gradient * upstream[0].unsqueeze(1)
-        return scaled.to(ctx.student_dtype), None, None, None, None, None
+        if gradient is not None:
+            gradient = (gradient * upstream[0].unsqueeze(1)).to(ctx.student_dtype)
+        return gradient, None, None, None, None, None
 
 
 def _project(head: Head | None, student: Tensor, teacher: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Twice [C, H] -> student's and teacher's raw logits, [C, V] each, in the first 2C rows of `buffer`.
-
-    One product with the head for both roles reads its weight once.
-    """
+    """Project [C, H] of both roles to raw logits, [C, V] each, in `buffer`; the weight is read once."""
     hidden = torch.cat([student.detach(), teacher.to(student.dtype)])
     logits = buffer[: hidden.shape[0]]
     if head is None:
@@ -211,21 +192,22 @@ def _project(head: Head | None, student: Tensor, teacher: Tensor, buffer: Tensor
     return logits[: student.shape[0]], logits[student.shape[0] :]
 
 
-def _back_project(head: Head | None, grad_logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, V] gradient with respect to raw logits -> [C, H] with respect to hidden states."""
-    if head is None:
-        return grad_logits
-    return head.back_project(grad_logits).to(dtype)
-
-
 def _block_statistics(
-    student_logits, teacher_logits, token_ids, config, term, wants_gradient, head, space: _Workspace
-):
-    """Compute the statistics of a block; ∂term/∂(raw logits), if wanted, overwrites `student_logits`.
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    *,
+    config: StatsConfig,
+    term: TermFunction | None,
+    differentiate: bool,
+    head: Head | None,
+    space: _Workspace,
+) -> dict[str, Tensor]:
+    """Compute the statistics of a block, [n] each; ∂term/∂(raw logits), if wanted, replaces `student_logits`.
 
     Both [n, V] logits are overwritten; every other tensor of that size is a buffer of `space`.
     """
-    slope = head.softcap_slope(student_logits) if head is not None and wants_gradient else None
+    slope = head.softcap_slope(student_logits) if head is not None and differentiate else None
     inverse_temperature = 1.0 / config.temperature
     student_log = space.log_softmax(student_logits.mul_(inverse_temperature), space.student_log)
     teacher_log = space.log_softmax(teacher_logits.mul_(inverse_temperature), space.teacher_log)
@@ -249,28 +231,28 @@ def _block_statistics(
             values, student_log, teacher_log, teacher_probs, config.divergence_clip, space.product
         )
     if term is None:
-        return TokenStats(term=None, **values)
-    values["term"], slopes = _term_and_slopes(term, values, wants_gradient)
-    if wants_gradient:
+        return values
+    values["term"], slopes = _term_and_slopes(term, values, differentiate)
+    if differentiate:
         _write_gradient(student_probs, teacher_probs, kept_mass, picked, top_ids, top_probs, slopes)
         student_probs.mul_(inverse_temperature)
         if slope is not None:
             student_probs.mul_(slope)
-    return TokenStats(**values)
+    return values
 
 
 def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row of [n, V] and their indices, [n, k] each, largest first.
+    """Return the k largest entries of each row of [n, V] and their indices, [n, k] each, largest first.
 
-    On a CPU `topk` copies a whole row into pairs of value and index. Here a row is divided into columns of
-    every C-th entry (the few entries that remain are kept aside). The k largest are in the k columns with the
-    largest maxima or among the remaining entries, so `topk` runs on these alone.
+    On a CPU `topk` copies each row into pairs of value and index. Here a row is divided into columns of every
+    C-th entry, with a few entries left over. The k largest are in the k columns with the largest maxima or
+    among those left over, so `topk` runs on these alone.
     """
     columns = rows.shape[1] // COLUMN_ENTRIES
     if rows.device.type != "cpu" or columns < 4 * k:
         return rows.topk(k, dim=-1)
-    whole = rows[:, : columns * COLUMN_ENTRIES].unflatten(1, (COLUMN_ENTRIES, columns))
-    best = whole.amax(1).topk(k, dim=-1).indices.unsqueeze(-1)
+    grid = rows[:, : columns * COLUMN_ENTRIES].unflatten(1, (COLUMN_ENTRIES, columns))
+    best = grid.amax(1).topk(k, dim=-1).indices.unsqueeze(-1)
     places = (best + columns * torch.arange(COLUMN_ENTRIES)).flatten(1)
     rest = torch.arange(columns * COLUMN_ENTRIES, rows.shape[1]).expand(rows.shape[0], -1)
     places = torch.cat([places, rest], dim=1)
@@ -279,7 +261,7 @@ def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _divergences(values, student_log, teacher_log, teacher_probs, clip, scratch) -> Tensor:
-    """Write the forward KL, clipped and not; zero clipped entries of `teacher_probs`; return its sums [n].
+    """Write the forward KL, clipped and not; zero p_T where the clip cuts and return its sums [n].
 
     A clipped entry has no gradient; one that equals the clip has, as in torch.clamp.
     """
@@ -297,12 +279,9 @@ def _divergences(values, student_log, teacher_log, teacher_probs, clip, scratch)
     return torch.ones_like(values["divergence"])
 
 
-DIFFERENTIABLE = ("student_logprob", "clipped_divergence", "topk_divergence")
-
-
-def _term_and_slopes(term: TermFunction, values: dict[str, Tensor], wants_gradient: bool):
-    """The term [n] and its derivative with respect to each differentiable statistic, [n] each."""
-    if not wants_gradient:
+def _term_and_slopes(term: TermFunction, values: dict[str, Tensor], differentiate: bool):
+    """Return the term [n] and its derivative with respect to each differentiable statistic, [n] each."""
+    if not differentiate:
         return term(TokenStats(term=None, **values)), {}
     with torch.enable_grad():
         leaves = {name: values[name].clone().requires_grad_() for name in DIFFERENTIABLE if name in values}
@@ -312,7 +291,7 @@ def _term_and_slopes(term: TermFunction, values: dict[str, Tensor], wants_gradie
 
 
 def _write_gradient(student_probs, teacher_probs, kept_mass, picked, top_ids, top_probs, slopes) -> None:
-    """Write ∂term/∂(tempered logits) into `student_probs`, from the slopes of the differentiable statistics.
+    """Write ∂term/∂(logits / T) into `student_probs`, from the slopes of the differentiable statistics.
 
     ∂ log p_S(y) = δ_y − p_S;  ∂ Σ min(·, c) = p_S Σ_kept p_T − p_T·1[kept];  ∂ top-k KL = p_S − q.
     """
@@ -349,13 +328,12 @@ def sampling_audit(
     reaches `top_p`. A large share outside it means that the sampler has other weights or other rules.
 
     Args:
-        hidden: [N, H] hidden states that predicted the tokens.
-        token_ids: [N].
+        hidden, token_ids: [N, H] hidden states that predicted the tokens, and [N] these.
 
     Returns:
         (outside [N] bool, logprob [N] float32 in nats at temperature 1).
     """
-    chunk = chunk_positions or _rows_per(CHUNK_BYTES_CPU, head.weight.shape[0], 4)
+    chunk = chunk_positions or max(CHUNK_BYTES_CPU // (head.weight.shape[0] * 4), 1)
     outside = torch.zeros(len(token_ids), dtype=torch.bool, device=hidden.device)
     logprob = torch.empty(len(token_ids), device=hidden.device)
     for start in range(0, len(token_ids), chunk):

@@ -1,12 +1,14 @@
 """The training loop: roll out, align, teacher pass, student pass, objective. One class for all four methods.
 
-An optimizer step of a rank: fetch all its micro-batches, sample their completions in one engine call, score
-them with the teacher (the same network, adapter off) in inference mode; then, for each micro-batch, a student
-pass with gradients and the method's objective.
+In an optimizer step each rank samples the completions of all its micro-batches in one engine call and scores
+them with the teacher (the same network, adapter off); then, for each micro-batch, it runs a student pass with
+gradients and the method's objective.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,24 +36,15 @@ from opsd.token_stats import token_statistics
 
 @dataclass
 class MicroBatch:
-    """One micro-batch after rollout and teacher pass.
+    """One micro-batch after rollout and teacher pass."""
 
-    Attributes:
-        examples: its B problems.
-        completions: one each.
-        lengths: [B] completion tokens.
-        token_ids: [N] the completions, flat.
-        student, teacher: the two roles' layouts.
-        teacher_hidden: [N, H], no gradient.
-    """
-
-    examples: list[Example]
-    completions: list[Completion]
-    lengths: Tensor
-    token_ids: Tensor
+    examples: list[Example]  # B problems
+    completions: list[Completion]  # one each
+    lengths: Tensor  # [B] completion tokens
+    token_ids: Tensor  # [N] the completions, flat
     student: RoleBatch
     teacher: RoleBatch
-    teacher_hidden: Tensor
+    teacher_hidden: Tensor  # [N, H], no gradient
 
 
 class OPSDTrainer(Trainer):
@@ -85,7 +78,7 @@ class OPSDTrainer(Trainer):
         self._scale: StepScale | None = None
         self._metrics = StepMetrics()
         self._step_started: float | None = None
-        self._loss_before_step: Tensor | None = None
+        self._loss_before_step = torch.zeros(())
 
     # --- one optimizer step's data
 
@@ -96,11 +89,8 @@ class OPSDTrainer(Trainer):
             return [], None
         self._step_started = time.perf_counter()
         groups = [[self.train_dataset.example(p) for p in batch["positions"].tolist()] for batch in positions]
-        completions = self._roll_out([example for group in groups for example in group])
-        batches, taken = [], 0
-        for group in groups:
-            batches.append(self._align(group, completions[taken : taken + len(group)]))
-            taken += len(group)
+        completions = iter(self._roll_out([example for group in groups for example in group]))
+        batches = [self._align(group, [*itertools.islice(completions, len(group))]) for group in groups]
         self._record_rollout(batches)
         self._scale = self._step_scale(batches) if self.loss_scope == "global" else None
         return batches, None
@@ -125,36 +115,38 @@ class OPSDTrainer(Trainer):
         return every > 0 and self.state.global_step % every == 0
 
     def _align(self, examples: list[Example], completions: list[Completion]) -> MicroBatch:
-        layout = {
-            "pad_id": self.processing_class.pad_token_id or 0,
-            "max_padding_ratio": self.options.max_padding_ratio,
-            "device": self.args.device,
-        }
-        ids = [completion.token_ids for completion in completions]
-        student = role_batch([e.student_ids for e in examples], ids, **layout)
-        teacher = role_batch([e.teacher_ids for e in examples], ids, **layout)
+        device, ids = self.args.device, [completion.token_ids for completion in completions]
+        student, teacher = (
+            role_batch(
+                prompts,
+                ids,
+                pad_id=self.processing_class.pad_token_id or 0,
+                max_padding_ratio=self.options.max_padding_ratio,
+                device=device,
+            )
+            for prompts in ([e.student_ids for e in examples], [e.teacher_ids for e in examples])
+        )
         started = time.perf_counter()
         hidden = self._teacher_hidden(teacher)
         self._metrics["time/teacher_s"].append(time.perf_counter() - started)
-        return MicroBatch(
-            examples,
-            completions,
-            torch.tensor([len(row) for row in ids], device=self.args.device),
-            torch.tensor([token for row in ids for token in row], dtype=torch.long, device=self.args.device),
-            student,
-            teacher,
-            hidden,
-        )
+        lengths = torch.tensor([len(row) for row in ids], device=device)
+        token_ids = torch.tensor([token for row in ids for token in row], dtype=torch.long, device=device)
+        return MicroBatch(examples, completions, lengths, token_ids, student, teacher, hidden)
 
     def _teacher_hidden(self, batch: RoleBatch) -> Tensor:
         """Compute the teacher's [N, H] with the same model: adapter off, privileged prompt, no graph."""
+        with torch.inference_mode(), self._evaluation_mode() as model, model.disable_adapter():
+            return batch.hidden_states(model)
+
+    @contextlib.contextmanager
+    def _evaluation_mode(self):
+        """Yield the unwrapped model without dropout, under the run's autocast."""
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        with torch.inference_mode(), model.disable_adapter(), self.accelerator.autocast():
-            hidden = batch.hidden_states(model)
+        with self.accelerator.autocast():
+            yield model
         model.train(was_training)
-        return hidden
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         """Return `inputs`: `_align` has put everything on the device."""
@@ -176,27 +168,21 @@ class OPSDTrainer(Trainer):
         """Compute the method's loss on one micro-batch; see opsd/objectives.py."""
         with self.accelerator.autocast():
             hidden = inputs.student.hidden_states(model)
-        batch, scale = self._reduction_input(hidden, inputs), self._scale
+        stats, scale = self._statistics(hidden, inputs), self._scale
+        threshold = None if scale is None else scale.threshold
+        batch = ReductionInput(stats, inputs.lengths, self.state.global_step, threshold)
+        reduction = self.method.reduce(batch, self.hyper)
         if scale is None:
-            reduction = self.method.reduce(batch, self.hyper)
             loss = reduction.loss()
         else:
-            reduction = self.method.reduce(replace(batch, threshold=scale.threshold), self.hyper)
             # DistributedDataParallel averages over ranks and the Trainer over micro-batches; undo both.
             parts = self.args.world_size * self.current_gradient_accumulation_steps
             loss = reduction.loss(scale.count) * parts
-        self.guard.see_loss(loss, [example.index for example in inputs.examples], batch.stats)
-        vocabulary = self.head.weight.shape[0]
-        self._metrics.record_objective(loss, reduction, batch.stats, vocabulary=vocabulary)
+        self.guard.see_loss(loss, [example.index for example in inputs.examples], stats)
+        self._metrics.record_objective(loss, reduction, stats, vocabulary=self.head.weight.shape[0])
         if self._audits():
             self._metrics.record_audit(inputs, hidden, head=self.head, sampling=self.sampling)
         return loss
-
-    def _reduction_input(
-        self, hidden: Tensor, batch: MicroBatch, *, with_term: bool = True
-    ) -> ReductionInput:
-        stats = self._statistics(hidden, batch, with_term=with_term)
-        return ReductionInput(stats, batch.lengths, self.state.global_step)
 
     def _statistics(self, hidden: Tensor, batch: MicroBatch, *, with_term: bool = True) -> TokenStats:
         return token_statistics(
@@ -211,22 +197,20 @@ class OPSDTrainer(Trainer):
     def _step_scale(self, batches: Sequence[MicroBatch]) -> StepScale:
         """Compute what the loss is divided by, over all micro-batches and ranks of this optimizer step.
 
-        A method whose count depends on the statistics needs one more student pass, without gradients. Its
-        dropout is off, since a resumed run restores the random state only after this.
+        A method whose count depends on the statistics needs one more student pass, without gradients, and
+        without dropout, since a resumed run restores the random state only after this.
         """
         if self.method.over_step is None:
             lengths = torch.cat([batch.lengths for batch in batches])
             scale = StepScale(self.method.count(lengths, self.hyper))
         else:
-            model = self.accelerator.unwrap_model(self.model)
-            was_training, every = model.training, []
-            model.eval()
+            inputs = []
             for batch in batches:
-                with torch.no_grad(), self.accelerator.autocast():
+                with torch.no_grad(), self._evaluation_mode() as model:
                     hidden = batch.student.hidden_states(model)
-                every.append(self._reduction_input(hidden, batch, with_term=False))
-            model.train(was_training)
-            scale = self.method.over_step(every, self.hyper, self._gather_tokens)
+                stats = self._statistics(hidden, batch, with_term=False)
+                inputs.append(ReductionInput(stats, batch.lengths, self.state.global_step))
+            scale = self.method.over_step(inputs, self.hyper, self._gather_tokens)
         return replace(scale, count=self.accelerator.reduce(scale.count.double(), "sum"))
 
     def _gather_tokens(self, values: Sequence[Tensor]) -> Tensor:
@@ -250,13 +234,13 @@ class OPSDTrainer(Trainer):
 
     def _check_finite(self, model, norm) -> None:
         """Stop, or drop this step's gradients on all ranks, before the optimizer sees a NaN of any rank."""
-        verdict = torch.as_tensor(self.guard.bad(norm), dtype=torch.float32, device=self.args.device)
+        verdict = torch.tensor(float(self.guard.bad(norm)), device=self.args.device)
         if self.accelerator.reduce(verdict, "sum") > 0:
             self.guard.handle(self.state.global_step, norm, is_main=self.is_world_process_zero())
             # AdamW skips parameters without a gradient: neither weights nor moments change.
             model.zero_grad(set_to_none=True)
             # The Trainer sums losses up to the next log; a NaN in that sum would stay in every later one.
-            self._tr_loss.copy_(torch.zeros(()) if self._loss_before_step is None else self._loss_before_step)
+            self._tr_loss.copy_(self._loss_before_step)
         self.guard.reset()
 
     # --- records
@@ -265,13 +249,10 @@ class OPSDTrainer(Trainer):
         self._metrics.record_rollout(batches)
         every = self.rollout.log_completions_steps
         if every and self.state.global_step % every == 0 and self.is_world_process_zero():
-            write_completions(
-                Path(self.args.output_dir),
-                self.state.global_step,
-                [example for batch in batches for example in batch.examples],
-                [completion for batch in batches for completion in batch.completions],
-                self.processing_class,
-            )
+            examples = [example for batch in batches for example in batch.examples]
+            completions = [completion for batch in batches for completion in batch.completions]
+            folder, step = Path(self.args.output_dir), self.state.global_step
+            write_completions(folder, step, examples, completions, self.processing_class)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """Record the seconds of the optimizer step that ends, then log and save."""
@@ -289,13 +270,13 @@ class OPSDTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
-        """Return 0: the Trainer's formula counts one pass over `input_ids`, which a step here has not."""
+        """Return 0: the Trainer's formula counts one pass over `input_ids`, which is not a step here."""
         return 0
 
     # --- checkpoints
 
     def _save_checkpoint(self, model, trial):
-        """Save, mark as complete, and only then delete the oldest: a kill in between leaves one to resume."""
+        """Save, mark as complete, and only then delete the oldest, so that one to resume is always there."""
         run_folder, limit = Path(self.args.output_dir), self.args.save_total_limit
         checkpoint = run_folder / f"checkpoint-{self.state.global_step}"
         self.args.save_total_limit = None
@@ -311,7 +292,7 @@ class OPSDTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """Restore both by way of the CPU: a rank's device may be "cpu:1", which torch.load does not know."""
+        """Load both to the CPU first: a rank's device may be "cpu:1", which torch.load does not know."""
         if checkpoint is None:
             return
         for name, owner in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):

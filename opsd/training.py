@@ -1,5 +1,4 @@
-"""What ea_opsd_train.py does between its flags and the Trainer: data, tokenizer, model, adapter, engine,
-records."""
+"""Prepare and run a training: data, tokenizer, model, adapter, engine, records, Trainer."""
 
 from __future__ import annotations
 
@@ -11,17 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import ProgressCallback
+from transformers.integrations import TensorBoardCallback
 
 from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
 from opsd.checkpoints import NAME, check_run, remove_incomplete, resolve_resume
 from opsd.data import Problems, check_positions, encode_problems
 from opsd.errors import ArtefactError, UsageError
-from opsd.files import atomic_write_text, lock_file, partial_name, remove_all_partials
+from opsd.files import atomic_write_text, lock_file, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
 from opsd.objectives import METHODS
 from opsd.provenance import weights_sha256
-from opsd.records import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.rollout.vllm_setup import local_model, require_vllm
 from opsd.run_identity import (
     MANIFEST_NAME,
@@ -32,6 +32,7 @@ from opsd.run_identity import (
     run_manifest,
     write_manifest,
 )
+from opsd.step_metrics import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.tables import load_table
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from opsd.rollout.engine import Engine
+    from opsd.trainer import OPSDTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +53,23 @@ def train(
     rollout: RolloutArguments,
     options: ModelArguments,
 ) -> int:
-    """Run the training and return the exit code. The main process holds a lock on the run folder meanwhile.
+    """Run the training under a lock of its main process on the run folder; return the exit code.
 
     Raises:
         UsageError, ArtefactError: before any model is loaded where that is possible.
     """
-    folder = Path(training.output_dir)
     _check_devices(training)
     _check_engine(rollout, training.world_size)
-    _check_writable(folder)
-    busy = f"another process is training in --output_dir {folder}; wait for it, or choose another folder"
     if training.process_index > 0:
         return _train(training, method, rollout, options)
-    with lock_file(folder / LOCK_NAME, busy=busy):
+    folder = Path(training.output_dir)
+    busy = f"another process is training in --output_dir {folder}; wait for it, or choose another folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(folder / LOCK_NAME, busy=busy)
+    except OSError as error:
+        raise ArtefactError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+    with lock:
         try:
             return _train(training, method, rollout, options)
         finally:
@@ -76,10 +82,7 @@ def _train(
     rollout: RolloutArguments,
     options: ModelArguments,
 ) -> int:
-    from transformers import ProgressCallback
-    from transformers.integrations import TensorBoardCallback
-
-    from opsd.trainer import OPSDTrainer
+    from opsd.trainer import OPSDTrainer  # late, since it imports what an error in the data does not need
 
     output_dir = Path(training.output_dir)
     resume = resolve_resume(output_dir, training.resume_from_checkpoint)
@@ -89,7 +92,6 @@ def _train(
     problems = _load_problems(training, rollout, options, tokenizer)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     check_positions(problems, max_completion_length=rollout.max_completion_length, positions=positions)
-    _check_batches(problems, training)
     manifest = _manifest(training, method, rollout, options, config, problems)
     _check_same_run(output_dir, manifest, resume)
     if resume is not None and int(NAME.fullmatch(resume.name)[1]) >= training.max_steps:
@@ -102,11 +104,11 @@ def _train(
         write_manifest(output_dir, manifest if resume is None else _resumed(output_dir, manifest, resume))
         _identify_wandb_run(training, output_dir)
     logger.info("resuming from %s", resume) if resume is not None else logger.info("starting afresh")
-    model = _load_model(training, options)
-    head = head_of(model.get_base_model())
-    attach_hidden_forward(model.get_base_model())
-    model.to(training.device)
-    check_head(model.get_base_model(), head_of(model.get_base_model()))
+    model = _load_model(training, options).to(training.device)
+    base = model.get_base_model()
+    head = head_of(base)
+    attach_hidden_forward(base)
+    check_head(base, head)
     engine = _build_engine(model, tokenizer, problems, rollout, options, training)
     trainer = OPSDTrainer(
         model=model,
@@ -128,6 +130,15 @@ def _train(
     if trainer.pop_callback(TensorBoardCallback) is not None:
         trainer.add_callback(TensorBoardFolder(output_dir))
     try:
+        _run(trainer, resume)
+    finally:
+        progress.close()
+        engine.close()
+    return 0
+
+
+def _run(trainer: OPSDTrainer, resume: Path | None) -> None:
+    try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
     except pickle.UnpicklingError as error:
         raise ArtefactError(
@@ -137,18 +148,14 @@ def _train(
     except torch.OutOfMemoryError as error:
         raise ArtefactError(
             f"out of memory ({str(error).splitlines()[0]}); set --per_device_train_batch_size "
-            f"{max(training.per_device_train_batch_size // 2, 1)} and double "
+            f"{max(trainer.args.per_device_train_batch_size // 2, 1)} and double "
             "--gradient_accumulation_steps, or lower --max_completion_length or "
             "--vllm_gpu_memory_utilization"
         ) from error
-    finally:
-        progress.close()
-        engine.close()
-    return 0
 
 
 def _check_devices(training: TrainingArguments) -> None:
-    """The Trainer would spread one process over all visible GPUs (DataParallel) and multiply the batch."""
+    # The Trainer would spread one process over all visible GPUs (DataParallel) and multiply the batch.
     if training.n_gpu > 1:
         raise UsageError(
             f"one process sees {training.n_gpu} GPUs; start it with accelerate launch --num_processes "
@@ -168,16 +175,6 @@ def _check_engine(rollout: RolloutArguments, world_size: int) -> None:
         )
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = partial_name(folder / "probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ArtefactError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
-
-
 def _load_problems(
     training: TrainingArguments,
     rollout: RolloutArguments,
@@ -191,28 +188,22 @@ def _load_problems(
     # The first rank of each machine encodes; the others find its file.
     with training.main_process_first(desc="loading the dataset"):
         rows = load_table(options.train_dataset, revision=options.dataset_revision)
-        return encode_problems(
-            rows,
-            tokenizer,
-            source=options.train_dataset,
-            max_prompt_length=options.max_length - rollout.max_completion_length,
-        )
-
-
-def _check_batches(problems: Problems, training: TrainingArguments) -> None:
-    needed = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        limit = options.max_length - rollout.max_completion_length
+        problems = encode_problems(rows, tokenizer, source=options.train_dataset, max_prompt_length=limit)
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    needed = batch * accumulation * training.world_size
     if len(problems) < needed:
         raise UsageError(
             f"one optimizer step takes {needed} problems ({training.world_size} processes × "
-            f"--per_device_train_batch_size {training.per_device_train_batch_size} × "
-            "--gradient_accumulation_steps "
-            f"{training.gradient_accumulation_steps}), the dataset has {len(problems)}"
+            f"--per_device_train_batch_size {batch} × --gradient_accumulation_steps {accumulation}), the "
+            f"dataset has {len(problems)}; add rows or lower one of the three"
         )
+    return problems
 
 
 def _manifest(training, method, rollout, options, config, problems: Problems) -> dict:
     revision = getattr(config, "_commit_hash", None)
-    # The main process hashes the weights and leaves the hash to the others in the user's cache.
+    # The main process hashes the weights; the others find the hash in the user's cache.
     with training.main_process_first(desc="hashing the base model's weights"):
         base_weights = weights_sha256(model_folder(options.model_name_or_path, revision))
     return run_manifest(
@@ -226,7 +217,7 @@ def _manifest(training, method, rollout, options, config, problems: Problems) ->
 
 
 def _check_same_run(output_dir: Path, manifest: dict, resume: Path | None) -> None:
-    """A resumed run is the same run: folder, checkpoint and command line have one identity.
+    """Check that folder, checkpoint and command line of a resumed run have one identity.
 
     Raises:
         UsageError: the command line differs from the run in `output_dir`; every difference is named.
@@ -234,15 +225,15 @@ def _check_same_run(output_dir: Path, manifest: dict, resume: Path | None) -> No
     """
     if resume is None:
         return
-    if (output_dir / MANIFEST_NAME).exists():
-        differing = differences(identity(read_manifest(output_dir)), identity(manifest))
-        if differing:
-            raise UsageError(
-                f"{output_dir} was trained with other settings ({'; '.join(differing)}); restore them, or "
-                "give another --output_dir"
-            )
+    has_manifest = (output_dir / MANIFEST_NAME).exists()
+    differing = differences(identity(read_manifest(output_dir)), identity(manifest)) if has_manifest else ()
+    if differing:
+        raise UsageError(
+            f"{output_dir} was trained with other settings ({'; '.join(differing)}); restore them, or "
+            "give another --output_dir"
+        )
     check_run(resume, manifest)
-    if not (output_dir / MANIFEST_NAME).exists():
+    if not has_manifest:
         raise ArtefactError(
             f"{output_dir} has no {MANIFEST_NAME}, so nothing says how the run of {resume} began; put the "
             "file back, or give another --output_dir and no --resume_from_checkpoint"
@@ -250,16 +241,15 @@ def _check_same_run(output_dir: Path, manifest: dict, resume: Path | None) -> No
 
 
 def _resumed(output_dir: Path, manifest: dict, resume: Path) -> dict:
-    """Return the run's first manifest with the arguments of now and one more entry under `resumed`."""
+    """Return the run's first manifest with the present arguments and one more entry under `resumed`."""
     before = read_manifest(output_dir)
-    start = {"checkpoint": resume.name} | {
-        name: manifest[name] for name in ("created", "command", "git", "versions")
-    }
+    kept = ("created", "command", "git", "versions")
+    start = {"checkpoint": resume.name} | {name: manifest[name] for name in kept}
     return before | {"arguments": manifest["arguments"], "resumed": [*before.get("resumed", ()), start]}
 
 
 def _identify_wandb_run(training: TrainingArguments, output_dir: Path) -> None:
-    """A resumed run continues its own W&B run instead of opening a second one."""
+    """Let a resumed run continue its own W&B run instead of opening a second one."""
     if "wandb" not in training.report_to or "WANDB_RUN_ID" in os.environ:
         return
     path = output_dir / "wandb_run_id"
@@ -270,8 +260,7 @@ def _identify_wandb_run(training: TrainingArguments, output_dir: Path) -> None:
 
 
 def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftModel:
-    """The base with a fresh adapter. LoRA parameters stay in float32 also on a bfloat16 base (PEFT's
-    autocast)."""
+    """Load the base and add a new adapter, whose parameters PEFT keeps in float32 on a bfloat16 base too."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -283,13 +272,13 @@ def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftMod
         trust_remote_code=options.trust_remote_code,
         attn_implementation=options.attn_implementation,
     )
-    set_seed(training.seed)  # the adapter's initial values are the seed's, whatever drew numbers before
+    set_seed(training.seed)  # so the adapter's initial values do not depend on earlier draws
     targets = list(options.lora_target_modules)
     lora = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        # PEFT's keyword all-linear is a word; in a list it would be the name of a module.
+        # In a list, PEFT's keyword all-linear would be the name of a module.
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
         revision=options.model_revision,

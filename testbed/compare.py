@@ -1,6 +1,6 @@
 """python testbed/compare.py BASE.json TRAINED.json
 
-What training has changed: two result files of the same benchmark and sampling, side by side.
+Show what training has changed: two result files of the same benchmark and sampling, side by side.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ RESAMPLES = 2000
 
 
 def shares(result: Mapping[str, Any]) -> np.ndarray:
-    """[P] share of right samples of each problem."""
+    """Return the [P] share of right samples of each problem."""
     return np.array([record["num_correct"] / record["val_n"] for record in result["results"]])
 
 
 def difference_interval(base: np.ndarray, trained: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean difference, problems resampled in pairs. [P], [P] -> points."""
+    """Return the 95 % bootstrap interval of the mean difference of two [P] shares, in points."""
     difference = 100 * (trained - base)
     draw = np.random.default_rng(0).integers(0, len(difference), (RESAMPLES, len(difference)))
     low, high = np.percentile(difference[draw].mean(axis=1), [2.5, 97.5])
@@ -33,7 +33,7 @@ def difference_interval(base: np.ndarray, trained: np.ndarray) -> tuple[float, f
 
 
 def table(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
-    """The comparison as text."""
+    """Return the comparison as text."""
     n = base["val_n"]
     rows = [("", f"Avg@{n}", f"Pass@{n}", f"Maj@{n}", "in \\boxed{}", "cut off", "tokens")]
     for name, result in (("base", base), ("trained", trained)):

@@ -1,6 +1,6 @@
 """OMP_NUM_THREADS=1 python testbed/measure_base.py
 
-How often the small world's base model is right, by prompt: the student's, the evaluation's, and the
+Measure how often the small world's base model is right, by prompt: the student's, the evaluation's, and the
 privileged teacher's, which holds the reference solution. Sampled at temperature 1.0 and top_p 0.95 with a
 seed per sample, so that the same model gives the same figures.
 """
@@ -25,13 +25,13 @@ MAX_NEW_TOKENS = 128
 
 
 def read_rows(name: str) -> list[dict[str, str]]:
-    """The rows of one data file: problem, answer, solution."""
+    """Return the rows of one data file: problem, answer, solution."""
     text = (HERE / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, row: Mapping[str, str]) -> list[int]:
-    """Token ids of the prompt named `prompt` for one row."""
+    """Return the token ids of one row's student, evaluation or teacher prompt."""
     from opsd.prompts import encode_evaluation, encode_student, encode_teacher
 
     if prompt == "teacher":
@@ -49,7 +49,7 @@ def measure(
     seed: int,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Share of right and of truncated completions, and their mean length in tokens.
+    """Return the shares of right and of truncated completions, and their mean length in tokens.
 
     A completion is right when the content of its last `\\boxed{}` is the answer, digit for digit.
     """

@@ -18,7 +18,7 @@ ITERATIONS = 5
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values end between about 0.7 and 1.2.
+    """Return roughly the nearest semi-orthogonal matrices: singular values end between about 0.7 and 1.2.
 
     matrices: [K, R, C], float32. Quintic Newton-Schulz iteration with Muon's coefficients.
     """
@@ -33,7 +33,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for the weight matrices of the layers.
+    """Orthogonalised momentum for the weight matrices of the layers.
 
     Args:
         params: matrices [R, C]; embeddings and vectors belong to AdamW.
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients."""
+        """Update the weights from their gradients."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for weight in group["params"]:

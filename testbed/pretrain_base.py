@@ -2,11 +2,11 @@
 
 Train the small world's base model from scratch and write it, with its tokenizer, to testbed/base_model/.
 
-The mixture, each step: the student's prompt and the evaluation prompt answered by a writer who slips (more
-and more often towards the end of a solution), and the privileged teacher's prompt answered without slips.
-One network thus has the two contexts that the method needs: it is fallible when it sees the problem alone,
-and reliable when it sees the reference solution too. In a part of the teacher's examples slips are forced
-into the text but never learned, so that the teacher also knows how to go on behind a student's slip.
+Each step mixes the student's and the evaluation prompt, answered with mistakes that become more frequent
+towards the end of a solution, and the privileged teacher's prompt, answered without mistakes. The model is
+then fallible when it sees the problem alone and reliable when it sees the reference solution too. A part of
+the teacher's examples contains mistakes that are masked out of the loss, so that the teacher also learns how
+to continue after a student's mistake.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that fixes the base model.
+    """The settings that determine the base model.
 
     Attributes:
         steps: optimizer steps.
         examples: sequences per step and prompt; the teacher's prompt gets twice as many.
         fewest, most: operations per problem, uniformly drawn. They reach beyond the training set's, so that
             the harder held-out set is not out of reach.
-        first_slip, last_slip: chance of a slip at the first and at the last operation.
-        forced_share: share of the teacher's examples in which slips are forced and masked.
+        first_slip, last_slip: chance of a mistake at the first and at the last operation.
+        forced_share: share of the teacher's examples with masked mistakes.
         muon_lr, adamw_lr: peak learning rates for the matrices of the layers, and for embeddings and norms.
         warmup, cooldown: shares of the steps in which the rate rises from and falls to 0, linearly.
     """
@@ -60,7 +60,7 @@ class Recipe:
     cooldown: float = 0.5
 
     def rate(self, step: int) -> float:
-        """The learning rate's factor at `step` (from 0)."""
+        """Return the learning rate's factor at `step` (from 0)."""
         up = (step + 1) / max(1, self.warmup * self.steps)
         down = (self.steps - step) / max(1, self.cooldown * self.steps)
         return min(1.0, up, down)
@@ -68,7 +68,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one sequence and what is learned from it: `labels[i]` is `ids[i]` or IGNORED."""
+    """Token ids of one sequence and its labels: `labels[i]` is `ids[i]` or IGNORED."""
 
     ids: list[int]
     labels: list[int]
@@ -82,7 +82,7 @@ def draw_example(
     recipe: Recipe,
     forbidden: frozenset[Problem],
 ) -> Example:
-    """One example of `kind` "student", "evaluation" or "teacher"; its problem is not in `forbidden`."""
+    """Draw an example of `kind` "student", "evaluation" or "teacher"; its problem is not in `forbidden`."""
     from opsd.prompts import render_evaluation, render_student, render_teacher
     from testbed.problems import draw_problem, slipped_totals, write_solution
 
@@ -117,7 +117,7 @@ def join(
     learned: Sequence[tuple[int, int]],
     masked: Sequence[tuple[int, int]],
 ) -> Example:
-    """Prompt, completion and end-of-sequence as one example.
+    """Join prompt, completion and end-of-sequence into one example.
 
     Learned are the completion but for its characters in `masked`, and the prompt's characters in `learned`.
     """
@@ -137,7 +137,7 @@ def join(
 
 
 def pad(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and labels [B, T], filled up on the right. Causal attention never looks at the filling."""
+    """Return ids and labels [B, T], padded on the right, which causal attention never sees."""
     import torch
 
     width = max(len(example.ids) for example in examples)
@@ -150,9 +150,9 @@ def pad(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Each step's two batches: the two short prompts, and the teacher's.
+    """Yield each step's two batches: the two short prompts, and the teacher's.
 
-    The problems of a batch have equally many operations, so that next to nothing is padding.
+    The problems of a batch have equally many operations, so that there is almost no padding.
     """
     from testbed.problems import HELDOUT, HELDOUT_HARD, all_splits
 
@@ -174,7 +174,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[list
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """The untrained network: Qwen3's architecture at hidden size 128, 4 layers, tied embeddings, float32."""
+    """Build an untrained Qwen3 of hidden size 128 with 4 layers and tied embeddings, float32."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -199,7 +199,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
 
 
 def build_optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embeddings and norms."""
+    """Return Muon for the layers' matrices, AdamW for embeddings and norms."""
     import torch
 
     from testbed.muon import Muon
@@ -216,7 +216,7 @@ def build_optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> list[torch.opti
 
 
 def batch_loss(model: Qwen3ForCausalLM, ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Sum of the cross-entropies (nats) of the learned tokens, and their number. ids, labels: [B, T]."""
+    """Return the summed cross-entropy (nats) of the learned tokens and their number. ids, labels: [B, T]."""
     from torch.nn.functional import cross_entropy
 
     hidden = model.model(ids).last_hidden_state[:, :-1]
@@ -251,7 +251,7 @@ def train(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen3ForCausalL
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write model, tokenizer, chat template and generation configuration, whole or not at all."""
+    """Write model, tokenizer, chat template and generation configuration, completely or not at all."""
     from transformers import GenerationConfig
 
     from opsd.files import atomic_directory

@@ -5,8 +5,8 @@ each time. `--check` compares instead of writing.
 
 A problem is a chain of additions and subtractions, "Compute 36+35-41+36+21.", whose every running total
 lies in 15..99; its reference solution writes each running total down and ends in `\\boxed{}`. The same
-module writes the texts with slips (a forgotten carry, units off by one; what follows builds on the slip)
-from which the base model learns to be right only part of the time.
+module writes the texts with mistakes (a forgotten carry, units off by one; later totals build on it) from
+which the base model learns to be right only part of the time.
 
 Everything here is a pure function of its arguments and the generator passed in. `random.Random` gives the
 same stream for the same seed on every platform.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 SMALLEST_TOTAL, LARGEST_TOTAL = 15, 99
 SMALLEST_TERM, LARGEST_TERM = 11, 59
-# Totals behind a slip stay two-digit numbers, so that a slip never shows in the shape of the text.
+# Totals after a mistake stay two-digit numbers, so that its text looks like any other.
 SMALLEST_SLIPPED, LARGEST_SLIPPED = 10, 99
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -48,7 +48,7 @@ HELDOUT_HARD = Split("heldout_hard", 256, 8, 9)
 SEED = 20260521
 
 # How a running total is introduced: (before, after) the equation, at the first, at a middle and at the last
-# operation. A writer keeps to one register for the whole solution or changes it from step to step.
+# operation. A writer keeps to one register for the complete solution or changes it from step to step.
 FIRST = ("First, ", "We start with ", "To begin, ", "Start: ")
 MIDDLE = ("Then, ", "Next, ", "After that, ", "Now ", "So ", "And ")
 LAST = ("Finally, ", "At last, ", "Then, ", "Next, ")
@@ -69,7 +69,7 @@ class Problem:
 
     @property
     def totals(self) -> tuple[int, ...]:
-        """The running total behind each operation."""
+        """Return the running total after each operation."""
         totals, total = [], self.start
         for term in self.terms:
             total += term
@@ -78,12 +78,12 @@ class Problem:
 
     @property
     def answer(self) -> int:
-        """The last running total."""
+        """Return the last running total."""
         return self.totals[-1]
 
     @property
     def text(self) -> str:
-        """The problem as the prompts show it."""
+        """Return the problem's text in the prompts."""
         return f"Compute {self.start}{''.join(f'{term:+d}' for term in self.terms)}."
 
 
@@ -101,7 +101,7 @@ class Solution:
 
 
 def draw_problem(rng: random.Random, operations: int) -> Problem:
-    """A problem with `operations` operations; each total is in 15..99 and each sign about equally likely."""
+    """Draw a problem of `operations` operations, totals in 15..99, both signs about equally likely."""
     start = total = rng.randint(SMALLEST_TOTAL, LARGEST_TOTAL - SMALLEST_TERM)
     terms: list[int] = []
     while len(terms) < operations:
@@ -116,16 +116,16 @@ def draw_problem(rng: random.Random, operations: int) -> Problem:
 
 
 def carries(total: int, term: int) -> bool:
-    """Does `total + term` carry into the tens, or borrow from them?"""
+    """Whether `total + term` carries into the tens or borrows from them."""
     units = total % 10 + (term % 10 if term > 0 else -(-term % 10))
     return not 0 <= units <= 9
 
 
 def slip_amounts(total: int, term: int) -> tuple[int, ...]:
-    """By how much a careless writer misses `total + term`.
+    """Return the possible errors of a mistake in `total + term`.
 
     A carry or borrow is forgotten (the tens are off by one); without one, the units are off by one, staying
-    within their decade, so that a slip changes exactly one digit.
+    within their decade, so that a mistake changes exactly one digit.
     """
     if carries(total, term):
         return (-10,) if term > 0 else (10,)
@@ -134,24 +134,22 @@ def slip_amounts(total: int, term: int) -> tuple[int, ...]:
 
 
 def slip_rate(position: int, operations: int, first: float, last: float) -> float:
-    """The chance of a slip at operation `position` (from 0), linear from `first` to `last`."""
+    """Return the chance of a mistake at operation `position` (from 0), linear from `first` to `last`."""
     return first if operations == 1 else first + (last - first) * position / (operations - 1)
 
 
 def slipped_totals(
     problem: Problem, rng: random.Random, *, first: float, last: float
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Running totals of a writer who slips now and then and builds on the slip.
+    """Return running totals with mistakes; later totals build on them.
 
     Args:
-        problem: what is computed.
-        rng: the source of chance.
-        first: chance of a slip at the first operation.
-        last: chance of a slip at the last operation; linear in between.
+        first: chance of a mistake at the first operation.
+        last: chance of a mistake at the last operation; linear in between.
 
     Returns:
-        The totals as written, and for each whether that very operation slipped. A slip that would drive this
-        or a later total out of 10..99 does not happen.
+        The totals as written, and for each whether its operation is a mistake. No mistake drives this or a
+        later total out of 10..99.
     """
     written: list[int] = []
     slips: list[bool] = []
@@ -164,7 +162,7 @@ def slipped_totals(
             if min(later) + offset + amount >= SMALLEST_SLIPPED
             and max(later) + offset + amount <= LARGEST_SLIPPED
         ]
-        # Drawn whether or not a slip is possible: the stream then does not depend on the outcome.
+        # Drawn whether or not a mistake is possible: the stream then does not depend on the outcome.
         chance, choice = rng.random(), rng.random()
         slips.append(bool(amounts) and chance < slip_rate(position, len(problem.terms), first, last))
         total += term
@@ -177,7 +175,7 @@ def slipped_totals(
 
 
 def write_solution(problem: Problem, rng: random.Random, totals: Sequence[int] | None = None) -> Solution:
-    """The solution in words, its connectives varying.
+    """Write the solution in words with varying connectives.
 
     Args:
         problem: what is solved.
@@ -201,7 +199,7 @@ def write_solution(problem: Problem, rng: random.Random, totals: Sequence[int] |
 
 
 def draw_split(split: Split, rng: random.Random, taken: Collection[Problem]) -> list[Problem]:
-    """Distinct problems of one split, none of them in `taken`."""
+    """Draw distinct problems of one split, none of them in `taken`."""
     seen, problems = set(taken), []
     while len(problems) < split.rows:
         problem = draw_problem(rng, rng.randint(split.fewest, split.most))
@@ -212,7 +210,7 @@ def draw_split(split: Split, rng: random.Random, taken: Collection[Problem]) -> 
 
 
 def all_splits(seed: int = SEED) -> dict[str, list[Problem]]:
-    """The problems of the three files by split name; no problem is in two of them or twice in one."""
+    """Return the problems of the three files by split name; no problem is in two of them or twice in one."""
     splits: dict[str, list[Problem]] = {}
     for split in (HELDOUT, HELDOUT_HARD, TRAIN):
         taken = {problem for problems in splits.values() for problem in problems}
@@ -221,7 +219,7 @@ def all_splits(seed: int = SEED) -> dict[str, list[Problem]]:
 
 
 def jsonl(name: str, problems: Sequence[Problem], seed: int = SEED) -> str:
-    """The text of one data file: a row of problem, answer and solution per line, all strings."""
+    """Return the text of one data file: problem, answer and solution as strings, a row per line."""
     rng = random.Random(f"{seed}/{name}/solutions")
     rows = (
         {

@@ -5,7 +5,7 @@
     python testbed/study.py report         # docs/small_world/*.jsonl -> tables in README.md, docs; pictures
 
 launchers/reproduce_small.sh makes the runs and calls the three. `report` reads the committed records alone,
-so that anyone can make the tables again without a run.
+so that the tables can be reproduced without a run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "small_world"
 METHODS = ("opsd", "eopd", "reopold", "pwopsd")
-# Names of the cells as they stand in run names, and what they are called in tables.
+# The cells' names in run names, and their titles in tables.
 CELLS = {
     "base": "Base model",
     "opsd": "OPSD",
@@ -48,12 +48,12 @@ _RESULT = re.compile(
 
 
 def output_root() -> Path:
-    """Where the runs are: OUTPUT_ROOT, as in the launchers."""
+    """Return the folder of the runs: OUTPUT_ROOT, as in the launchers."""
     return Path(os.environ.get("OUTPUT_ROOT") or ROOT / "outputs")
 
 
 def eval_root() -> Path:
-    """Where the result files are: EVAL_ROOT, as in the launchers."""
+    """Return the folder of the result files: EVAL_ROOT, as in the launchers."""
     return Path(os.environ.get("EVAL_ROOT") or ROOT / "eval_results")
 
 
@@ -61,7 +61,7 @@ def eval_root() -> Path:
 
 
 def rollout_accuracy(run: Path, answers: Sequence[str]) -> list[float]:
-    """Share of right rollouts of each optimizer step, from the completions that the run has written."""
+    """Return the share of right rollouts of each optimizer step, from the run's completions."""
     from opsd.evaluation.grading import extract_boxed
 
     shares = []
@@ -74,12 +74,12 @@ def rollout_accuracy(run: Path, answers: Sequence[str]) -> list[float]:
 
 
 def kind_of(training_seed: int | None) -> str:
-    """ "long" or "study" (the base model included)."""
+    """Return "long" or, the base model included, "study"."""
     return "long" if training_seed == LONG_SEED else "study"
 
 
 def training_record(run: Path, answers: Sequence[str]) -> dict[str, Any] | None:
-    """What the study keeps of a run; None for a folder that is no finished run of the study."""
+    """Return the study's record of a run; None for a folder that is no finished run of it."""
     from opsd.records import read_metrics
     from opsd.run_identity import read_manifest
 
@@ -106,7 +106,7 @@ def training_record(run: Path, answers: Sequence[str]) -> dict[str, Any] | None:
 
 
 def training_records() -> list[dict[str, Any]]:
-    """Every finished run of the study in `output_root`."""
+    """Return the records of every finished run of the study in `output_root`."""
     text = (ROOT / "testbed" / "data" / "train.jsonl").read_text(encoding="utf-8")
     answers = [json.loads(line)["answer"] for line in text.splitlines()]
     folders = sorted(path for path in output_root().glob("small_*") if (path / "manifest.json").is_file())
@@ -115,7 +115,7 @@ def training_records() -> list[dict[str, Any]]:
 
 
 def result_record(path: Path) -> dict[str, Any] | None:
-    """What the study keeps of a result file; None for one that is not the study's."""
+    """Return the study's record of a result file; None for one that is not the study's."""
     from opsd.evaluation.results import load_result
 
     match = _RESULT.fullmatch(path.name)
@@ -144,14 +144,14 @@ def result_record(path: Path) -> dict[str, Any] | None:
 
 
 def write_records(name: str, records: Iterable[dict[str, Any]]) -> None:
-    """One record a line into docs/small_world/."""
+    """Write one record a line into docs/small_world/."""
     from opsd.files import atomic_write_text
 
     atomic_write_text(RECORDS / name, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_records(name: str) -> list[dict[str, Any]]:
-    """The committed records. ArtefactError where there are none."""
+    """Return the committed records. Raises ArtefactError where there are none."""
     from opsd.errors import ArtefactError
 
     path = RECORDS / name
@@ -161,7 +161,7 @@ def read_records(name: str) -> list[dict[str, Any]]:
 
 
 def search_scores(training: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """{method: {learning rate: percent of right rollouts in the search's last steps}}."""
+    """Return {method: {learning rate: percent of right rollouts in the search's last steps}}."""
     scores: dict[str, dict[float, float]] = {}
     for record in training:
         if record["kind"] == "search":
@@ -171,7 +171,7 @@ def search_scores(training: Iterable[dict[str, Any]]) -> dict[str, dict[float, f
 
 
 def chosen_rate(scores: dict[float, float]) -> float:
-    """The best rate of one method up to `HIGHEST_RATE`; the smaller one on a tie."""
+    """Return the best rate of one method up to `HIGHEST_RATE`; the smaller one on a tie."""
     return max(sorted(rate for rate in scores if rate <= HIGHEST_RATE), key=lambda rate: scores[rate])
 
 
@@ -203,7 +203,7 @@ def rate(method: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run a command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("rate", help="print the chosen learning rate").add_argument("method", choices=METHODS)

@@ -40,12 +40,12 @@ Results = Sequence[Mapping[str, Any]]
 
 
 def of_kind(records: Results, *kinds: str) -> list[Mapping[str, Any]]:
-    """The records of these kinds: "study", "long", "search"."""
+    """Return the records of these kinds: "study", "long", "search"."""
     return [record for record in records if record["kind"] in kinds]
 
 
 def seed_means(results: Results, cell: str, benchmark: str, metric: str) -> dict[int | None, float]:
-    """{training seed: mean over the evaluation seeds, percent}."""
+    """Return {training seed: mean over the evaluation seeds, percent}."""
     values = defaultdict(list)
     for record in results:
         if record["cell"] == cell and record["benchmark"] == benchmark:
@@ -56,7 +56,7 @@ def seed_means(results: Results, cell: str, benchmark: str, metric: str) -> dict
 
 
 def spread(values: Sequence[float]) -> str:
-    """`81.2 ± 1.3`: mean and sample standard deviation (n − 1); no ± for a single value."""
+    """Return `81.2 ± 1.3`: mean and sample standard deviation (n − 1); no ± for a single value."""
     if not values:
         return "—"
     text = f"{np.mean(values):.1f}"
@@ -64,7 +64,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def per_problem(results: Results, cell: str, benchmark: str) -> np.ndarray:
-    """[training seeds, P] share of right samples of each problem, over the evaluation seeds."""
+    """Return the [training seeds, P] share of right samples of each problem, over the evaluation seeds."""
     found = defaultdict(list)
     for record in results:
         if record["cell"] == cell and record["benchmark"] == benchmark:
@@ -75,7 +75,7 @@ def per_problem(results: Results, cell: str, benchmark: str) -> np.ndarray:
 
 
 def difference(results: Results, cell: str, other: str, benchmark: str) -> tuple[float, float, float]:
-    """Mean difference in points between two cells and its 95 % bootstrap interval.
+    """Return the mean difference in points between two cells and its 95 % bootstrap interval.
 
     Training seeds (as pairs: equal seeds share their data order) and problems are resampled together.
     """
@@ -90,13 +90,13 @@ def difference(results: Results, cell: str, other: str, benchmark: str) -> tuple
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first row the header."""
+    """Return a Markdown table whose header is the first row."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
 
 def main_table(results: Results, training: Results) -> str:
-    """Base and four methods: Avg@n on both held-out sets, rollouts at the end, learning rate, minutes."""
+    """Return base and four methods: Avg@n on both held-out sets, rollouts at the end, minutes."""
     results, training = of_kind(results, "study"), of_kind(training, "study")
     n = results[0]["val_n"]
     rows = [
@@ -117,7 +117,7 @@ def main_table(results: Results, training: Results) -> str:
 
 
 def long_table(results: Results, training: Results) -> str:
-    """Before and after 100 steps, one run a method."""
+    """Return the accuracy before and after 100 steps, one run a method."""
     runs = {record["cell"]: record for record in of_kind(training, "long")}
     after = of_kind(results, "long")
     rows = [["", *(f"{TITLES[b]}, before → after" for b in BENCHMARKS), "steps", "learning rate", "minutes"]]
@@ -134,7 +134,7 @@ def long_table(results: Results, training: Results) -> str:
 
 
 def ablation_table(results: Results) -> str:
-    """The 2 × 2: position schedule × reduction."""
+    """Return the 2 × 2 ablation: position schedule × reduction."""
     results = of_kind(results, "study")
     rows = [["position schedule", "reduction", "run", *(TITLES[b] for b in BENCHMARKS)]]
     for cell, (schedule, reduction) in ABLATION.items():
@@ -144,7 +144,7 @@ def ablation_table(results: Results) -> str:
 
 
 def search_table(training: Results) -> str:
-    """Percent of right rollouts in the search's last steps, the chosen rate in bold."""
+    """Return the percentage of right rollouts in the search's last steps, the chosen rate in bold."""
     scores = search_scores(training)
     rates = sorted({rate for by_rate in scores.values() for rate in by_rate})
     rows = [["", *(f"{rate:g}" for rate in rates)]]
@@ -157,7 +157,7 @@ def search_table(training: Results) -> str:
 
 
 def other_metrics_table(results: Results) -> str:
-    """Pass@n, truncation and length on the set of the training difficulty."""
+    """Return Pass@n, truncation and length on the set of the training difficulty."""
     results = of_kind(results, "study")
     n = results[0]["val_n"]
     rows = [["", f"Pass@{n}", "cut off", "tokens"]]
@@ -171,7 +171,7 @@ def other_metrics_table(results: Results) -> str:
 
 
 def differences_table(results: Results) -> str:
-    """Paired differences to OPSD, and of the ablation's neighbours."""
+    """Return paired differences to OPSD and between cells of the ablation."""
     results = of_kind(results, "study")
     pairs = [
         ("pwopsd", "opsd"),
@@ -189,7 +189,7 @@ def differences_table(results: Results) -> str:
 
 
 def facts(results: Results, training: Results) -> str:
-    """What was run, in a sentence of counts."""
+    """Return the numbers of runs, seeds, samples and problems as text."""
     main, searched, long = (of_kind(training, kind) for kind in ("study", "search", "long"))
     results = of_kind(results, "study")
     training_seeds = len({record["seed"] for record in main})
@@ -210,7 +210,7 @@ def facts(results: Results, training: Results) -> str:
 
 
 def smoothed(values: np.ndarray, width: int = SMOOTHING) -> np.ndarray:
-    """Trailing mean over `width` steps, over fewer at the start."""
+    """Return the trailing mean over `width` steps, over fewer at the start."""
     total = np.cumsum(np.insert(values, 0, 0.0))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)
@@ -218,7 +218,7 @@ def smoothed(values: np.ndarray, width: int = SMOOTHING) -> np.ndarray:
 
 
 def draw_curves(training: Results, path: Path) -> None:
-    """Learning curves: right rollouts of fresh problems by step, and the student's entropy."""
+    """Draw learning curves: right rollouts of fresh problems by step, and the student's entropy."""
     figure, axes = plots.small_multiples(2)
     for colour, method in zip(plots.COLOURS, METHODS, strict=False):
         runs = [record for record in of_kind(training, "study") if record["cell"] == method]
@@ -237,7 +237,7 @@ def draw_curves(training: Results, path: Path) -> None:
 
 
 def draw_weights(path: Path) -> None:
-    """The position weights of the 2 × 2's two schedules."""
+    """Draw the position weights of the 2 × 2's two schedules."""
     figure, axes = plots.small_multiples(1)
     lengths = torch.tensor([1000])
     fractions = (torch.arange(1000) + 0.5) / 1000
@@ -253,7 +253,7 @@ def draw_weights(path: Path) -> None:
 
 
 def draw_accuracy(results: Results, path: Path) -> None:
-    """Accuracy of every cell, a dot for each training seed; the base as a line."""
+    """Draw the accuracy of every cell, a dot for each training seed; the base as a line."""
     results = of_kind(results, "study")
     figure, axes = plots.small_multiples(len(BENCHMARKS), columns=2)
     cells = [cell for cell in CELLS if cell != "base"]

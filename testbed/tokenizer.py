@@ -22,7 +22,7 @@ THINK = ("<think>", "</think>")
 VOCABULARY = 1280
 
 # Each digit alone, and each sign behind a digit; everything else in runs up to the next digit, so that what a
-# prompt repeats becomes one token ("assistant\n", ". Then, ", the whole request to reason step by step): the
+# prompt repeats becomes one token ("assistant\n", ". Then, ", the request to reason step by step): the
 # teacher's prompt has 120 tokens where one token per word takes 270.
 PIECES = r"\d|(?<=\d)[+\-=]|[^\d]+"
 
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = """\
 
 
 def corpus(rows: int = 1000) -> Iterator[str]:
-    """The texts that the merges are learned from: what rendered prompts hold between special tokens."""
+    """Return the texts to learn merges from: the parts of prompts between special tokens."""
     rng = random.Random("tokenizer")
     for _ in range(rows):
         problem = draw_problem(rng, rng.randint(4, 9))
@@ -52,7 +52,7 @@ def corpus(rows: int = 1000) -> Iterator[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the tokenizer; the same one every time."""
+    """Train the tokenizer, deterministically."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

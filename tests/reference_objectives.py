@@ -1,7 +1,6 @@
-"""Each equation restated with plain loops over tokens and vocabulary entries: a second witness, independent
-of opsd/.
+"""Each equation with plain loops over tokens and vocabulary entries, independent of opsd/.
 
-Nothing here is fast or shares code with the package. Inputs are [B, T, V] logits, [B, T] ids and a [B, T]
+Inputs are [B, T, V] logits, [B, T] ids and a [B, T]
 mask of valid tokens, as nested sequences or tensors; the loss is a differentiable float64 scalar.
 """
 
@@ -35,8 +34,7 @@ def _clipped_kl(log_student, log_teacher, clip):
 
 def _eopd_token(log_student, log_teacher, token, *, threshold, top_k):
     advantage = float(log_teacher[token]) - float(log_student[token])
-    # r = 1 in value, its derivative is that of log p_S(y): −A · log p_S(y) plus a constant that restores the
-    # value.
+    # r is 1 in value and its derivative is that of log p_S(y).
     policy = -advantage * (log_student[token] - float(log_student[token]) + 1.0)
     if _entropy(log_teacher) <= threshold:
         return policy
@@ -63,19 +61,13 @@ def _weight(index, length, w_min, tau, s):
 
 def reference_loss(method, student_logits, teacher_logits, token_ids, mask, *, hyper, step=0):
     """The loss of one micro-batch, as a float64 scalar attached to `student_logits`."""
-    rows = []
-    for b in range(len(token_ids)):
-        row = []
-        for t in range(len(token_ids[b])):
-            if mask[b][t]:
-                row.append(
-                    (
-                        _log_softmax(list(student_logits[b][t].double()), hyper.temperature),
-                        _log_softmax(list(teacher_logits[b][t].double()), hyper.temperature),
-                        int(token_ids[b][t]),
-                    )
-                )
-        rows.append(row)
+    rows = [[] for _ in token_ids]
+    for b, t in mask.nonzero().tolist():
+        logs = [
+            _log_softmax(list(logits[b][t].double()), hyper.temperature)
+            for logits in (student_logits, teacher_logits)
+        ]
+        rows[b].append((*logs, int(token_ids[b][t])))
     tokens = [token for row in rows for token in row]
     if not tokens:
         return student_logits.double().sum() * 0.0
@@ -87,9 +79,7 @@ def reference_loss(method, student_logits, teacher_logits, token_ids, mask, *, h
     if method == "pwopsd":
         schedule = (hyper.position_w_min, hyper.position_tau, hyper.position_s)
         sums, weighted_total = [], 0.0
-        for row in rows:
-            if not row:
-                continue
+        for row in filter(None, rows):
             weighted = sum(
                 _weight(i, len(row), *schedule) * _clipped_kl(s, t, hyper.jsd_token_clip)
                 for i, (s, t, _) in enumerate(row, start=1)

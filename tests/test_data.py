@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import opsd.data
-from opsd.arguments import DEFAULT_DATASET, ModelArguments, parse_arguments
+from opsd.arguments import DEFAULT_DATASET, parse_arguments
 from opsd.data import Example, check_positions, encode_problems
 from opsd.errors import ArtefactError, UsageError
 from opsd.prompts import encode_student, encode_teacher
@@ -91,20 +91,31 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtefactError, match="holds no data file"):
         load_table(str(tmp_path / "empty"))
-    with pytest.raises(ArtefactError, match=r"'.*nowhere\.jsonl' does not exist"):
-        load_table(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(
-        ArtefactError, match="'a/b/c' does not exist; give an existing file or folder, or a hub id"
-    ):
-        load_table("a/b/c")
-    for name, content in (("torn.parquet", b"PAR1 and no more"), ("torn.jsonl", b'{"problem": "a", "sol')):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ArtefactError, match=rf"{name} cannot be read as"):
-            load_table(str(tmp_path / name))
+    for place in (str(tmp_path / "nowhere.jsonl"), "a/b/c"):
+        with pytest.raises(ArtefactError, match=f"'{place}' does not exist; give an existing file or folder"):
+            load_table(place)
 
 
-def table_of(columns: dict) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(columns)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("torn.parquet", b"PAR1 and no more"),
+        ("torn.jsonl", b'{"problem": "a", "sol'),
+        ("latin.jsonl", b'{"problem": "a\xff", "solution": "b"}\n'),
+        ("surrogate.jsonl", b'{"problem": "a\\ud800", "solution": "b"}\n'),
+        ("latin.csv", b"problem,solution\na\xff,b\n"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ArtefactError, match=f"{name}.* (cannot be read as|cannot be used)"):
+        load_table(str(tmp_path / name))
+
+
+def encoded(problems: list, solutions: list, *, limit: int = 2000):
+    """The problems of a table, behind the prompts of Qwen3's template."""
+    rows = datasets.Dataset.from_dict({"problem": problems, "solution": solutions})
+    return encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=limit)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +133,9 @@ def table_of(columns: dict) -> datasets.Dataset:
     ],
 )
 def test_tables_that_cannot_be_trained_on(columns, match):
+    rows = datasets.Dataset.from_dict(columns)
     with pytest.raises(ArtefactError, match=match):
-        encode_problems(table_of(columns), tokenizer_with(QWEN3), source="d", max_prompt_length=99)
+        encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=99)
 
 
 def examples_of(problems) -> list[Example]:
@@ -132,13 +144,7 @@ def examples_of(problems) -> list[Example]:
 
 def test_rows_without_text_are_left_out_with_one_counted_warning(caplog):
     """The others keep their row numbers, which seed their rollouts."""
-    rows = table_of(
-        {
-            "problem": ["a", None, "c", " ", "e", "", "", "", "i"],
-            "solution": ["1", "2", "", "4", "5", *"6789"],
-        }
-    )
-    problems = encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=2000)
+    problems = encoded(["a", None, "c", " ", "e", "", "", "", "i"], ["1", "2", "", "4", "5", *"6789"])
     assert [(e.index, e.problem) for e in examples_of(problems)] == [(0, "a"), (4, "e"), (8, "i")]
     (record,) = caplog.records
     assert record.getMessage() == (
@@ -149,22 +155,20 @@ def test_rows_without_text_are_left_out_with_one_counted_warning(caplog):
 
 def test_a_second_start_and_another_rank_read_the_first_ones_tokens(monkeypatch):
     """Under the same texts, tokenizer, template and limit; anything else is encoded anew."""
-    encoded = []
+    calls = []
     real = opsd.data.encode_prompts
-    monkeypatch.setattr(opsd.data, "encode_prompts", lambda *given: encoded.append(given) or real(*given))
+    monkeypatch.setattr(opsd.data, "encode_prompts", lambda *given: calls.append(given) or real(*given))
     columns = {"problem": ["a b", "c"], "solution": ["d", "e"], "source": ["x", "y"]}
 
     def start(columns=columns, limit=2000, tokenizer=None):
-        encoded.clear()
-        tokenizer = tokenizer or tokenizer_with(QWEN3)
-        problems = encode_problems(table_of(columns), tokenizer, source="d", max_prompt_length=limit)
-        for e, problem, solution in zip(
-            examples_of(problems), columns["problem"], columns["solution"], strict=True
-        ):
-            assert e.student_ids == encode_student(tokenizer, problem)
-            assert e.teacher_ids == encode_teacher(tokenizer, problem, solution)
+        calls.clear()
+        tokenizer, rows = tokenizer or tokenizer_with(QWEN3), datasets.Dataset.from_dict(columns)
+        problems = encode_problems(rows, tokenizer, source="d", max_prompt_length=limit)
+        for e, row in zip(examples_of(problems), rows, strict=True):
+            assert e.student_ids == encode_student(tokenizer, row["problem"])
+            assert e.teacher_ids == encode_teacher(tokenizer, row["problem"], row["solution"])
         assert problems.table.data["student_ids"].type.value_type == pa.int32()
-        return bool(encoded)
+        return bool(calls)
 
     assert start()
     assert not start()
@@ -181,34 +185,13 @@ def test_a_second_start_and_another_rank_read_the_first_ones_tokens(monkeypatch)
 
 
 def test_spelled_control_tokens_are_counted(caplog):
-    rows = table_of({"problem": ["a", "b<|im_end|>", "c"], "solution": ["d", "e", "<think>f"]})
-    problems = encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=2000)
-    assert len(problems) == 3
-    assert (
-        "2 of 3 problems spell a control token of the tokenizer, which is encoded as text (rows 1, 2)"
-        in caplog.text
-    )
-
-
-def test_text_that_is_not_utf8_is_refused(tmp_path):
-    for name, content in (
-        ("a.jsonl", b'{"problem": "a\xff", "solution": "b"}\n'),
-        ("b.jsonl", b'{"problem": "a\\ud800", "solution": "b"}\n'),
-        ("c.csv", b"problem,solution\na\xff,b\n"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ArtefactError, match=f"{name}.* (cannot be read|cannot be used)"):
-            load_table(str(tmp_path / name))
+    assert len(encoded(["a", "b<|im_end|>", "c"], ["d", "e", "<think>f"])) == 3
+    assert "2 of 3 problems spell a control token of the tokenizer" in caplog.text
+    assert "(rows 1, 2)" in caplog.text
 
 
 def test_problems_are_encoded_behind_both_prompts():
-    tokenizer = tokenizer_with(QWEN3)
-    problems = encode_problems(
-        table_of({"problem": [r["problem"] for r in ROWS], "solution": [r["solution"] for r in ROWS]}),
-        tokenizer,
-        source="d",
-        max_prompt_length=2000,
-    )
+    tokenizer, problems = tokenizer_with(QWEN3), encoded(*zip(*EXPECTED, strict=True))
     examples = examples_of(problems)
     assert [example.index for example in examples] == list(range(7))
     assert [problems[position] for position in range(len(problems))] == list(range(7))
@@ -223,14 +206,9 @@ def test_problems_are_encoded_behind_both_prompts():
 def test_long_prompts_are_left_out_whole_with_one_counted_warning(caplog):
     tokenizer = tokenizer_with(QWEN3)
     limit = len(encode_teacher(tokenizer, "p" * 10, "s" * 10))
-    rows = table_of(
-        {
-            "problem": ["p" * 10, "p" * 11, "p" * 10, "p" * 200_000, "p" * 10],
-            "solution": ["s" * 10, "s" * 10, "s" * 11, "s", "s" * 9],
-        }
-    )
+    texts = ["p" * n for n in (10, 11, 10, 200_000, 10)], ["s" * n for n in (10, 10, 11, 1, 9)]
     with caplog.at_level(logging.WARNING):
-        problems = encode_problems(rows, tokenizer, source="d", max_prompt_length=limit)
+        problems = encoded(*texts, limit=limit)
     assert [example.index for example in examples_of(problems)] == [0, 4]
     assert len(problems.example(0).teacher_ids) == limit, "exactly at the limit is within it"
     (record,) = caplog.records
@@ -241,49 +219,29 @@ def test_long_prompts_are_left_out_whole_with_one_counted_warning(caplog):
 
 
 def test_no_usable_problem_is_an_error():
-    rows = table_of({"problem": ["p" * 100], "solution": ["s" * 100]})
-    with pytest.raises(
-        ArtefactError,
-        match=r"no problem of 'd' is usable \(1 are left out: .* 50 tokens\); .* raise --max_length",
-    ):
-        encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=50)
+    message = r"no problem of 'd' is usable \(1 are left out: .* 50 tokens\); .* raise --max_length"
+    with pytest.raises(ArtefactError, match=message):
+        encoded(["p" * 100], ["s" * 100], limit=50)
 
 
 def test_positions_of_the_model():
-    rows = table_of({"problem": ["p"], "solution": ["s"]})
-    problems = encode_problems(rows, tokenizer_with(QWEN3), source="d", max_prompt_length=2000)
+    problems = encoded(["p"], ["s"])
     fits = problems.longest_prompt + 100
     check_positions(problems, max_completion_length=100, positions=fits)
     check_positions(problems, max_completion_length=100, positions=None)
-    with pytest.raises(
-        UsageError, match=rf"= {fits} exceeds the model's {fits - 1} positions; lower --max_length"
-    ):
+    message = f"= {fits} exceeds the model's {fits - 1} positions; lower --max_length"
+    with pytest.raises(UsageError, match=message):
         check_positions(problems, max_completion_length=100, positions=fits - 1)
 
 
 def test_the_environment_replaces_the_default_dataset(monkeypatch, tmp_path):
+    flags = (
+        f"--method opsd --model_name_or_path m --output_dir {tmp_path} --bf16 false --use_cpu true".split()
+    )
     monkeypatch.delenv("PWOPSD_TRAIN_DATASET", raising=False)
-    assert (
-        ModelArguments(model_name_or_path="m").train_dataset
-        == DEFAULT_DATASET
-        == "siyanzhao/Openthoughts_math_30k_opsd"
-    )
-    monkeypatch.setenv("PWOPSD_TRAIN_DATASET", "")
-    assert ModelArguments(model_name_or_path="m").train_dataset == DEFAULT_DATASET, (
-        "an empty variable is as good as none"
-    )
-    path = write(tmp_path / "mine.jsonl")
-    monkeypatch.setenv("PWOPSD_TRAIN_DATASET", path)
-    flags = [
-        "--method",
-        "opsd",
-        "--model_name_or_path",
-        "m",
-        "--output_dir",
-        str(tmp_path),
-        "--bf16",
-        "false",
-    ]
-    assert parse_arguments([*flags, "--use_cpu", "true"])[3].train_dataset == path
-    given = parse_arguments([*flags, "--use_cpu", "true", "--train_dataset", "other/set"])[3]
+    for value, expected in ((None, DEFAULT_DATASET), ("", DEFAULT_DATASET), ("my/set", "my/set")):
+        if value is not None:
+            monkeypatch.setenv("PWOPSD_TRAIN_DATASET", value)
+        assert parse_arguments(flags)[3].train_dataset == expected
+    given = parse_arguments([*flags, "--train_dataset", "other/set"])[3]
     assert given.train_dataset == "other/set", "a flag beats the environment"

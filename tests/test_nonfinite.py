@@ -90,19 +90,15 @@ def same(one, other) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-@pytest.mark.parametrize(
-    ("where", "value", "clip"),
-    [
-        ("loss", math.nan, "0.1"),
-        ("loss", math.inf, "0"),
-        ("gradient", math.nan, "0"),
-        ("gradient", math.inf, "0.1"),
-    ],
-)
+SPOILED = [("loss", "nan", "0.1"), ("loss", "inf", "0"), ("gradient", "nan", "0"), ("gradient", "inf", "0.1")]
+
+
+@pytest.mark.parametrize(("where", "value", "clip"), SPOILED)
 def test_the_run_stops_before_the_optimizer_sees_it(tmp_path, where, value, clip):
-    folder, states, error = spoiled_run(tmp_path, "--max_grad_norm", clip, where=where, value=value)
+    folder, states, error = spoiled_run(tmp_path, "--max_grad_norm", clip, where=where, value=float(value))
     assert error is not None
     assert "not finite at optimizer step 1 (dataset rows [" in str(error)
+    assert "--skip_nonfinite N" in str(error)
     assert error.exit_code == 3
     path = folder / "nonfinite-step-1-rank-0.json"
     assert str(path) in str(error)
@@ -148,22 +144,17 @@ def test_a_tolerated_step_is_left_out_and_the_run_goes_on(tmp_path):
 
 def test_good_steps_of_a_logging_window_keep_their_losses(tmp_path):
     """Steps 0 and 2 are good, step 1 is not, one row for all three: the loss is the good ones' sum / 3."""
-    folder, _, error = spoiled_run(
-        tmp_path, "--skip_nonfinite", "1", "--logging_steps", "3", where="gradient"
-    )
-    assert error is None
-    (row,) = read_metrics(folder)
-    every = read_metrics(spoiled_run(tmp_path / "each", "--skip_nonfinite", "1", where="gradient")[0])
+    flags = ("--skip_nonfinite", "1", "--logging_steps")
+    (row,) = read_metrics(spoiled_run(tmp_path, *flags, "3", where="gradient")[0])
+    every = read_metrics(spoiled_run(tmp_path / "each", *flags, "1", where="gradient")[0])
     assert row["loss"] == pytest.approx((every[0]["loss"] + every[2]["loss"]) / 3, rel=1e-4)
 
 
 def test_one_more_than_tolerated_stops(tmp_path):
     folder, states, error = spoiled_run(tmp_path, "--skip_nonfinite", "1", steps={0, 2})
     assert "optimizer step 2" in str(error)
-    assert [path.name for path in sorted(folder.glob("nonfinite-*"))] == [
-        "nonfinite-step-0-rank-0.json",
-        "nonfinite-step-2-rank-0.json",
-    ]
+    files = [path.name for path in sorted(folder.glob("nonfinite-*"))]
+    assert files == ["nonfinite-step-0-rank-0.json", "nonfinite-step-2-rank-0.json"]
     # Step 0 left the weights and moments untouched, step 1 moved them, step 2 did not.
     assert same(states.weights[0], states.weights[1])
     assert states.moments[1] == {}
@@ -179,12 +170,9 @@ def statistics(value: float) -> TokenStats:
     ("losses", "norm", "bad"),
     [
         ([1.0, -2.0], 3.0, False),
-        ([1.0, -2.0], None, False),
         ([], None, False),
         ([math.nan, 1.0], 1.0, True),
-        ([1.0, math.inf], 1.0, True),
         ([math.inf, -math.inf], 1.0, True),
-        ([1.0], math.inf, True),
         ([1.0], torch.tensor(math.nan), True),
         ([-math.inf], None, True),
     ],
@@ -198,32 +186,13 @@ def test_the_verdict(tmp_path, losses, norm, bad):
     assert guard.bad(None) is False
 
 
-def test_the_evidence_counts_and_bounds_what_is_finite(tmp_path):
-    guard = NonFiniteGuard(tmp_path, tolerated=0)
-    guard.see_loss(torch.tensor(math.nan), [7, 3], statistics(math.nan))
-    with pytest.raises(ArtefactError, match=r"step 5 \(dataset rows \[3, 7\]\).*--skip_nonfinite N"):
-        guard.handle(5, math.inf, is_main=True)
-    evidence = strict((tmp_path / "nonfinite-step-5-rank-0.json").read_text(encoding="utf-8"))
-    assert evidence["gradient_norm"] == "inf"
-    assert evidence["micro_batches"][0]["loss"] == "nan"
-    assert evidence["micro_batches"][0]["statistics"]["student_entropy"] == {
-        "not_finite": 1,
-        "min": 1.0,
-        "max": 1.0,
-    }
-
-
 def test_the_guard_keeps_no_graph(tmp_path):
     """The hidden states of a micro-batch are freed after its backward pass, not at the end of the step."""
     guard = NonFiniteGuard(tmp_path, tolerated=0)
     hidden = torch.randn(3, 20, requires_grad=True)
-    stats = token_statistics(
-        hidden * 1.0,
-        torch.randn(3, 20),
-        torch.tensor([1, 2, 3]),
-        config=StatsConfig(temperature=1.0, divergence_clip=0.05),
-        term=lambda stats: stats.clipped_divergence,
-    )
+    config, inputs = StatsConfig(temperature=1.0, divergence_clip=0.05), (hidden * 1.0, torch.randn(3, 20))
+    stats = token_statistics(*inputs, torch.arange(3), config=config, term=lambda s: s.clipped_divergence)
+    del inputs
     loss = stats.term.sum()
     loss.backward()
     guard.see_loss(loss, [1], stats)
@@ -252,4 +221,7 @@ def test_a_nan_in_the_network_reaches_the_guard(tmp_path, method):
 
     folder, _ = run(tmp_path, method, "--max_completion_length", "6", inside=inside)
     evidence = strict((folder / "nonfinite-step-0-rank-0.json").read_text(encoding="utf-8"))
-    assert all(part["statistics"]["student_entropy"]["not_finite"] == 1 for part in evidence["micro_batches"])
+    for part in evidence["micro_batches"]:
+        entropy = part["statistics"]["student_entropy"]
+        assert entropy["not_finite"] == 1
+        assert 0 <= entropy["min"] <= entropy["max"], "of the finite values"

@@ -1,38 +1,37 @@
-"""data/prepare_hmmt25.py: what becomes of MathArena's release, and what is refused with the row named."""
+"""data/prepare_hmmt25.py: what it makes of MathArena's release, and what it refuses with the row stated."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
 from opsd import files
 from opsd.errors import ArtefactError, run_cli
-from opsd.evaluation import benchmarks
 from opsd.evaluation.benchmarks import HMMT25_VARIABLE, load_benchmark
+from tests.bad_input_cases import entry_point
 
-ROOT = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("prepare_hmmt25", ROOT / "data" / "prepare_hmmt25.py")
-prepare_hmmt25 = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(prepare_hmmt25)
-
-ANSWERS = ["103", "\\frac{1}{576}", "-984", "1-\\frac{2}{\\pi}", "2^{25} \\cdot 26!", "033"]
+main = entry_point("prepare_hmmt25")
+ANSWERS = ["103", "\\frac{1}{576}", "-984", "1-\\frac{2}{\\pi}", "2^{25} \\cdot 26!", "033"] * 5
 
 
-def release(count: int = 30) -> list[dict]:
-    """Rows shaped as MathArena publishes them."""
-    return [
+def release(count: int = 30, *, row: int = 0, **changes: object) -> list[dict]:
+    """Return rows shaped as MathArena publishes them, one of them changed."""
+    rows = [
         {
             "problem_idx": n + 1,
             "problem": f" Compute ${n}$ of $\\triangle ABC$.\n",
-            "answer": ANSWERS[n % len(ANSWERS)],
             "problem_type": ["Geometry"],
         }
         for n in range(count)
     ]
+    rows = [values | {"answer": ANSWERS[n % 30]} for n, values in enumerate(rows)]
+    rows[row] |= changes
+    return rows
 
 
 def write_source(path: Path, rows: list[dict]) -> Path:
@@ -46,46 +45,36 @@ def write_source(path: Path, rows: list[dict]) -> Path:
             writer.writeheader()
             writer.writerows(rows)
     else:
-        from datasets import Dataset
-
         Dataset.from_list(rows).to_parquet(path)
     return path
 
 
 def prepare(*argv: object) -> int:
-    return run_cli(lambda: prepare_hmmt25.main([str(word) for word in argv]))
+    return run_cli(lambda: main([str(word) for word in argv]))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_the_benchmark_reads_what_is_made(tmp_path, monkeypatch, capsys, kind):
-    source = write_source(tmp_path / f"hmmt.{kind}", release())
+    # An empty image column is no image.
+    source = write_source(tmp_path / f"hmmt.{kind}", [row | {"image": None} for row in release()])
     output = tmp_path / "clean" / "train.parquet"
+    monkeypatch.setenv(HMMT25_VARIABLE, str(output))
+    with pytest.raises(ArtefactError, match=r"train\.parquet.*python data/prepare_hmmt25\.py"):
+        load_benchmark("hmmt25")
     assert prepare("--source", source, "--output", output) == 0
     assert f"{HMMT25_VARIABLE}={output}" in capsys.readouterr().out
-    monkeypatch.setenv(HMMT25_VARIABLE, str(output))
     loaded = load_benchmark("hmmt25")
     assert [p.problem for p in loaded.problems] == [f"Compute ${n}$ of $\\triangle ABC$." for n in range(30)]
-    assert [p.answer for p in loaded.problems] == [ANSWERS[n % len(ANSWERS)] for n in range(30)]
+    assert [p.answer for p in loaded.problems] == ANSWERS
 
 
 def test_both_columns_are_text_and_nothing_else_is_kept(tmp_path):
-    import pyarrow.parquet
-
     rows = [row | {"answer": n} for n, row in enumerate(release())]
     output = tmp_path / "train.parquet"
     assert prepare("--source", write_source(tmp_path / "h.jsonl", rows), "--output", output) == 0
-    schema = pyarrow.parquet.read_schema(output)
-    assert [(field.name, str(field.type)) for field in schema] == [
-        ("problem", "string"),
-        ("answer", "string"),
-    ]
-    assert pyarrow.parquet.read_table(output)["answer"].to_pylist() == [str(n) for n in range(30)]
-
-
-def change(number: int, **fields: object) -> list[dict]:
-    rows = release()
-    rows[number] = rows[number] | fields
-    return rows
+    table = pyarrow.parquet.read_table(output)
+    assert [(f.name, str(f.type)) for f in table.schema] == [("problem", "string"), ("answer", "string")]
+    assert table["answer"].to_pylist() == [str(n) for n in range(30)]
 
 
 @pytest.mark.parametrize(
@@ -93,61 +82,45 @@ def change(number: int, **fields: object) -> list[dict]:
     [
         (release(29), "29 problems; HMMT February 2025 has 30"),
         (release(31), "31 problems"),
-        (change(4, problem="  "), "row 5 .* lacks `problem` or `answer`"),
-        (change(4, answer=None), "row 5 .* lacks"),
-        (change(4, answer=""), "row 5 .* lacks"),
-        (change(29, problem=release()[0]["problem"]), "a problem twice"),
-        (change(2, problem="See ![](a.png)."), "row 3 .* has an image"),
-        (change(2, problem="\\includegraphics{a}"), "row 3 .* has an image"),
-        (change(2, problem="<img src='a.png'>"), "row 3 .* has an image"),
-        (change(2, image="iVBORw0"), "row 3 .* has an image .image"),
-        (change(2, answer=["1", "2"]), "must be text or a number"),
+        (release(row=4, problem="  "), "row 5 .* lacks `problem` or `answer`"),
+        (release(row=4, answer=None), "row 5 .* lacks"),
+        (release(row=4, answer=""), "row 5 .* lacks"),
+        (release(row=29, problem=release()[0]["problem"]), "a problem twice"),
+        (release(row=2, problem="See ![](a.png)."), "row 3 .* has an image"),
+        (release(row=2, problem="\\includegraphics{a}"), "row 3 .* has an image"),
+        (release(row=2, problem="<img src='a.png'>"), "row 3 .* has an image"),
+        (release(row=2, image="iVBORw0"), "row 3 .* has an image .image"),
+        (release(row=2, answer=["1", "2"]), "must be text or a number"),
     ],
 )
 def test_what_is_no_clean_release_is_refused(rows, message):
     with pytest.raises(ArtefactError, match=message):
-        prepare_hmmt25.clean_rows(rows, "the file")
+        main.__globals__["clean_rows"](rows, "the file")
 
 
-def test_an_empty_image_column_is_no_image():
-    rows = [row | {"image": None} for row in release()]
-    assert len(prepare_hmmt25.clean_rows(rows, "the file")) == 30
-
-
-def test_a_refused_source_leaves_the_old_parquet(tmp_path, capsys, monkeypatch):
-    output = tmp_path / "train.parquet"
-    assert prepare("--source", write_source(tmp_path / "h.jsonl", release()), "--output", output) == 0
+def test_a_refused_source_and_a_full_disk_leave_the_old_parquet(tmp_path, capsys, monkeypatch):
+    output, good = tmp_path / "train.parquet", write_source(tmp_path / "h.jsonl", release())
+    assert prepare("--source", good, "--output", output) == 0
     before = output.read_bytes()
     bad = write_source(tmp_path / "bad.jsonl", release(29))
     assert prepare("--source", bad, "--output", output) == 3
     with monkeypatch.context() as patched:
         patched.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-        assert prepare("--source", tmp_path / "h.jsonl", "--output", output) == 3
+        assert prepare("--source", good, "--output", output) == 3
         assert "cannot be written: No space" in capsys.readouterr().err
     assert output.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "h.jsonl", "train.parquet"]
+    assert sorted(tmp_path.iterdir()) == [bad, good, output]
 
 
 def test_a_missing_source_is_named(tmp_path, capsys):
     assert prepare("--source", tmp_path / "absent.jsonl", "--output", tmp_path / "t.parquet") == 3
-    assert "there is no file" in capsys.readouterr().err
+    assert "absent.jsonl' does not exist" in capsys.readouterr().err
 
 
 def test_a_hub_that_cannot_be_reached_names_the_local_way(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        prepare_hmmt25,
-        "hub_rows",
-        lambda hub_id, split, *, remedy: benchmarks.hub_rows("no/such", split, remedy=remedy),
-    )
     monkeypatch.setattr(
         "datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline"))
     )
     assert prepare("--output", tmp_path / "t.parquet") == 3
     assert "--source FILE" in capsys.readouterr().err
     assert not (tmp_path / "t.parquet").exists()
-
-
-def test_a_missing_parquet_names_the_command_that_makes_it(tmp_path, monkeypatch):
-    monkeypatch.setenv(HMMT25_VARIABLE, str(tmp_path / "absent.parquet"))
-    with pytest.raises(ArtefactError, match=r"absent\.parquet.*python data/prepare_hmmt25\.py"):
-        load_benchmark("hmmt25")

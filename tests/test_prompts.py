@@ -95,27 +95,11 @@ def test_the_messages_letter_for_letter():
 
 
 # (template, end of the student's prompt, end of the teacher's and the evaluation's)
+TURN, DEEPSEEK_TURN = "<|im_end|>\n<|im_start|>assistant\n", "<\uff5cAssistant\uff5c>"
 FAMILIES = {
-    "qwen3": (
-        QWEN3,
-        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-    ),
-    "deepseek": (
-        DEEPSEEK,
-        "<\uff5cAssistant\uff5c><think>\n</think>\n\n",
-        "<\uff5cAssistant\uff5c><think>\n",
-    ),
-    "olmo3": (
-        OLMO3,
-        "<|im_end|>\n<|im_start|>assistant\n<think></think>\n\n",
-        "<|im_end|>\n<|im_start|>assistant\n<think>",
-    ),
-}
-BEGINNINGS = {
-    "qwen3": "<|im_start|>user\n",
-    "deepseek": "<BOS><\uff5cUser\uff5c>",
-    "olmo3": "<|im_start|>user\n",
+    "qwen3": (QWEN3, f"{TURN}<think>\n\n</think>\n\n", TURN),
+    "deepseek": (DEEPSEEK, f"{DEEPSEEK_TURN}<think>\n</think>\n\n", f"{DEEPSEEK_TURN}<think>\n"),
+    "olmo3": (OLMO3, f"{TURN}<think></think>\n\n", f"{TURN}<think>"),
 }
 
 
@@ -123,7 +107,7 @@ BEGINNINGS = {
 def test_rendered_prompts_of_the_three_families(family):
     template, student_end, thinking_end = FAMILIES[family]
     tokenizer = tokenizer_with(template)
-    begin = BEGINNINGS[family]
+    begin = "<BOS><\uff5cUser\uff5c>" if family == "deepseek" else "<|im_start|>user\n"
     assert render_student(tokenizer, PROBLEM) == begin + STUDENT + student_end
     assert render_teacher(tokenizer, PROBLEM, SOLUTION) == begin + TEACHER + thinking_end
     assert render_evaluation(tokenizer, PROBLEM) == begin + EVALUATION + thinking_end
@@ -132,14 +116,20 @@ def test_rendered_prompts_of_the_three_families(family):
     assert off == begin + EVALUATION + (student_end if family == "qwen3" else thinking_end)
 
 
+def prompts_of(tokenizer, problem: str, solution: str) -> tuple[tuple[list[int], str], ...]:
+    """(ids, rendered) of student, teacher, evaluation."""
+    return (
+        (encode_student(tokenizer, problem), render_student(tokenizer, problem)),
+        (encode_teacher(tokenizer, problem, solution), render_teacher(tokenizer, problem, solution)),
+        (encode_evaluation(tokenizer, problem), render_evaluation(tokenizer, problem)),
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_second_beginning_of_sequence_and_nothing_lost(family):
     tokenizer = tokenizer_with(FAMILIES[family][0])
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id, "the tokenizer would add one"
-    for ids, text in (
-        (encode_student(tokenizer, PROBLEM), render_student(tokenizer, PROBLEM)),
-        (encode_teacher(tokenizer, PROBLEM, SOLUTION), render_teacher(tokenizer, PROBLEM, SOLUTION)),
-    ):
+    for ids, text in prompts_of(tokenizer, PROBLEM, SOLUTION):
         assert ids.count(tokenizer.bos_token_id) == (family == "deepseek")
         assert tokenizer.decode(ids) == text
 
@@ -154,16 +144,12 @@ def test_an_open_think_at_the_end_is_closed(end):
 @pytest.mark.parametrize(
     "rendered",
     [
-        "prompt",
         "",
-        "What does <think> mean?<|Assistant|>",
-        "<think>\n<|Assistant|>",
+        "<think> mean?<|Assistant|>",
         "<think>\n\n</think>\n\n",
-        "prompt<think></think>",
-        "prompt<thinking>",
-        "prompt</think>",
-        "prompt<think>.",
-        "prompt<think>\nFirst,",
+        "<thinking>",
+        "</think>",
+        "<think>\nFirst,",
     ],
 )
 def test_everything_else_is_left_as_it_is(rendered):
@@ -185,7 +171,7 @@ TEXTS = {
     "qwen3": ("<|im_end|>\n<|im_start|>assistant", "<think>", "</think>", "a<|endoftext|>b", " <|im_end|> "),
     "deepseek": (
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
-        "<\uff5cAssistant\uff5c><think>\n",
+        f"{DEEPSEEK_TURN}<think>\n",
         "<\uff5cUser\uff5c>",
     ),
     "olmo3": ("<|im_end|>", "<think>", "</think>", "<|im_<|im_end|>end|>"),
@@ -213,15 +199,7 @@ def test_control_tokens_that_a_text_spells_stay_text(tmp_path, family):
     tokenizer = tokenizer_on_disk(tmp_path / "base", family)
     control = {i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
 
-    def prompts(problem: str, solution: str):
-        """(ids, rendered) of student, teacher, evaluation."""
-        return (
-            (encode_student(tokenizer, problem), render_student(tokenizer, problem)),
-            (encode_teacher(tokenizer, problem, solution), render_teacher(tokenizer, problem, solution)),
-            (encode_evaluation(tokenizer, problem), render_evaluation(tokenizer, problem)),
-        )
-
-    clean = prompts(PROBLEM, SOLUTION)
+    clean = prompts_of(tokenizer, PROBLEM, SOLUTION)
     for ids, rendered in clean:
         assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"], "as it always was"
     of_templates = [[token for token in ids if token in control] for ids, _ in clean]
@@ -229,7 +207,8 @@ def test_control_tokens_that_a_text_spells_stay_text(tmp_path, family):
     for text in TEXTS[family]:
         where = ((PROBLEM + text, SOLUTION), (text + PROBLEM, text), (PROBLEM, f"Half {text} of 6"))
         for problem, solution in where:
-            for (ids, rendered), expected in zip(prompts(problem, solution), of_templates, strict=True):
+            prompts = prompts_of(tokenizer, problem, solution)
+            for (ids, rendered), expected in zip(prompts, of_templates, strict=True):
                 assert tokenizer.decode(ids) == rendered
                 assert [token for token in ids if token in control] == expected
 
@@ -253,18 +232,19 @@ def test_runs_of_spaces_and_added_words_are_no_control_tokens():
 
 def test_a_template_that_changes_such_a_text_is_refused():
     tokenizer = tokenizer_with("{{ messages[0].content | upper }}")
-    render_student(tokenizer, "a")
+    encode_student(tokenizer, "a")
     with pytest.raises(ArtefactError, match="does not insert a message as it is"):
         encode_student(tokenizer, "a<|im_end|>")
+    with pytest.raises(ArtefactError, match="has no chat template; use an instruction-tuned model"):
+        encode_student(tokenizer_with(None), PROBLEM)
 
 
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('a\\x1b[2J') }}", "{{ 1 / 0 }}", "{% if %}", "{{ a.b.c }}"]
 )
 def test_a_template_that_fails_is_named(template):
-    with pytest.raises(
-        ArtefactError, match=r"chat template of .* fails .* repair its chat_template\.jinja"
-    ) as error:
+    message = r"chat template of .* fails .* repair its chat_template\.jinja"
+    with pytest.raises(ArtefactError, match=message) as error:
         render_student(tokenizer_with(template), PROBLEM)
     assert "\x1b" not in str(error.value)
 
@@ -274,8 +254,3 @@ def test_braces_and_template_syntax_in_the_data_are_text():
     problem, solution = "{{ 7*7 }} {% if x %} {problem} \\boxed{}", "{transition} {0} %s"
     assert f"Problem: {problem}\n" in render_teacher(tokenizer, problem, solution)
     assert f"Begin ===\n{solution}\n===" in render_teacher(tokenizer, problem, solution)
-
-
-def test_a_tokenizer_without_a_template_is_refused():
-    with pytest.raises(ArtefactError, match="has no chat template; use an instruction-tuned model"):
-        render_student(tokenizer_with(None), PROBLEM)

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the run that was never killed; its papers follow it to the result."""
+"""A killed and resumed run equals the run that was never killed; its manifest follows it to the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -21,53 +20,35 @@ from opsd import checkpoints
 from opsd.checkpoints import run_manifest_of
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.results import load_result
+from opsd.provenance import dataset_fingerprint, git_state, versions
 from opsd.records import read_metrics
 from opsd.run_identity import check_merged, read_manifest, write_manifest
 from tests.launchers.test_launchers import LAUNCHERS, SETTINGS, load_install
-from tests.programs.forked_runs import Job, run_elsewhere, train_argv
+from tests.programs import forked_runs
+from tests.programs.forked_runs import BASE, ROOT, Job, run_elsewhere, train_argv, write_rows
 from tests.rollout.vllm_models import needs_vllm
 from tests.test_merge_lora import scale_weights
 from tests.test_run_identity import a_manifest
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE = ROOT / "testbed" / "base_model"
 STEPS = 4
 
 
-def write_rows(path: Path, count: int) -> Path:
-    """The small world's first `count` training problems."""
-    with open(ROOT / "testbed" / "data" / "train.jsonl", encoding="utf-8") as file:
-        path.write_text("".join(next(file) for _ in range(count)), encoding="utf-8")
-    return path
-
-
-@dataclass(frozen=True)
-class Story:
-    """One method's run and what befalls it. Twelve problems, four a step: an epoch ends with step 3.
-
-    Attributes:
-        moments: where the first process, the second, … is killed (`forked_runs`). One more finishes.
-        resumed_from: the checkpoint that each process but the first went on from; None = from the start.
-    """
-
-    moments: tuple[str, ...]
-    resumed_from: tuple[int | None, ...]
-    flags: dict = field(default_factory=dict)
-
-
+# A method's run: where its first process, its second, … is killed (`forked_runs.arm`; one more finishes), the
+# checkpoint that each but the first resumes from (None = from the start), its flags. Twelve problems, four a
+# step: an epoch ends with step 3.
 STORIES = {
-    # Dropout draws from the process's random state, which must go on where it was.
-    "opsd": Story(("rollout 3",), (3,), {"lora_dropout": 0.2}),
-    # Of one checkpoint to keep, the old one must not go before the new one is whole.
-    "eopd": Story(("save 2", "mark 3"), (1, 2), {"save_total_limit": 1}),
+    # Dropout draws from the process's random state, which must continue where it was.
+    "opsd": (("rollout 3",), (3,), {"lora_dropout": 0.2}),
+    # Of one checkpoint to keep, the old one must not go before the new one is complete.
+    "eopd": (("save 2", "mark 3"), (1, 2), {"save_total_limit": 1}),
     # The killed process had refined already; the resumed one has one step of exploration before it.
-    "reopold": Story(
+    "reopold": (
         ("log 4",),
         (2,),
         {"reopold_t_switch": 3, "loss_scope": "global", "save_steps": 2, "lora_dropout": 0.2},
     ),
     # Killed in every step.
-    "pwopsd": Story(
+    "pwopsd": (
         ("rollout 0", "mark 1", "rollout 1", "log 3", "mark 4"),
         (None, None, 1, 2, 3),
         {"report_to": "tensorboard"},
@@ -81,33 +62,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pwopsd's merged folder and its evaluation."""
     folder = tmp_path_factory.mktemp("resume")
     rows = write_rows(folder / "rows.jsonl", 12)
-    jobs, expected = [], []
+    jobs = []
 
-    def plan(program: str, argv: list[str], log: str, moment: str | None = None) -> None:
-        jobs.append(Job(program, argv, str(folder / log), moment))
-        expected.append(0 if moment is None else -signal.SIGKILL)
+    def plan(run: str, log: str, moment: str | None, flags: dict) -> None:
+        argv = train_argv(BASE, rows, folder / run, **flags)
+        jobs.append(Job("ea_opsd_train", argv, str(folder / log), moment))
 
-    for method, story in STORIES.items():
-        flags = {"method": method, "max_steps": STEPS} | story.flags
-        plan(
-            "ea_opsd_train",
-            train_argv(BASE, rows, folder / f"{method}_whole", **flags),
-            f"{method}_whole.log",
-        )
-        for number, moment in enumerate((*story.moments, None)):
-            argv = train_argv(BASE, rows, folder / method, **flags)
-            plan("ea_opsd_train", argv, f"{method}-{number}.log", moment)
-    merged = str(folder / "pwopsd_merged")
-    checkpoint = str(folder / "pwopsd" / f"checkpoint-{STEPS}")
-    plan("merge_lora", ["--base_model", str(BASE), "--adapter", checkpoint, "--output", merged], "merge.log")
-    evaluation = {
-        "base_model": merged, "dataset": "sums", "dataset_path": rows, "output": folder / "result.json",
-        "engine": "hf", "val_n": 2, "num_samples": 2, "max_new_tokens": 24, "grading_workers": 1,
-    }  # fmt: skip
-    plan("evaluate_math", [w for n, v in evaluation.items() for w in (f"--{n}", str(v))], "evaluation.log")
-    found = run_elsewhere(jobs, folder)
-    for job, code, wanted in zip(jobs, found, expected, strict=True):
-        assert code == wanted, Path(job.log).read_text()[-3000:]
+    for method, (moments, _, flags) in STORIES.items():
+        plan(f"{method}_whole", f"{method}_whole.log", None, flags | {"method": method})
+        for number, moment in enumerate((*moments, None)):
+            plan(method, f"{method}-{number}.log", moment, flags | {"method": method})
+    merged, last = folder / "pwopsd_merged", folder / "pwopsd" / f"checkpoint-{STEPS}"
+    jobs.append(Job("merge_lora", forked_runs.merge_argv(last, merged), str(folder / "merge.log")))
+    argv = forked_runs.evaluate_argv(merged, rows, folder / "result.json", num_samples=2)
+    jobs.append(Job("evaluate_math", argv, str(folder / "evaluation.log")))
+    for job, code in zip(jobs, run_elsewhere(jobs, folder), strict=True):
+        assert code == (-signal.SIGKILL if job.moment else 0), Path(job.log).read_text()[-3000:]
     return folder
 
 
@@ -124,35 +94,25 @@ def without_times(run: Path) -> list[dict]:
 def test_the_resumed_run_is_the_uninterrupted_one(world: Path, method: str) -> None:
     whole, resumed = world / f"{method}_whole", world / method
     assert final_adapter(resumed) == final_adapter(whole), "bit for bit"
-    first = (whole / "checkpoint-4" / "adapter_model.safetensors").stat().st_size
-    assert first > 10_000
+    assert len(final_adapter(whole)) > 10_000
     rows = without_times(resumed)
     assert rows == without_times(whole)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step once"
     assert all(row["grad_norm"] > 0 for row in rows), "steps that change nothing would show nothing"
     names = [path.relative_to(resumed) for path in sorted(resumed.rglob("*")) if "runs" not in path.parts]
     assert names == [p.relative_to(whole) for p in sorted(whole.rglob("*")) if "runs" not in p.parts]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", STORIES)
-def test_each_process_went_on_from_the_newest_whole_checkpoint(world: Path, method: str) -> None:
-    story = STORIES[method]
-    for number, step in enumerate((None, *story.resumed_from)):
+    moments, resumed_from, _ = STORIES[method]
+    for number, step in enumerate((None, *resumed_from)):
         log = (world / f"{method}-{number}.log").read_text()
-        wanted = "starting afresh" if step is None else f"resuming from {world / method}/checkpoint-{step}\n"
+        wanted = "starting afresh" if step is None else f"resuming from {resumed}/checkpoint-{step}\n"
         assert wanted in log
-        killed_at = story.moments[number - 1] if number else ""
-        if killed_at.startswith(("save", "mark")):
-            half = world / method / f"checkpoint-{killed_at.split()[1]}"
+        if number and moments[number - 1].startswith(("save", "mark")):
+            half = resumed / f"checkpoint-{moments[number - 1].split()[1]}"
             assert f"{half} is left out: it has no .complete marker: saving it was interrupted" in log
             assert f"{half} was half-written when a run was killed; removed" in log
-
-
-@pytest.mark.slow
-def test_reopold_refines_from_the_same_step_on(world: Path) -> None:
-    refined = [row["method/refinement"] for row in read_metrics(world / "reopold")]
-    assert refined == [0, 0, 0, 1], "optimizer steps are counted over the whole run"
+    if method == "reopold":
+        refined = [row["method/refinement"] for row in rows]
+        assert refined == [0, 0, 0, 1], "optimizer steps are counted over the complete run"
 
 
 @pytest.mark.slow
@@ -172,22 +132,17 @@ def test_tensorboard_shows_each_step_once(world: Path) -> None:
 
 @pytest.mark.slow
 def test_a_runs_manifest_says_what_it_was(world: Path) -> None:
-    from opsd.provenance import dataset_fingerprint, git_state, versions
-
     manifest = read_manifest(world / "pwopsd")
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     assert manifest["command"][1:] == [
         str(ROOT / "ea_opsd_train.py"),
-        *train_argv(BASE, world / "rows.jsonl", world / "pwopsd", **STORIES["pwopsd"].flags),
+        *train_argv(BASE, world / "rows.jsonl", world / "pwopsd", **STORIES["pwopsd"][2]),
     ]
     assert manifest["git"] == git_state()
     assert manifest["versions"] == versions()
     assert {"torch", "transformers", "peft", "accelerate", "datasets"} <= manifest["versions"].keys()
-    assert manifest["dataset"] == {
-        "name": str(world / "rows.jsonl"),
-        "rows": 12,
-        "sha256": dataset_fingerprint(rows),
-    }
+    dataset = {"name": str(world / "rows.jsonl"), "rows": 12, "sha256": dataset_fingerprint(rows)}
+    assert manifest["dataset"] == dataset
     assert (manifest["base_model"], manifest["base_revision"]) == (str(BASE), None)
     layout = ("world_size", "per_device_batch", "accumulation", "effective_batch")
     assert [manifest[name] for name in layout] == [1, 2, 2, 4]
@@ -203,12 +158,11 @@ def test_a_runs_manifest_says_what_it_was(world: Path) -> None:
 
 @pytest.mark.slow
 def test_the_manifest_goes_with_the_merged_folder_and_its_identity_with_the_result(world: Path) -> None:
-    merged = check_merged(
-        world / "pwopsd_merged", expected_run_name="pwopsd", expected_step=STEPS, hashes=True
-    )
+    folder = world / "pwopsd_merged"
+    merged = check_merged(folder, expected_run_name="pwopsd", expected_step=STEPS, hashes=True)
     manifest = read_manifest(world / "pwopsd")
     assert merged["manifest"] == manifest
-    card = (world / "pwopsd_merged" / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     for said in ("| Method | pwopsd |", f"| Optimizer steps | {STEPS} |", manifest["dataset"]["sha256"]):
         assert said in card
     result = load_result(world / "result.json")
@@ -225,7 +179,7 @@ def test_the_manifest_goes_with_the_merged_folder_and_its_identity_with_the_resu
 
 
 def a_run(folder: Path, *steps: int) -> Path:
-    """A run folder with a whole checkpoint at each of `steps`, their contents made up."""
+    """Make a run folder with a complete checkpoint at each of `steps`, their contents made up."""
     folder.mkdir()
     write_manifest(folder, a_manifest())
     for step in steps:
@@ -250,37 +204,39 @@ DAMAGE = {
         lambda c: (shutil.rmtree(c), shutil.copytree(c.with_name("checkpoint-2"), c)),
         "it was saved as checkpoint-2",
     ),
-    "a link to nothing": (
-        lambda c: (shutil.rmtree(c), c.symlink_to("gone")),
-        "saving it was interrupted",
-    ),
-    "cut adapter": (
-        lambda c: os.truncate(c / "adapter_model.safetensors", 99),
-        "adapter_model.safetensors has 99 bytes instead of 100",
-    ),
+    "a link to nothing": (lambda c: (shutil.rmtree(c), c.symlink_to("gone")), "saving it was interrupted"),
+    "cut adapter": (lambda c: os.truncate(c / "adapter_model.safetensors", 99), "99 bytes instead of 100"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(
+def test_a_damaged_checkpoint_is_left_out_with_a_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     run = a_run(tmp_path / "run", 1, 2, 10)
     damage, said = DAMAGE[kind]
     damage(run / "checkpoint-10")
-    assert checkpoints.resolve_resume(run, "auto") == run / "checkpoint-2", (
-        "the newest, by number, not by name"
-    )
+    newest = checkpoints.resolve_resume(run, "auto")
+    assert newest == run / "checkpoint-2", "the newest by number, not by name"
+    assert f"{run / 'checkpoint-10'} is left out: " in caplog.text
     assert said in caplog.text
-    assert f"{run / 'checkpoint-10'} is left out" in caplog.text
     with pytest.raises(ArtefactError, match=f"{said}|it does not exist"):
         checkpoints.resolve_resume(run, str(run / "checkpoint-10"))
     assert checkpoints.remove_incomplete(run) == [run / "checkpoint-10"]
     assert checkpoints.remove_incomplete(run) == []
 
 
+def test_rotation_counts_complete_checkpoints_and_spares_the_one_to_merge(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 1, 2, 3, 4, 10)
+    (run / "checkpoint-10" / ".complete").unlink()
+    assert checkpoints.rotate(run, None) == checkpoints.rotate(run, 0) == checkpoints.rotate(run, 4) == []
+    assert checkpoints.rotate(run, 1, keep=2) == [run / "checkpoint-1", run / "checkpoint-3"]
+    assert checkpoints.newest_complete(run) == run / "checkpoint-4"
+    assert [step for step, _ in checkpoints.checkpoints(run)] == [2, 4, 10]
+
+
 def test_of_a_linked_checkpoint_the_link_is_removed(tmp_path: Path) -> None:
-    """One that lies on another disk: it wedged the rotation and every resume."""
+    """One on another disk stopped the rotation and every resume."""
     run = a_run(tmp_path / "run", 1, 2, 3)
     for name in ("checkpoint-1", "checkpoint-3"):
         (run / name).rename(tmp_path / f"disk-{name}")
@@ -290,45 +246,20 @@ def test_of_a_linked_checkpoint_the_link_is_removed(tmp_path: Path) -> None:
     assert checkpoints.rotate(run, 1) == [run / "checkpoint-1"]
     assert [path.name for _, path in checkpoints.checkpoints(run)] == ["checkpoint-2"]
     assert (tmp_path / "disk-checkpoint-3" / "adapter_model.safetensors").is_file()
-
-
-def test_nothing_to_resume_from_and_nothing_asked(tmp_path: Path) -> None:
-    assert checkpoints.resolve_resume(tmp_path, "auto") is None
-    assert checkpoints.resolve_resume(tmp_path, None) is None
-    run = a_run(tmp_path / "run", 1)
-    with pytest.raises(ArtefactError, match="add --resume_from_checkpoint auto"):
-        checkpoints.resolve_resume(run, None)
-
-
-def test_rotation_counts_whole_checkpoints_alone(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "run", 1, 2, 3, 10)
-    (run / "checkpoint-10" / ".complete").unlink()
-    assert checkpoints.rotate(run, None) == checkpoints.rotate(run, 0) == checkpoints.rotate(run, 3) == []
-    assert checkpoints.rotate(run, 1) == [run / "checkpoint-1", run / "checkpoint-2"]
-    assert checkpoints.newest_complete(run) == run / "checkpoint-3"
-    assert (run / "checkpoint-10").exists()
-
-
-def test_rotation_spares_the_checkpoint_to_merge_and_follows_links(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "run", 1, 2, 3, 4)
-    disk = shutil.move(run / "checkpoint-1", tmp_path / "big disk")
-    (run / "checkpoint-1").symlink_to(disk)
-    assert checkpoints.rotate(run, 1, keep=2) == [run / "checkpoint-1", run / "checkpoint-3"]
-    assert [step for step, _ in checkpoints.checkpoints(run)] == [2, 4]
-    assert not (disk / checkpoints.MARKER).exists()
+    assert not (tmp_path / "disk-checkpoint-1" / checkpoints.MARKER).exists()
 
 
 # -- one run, one identity -----------------------------------------------------------------------------------
 
 
-def go_on(world: Path, folder: Path, **flags: object) -> int:
+def resume(world: Path, folder: Path, **flags: object) -> int:
     """Resume a run of pwopsd in `folder` in this process."""
-    values = {"method": "pwopsd", "max_steps": STEPS} | STORIES["pwopsd"].flags | flags
-    return ea_opsd_train.main(train_argv(values.pop("base", BASE), world / "rows.jsonl", folder, **values))
+    values = STORIES["pwopsd"][2] | flags
+    return ea_opsd_train.main(train_argv(BASE, world / "rows.jsonl", folder, **values))
 
 
 def interrupted(world: Path, folder: Path) -> Path:
-    """A copy of pwopsd's run as it was after step 3."""
+    """Return a copy of pwopsd's run as it was after step 3."""
     shutil.copytree(world / "pwopsd_whole", folder)
     shutil.rmtree(folder / "checkpoint-4")
     return folder
@@ -344,13 +275,14 @@ def interrupted(world: Path, folder: Path) -> Path:
         ({"dtype": "bfloat16"}, "dtype: 'auto' before, 'bfloat16' now"),
         ({"dataset_revision": "v2"}, "dataset_revision: None before, 'v2' now"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'linear' before, 'cosine' now"),
+        ({"train_dataset": ROOT / "testbed/data/heldout_hard.jsonl"}, "the dataset's content: "),
     ],
 )
 def test_another_command_line_is_another_run(world: Path, tmp_path: Path, flags: dict, words: str) -> None:
     run = interrupted(world, tmp_path / "run")
     before = (run / "manifest.json").read_bytes()
     with pytest.raises(UsageError, match=words):
-        go_on(world, run, **flags)
+        resume(world, run, **flags)
     assert (run / "manifest.json").read_bytes() == before
 
 
@@ -361,11 +293,11 @@ def test_a_checkpoint_of_another_run_is_refused(world: Path, tmp_path: Path) -> 
     shutil.copytree(world / "opsd" / "checkpoint-3", run / "checkpoint-3")
     words = "lora_dropout: 0.2 before, 0.0 now; method: 'opsd' before, 'pwopsd' now"
     with pytest.raises(ArtefactError, match=f"checkpoint-3 is a checkpoint of another run .*{words}"):
-        go_on(world, run)
+        resume(world, run)
     assert (run / "checkpoint-3" / "optimizer.pt").exists(), "what is not this run's is not deleted"
     other = str(world / "opsd" / "checkpoint-3")
     with pytest.raises(ArtefactError, match=words):
-        go_on(world, tmp_path / "fresh", resume_from_checkpoint=other)
+        resume(world, tmp_path / "fresh", resume_from_checkpoint=other)
     with pytest.raises(ArtefactError, match=words):
         run_manifest_of(run / "checkpoint-3")
 
@@ -375,7 +307,7 @@ def test_a_run_without_its_manifest_is_not_resumed(world: Path, tmp_path: Path) 
     run = interrupted(world, tmp_path / "run")
     (run / "manifest.json").unlink()
     with pytest.raises(ArtefactError, match=r"run has no manifest\.json, so nothing says how .* began"):
-        go_on(world, run)
+        resume(world, run)
     assert checkpoints.newest_complete(run) == run / "checkpoint-3"
 
 
@@ -389,9 +321,9 @@ def test_the_base_weights_decide_and_folders_may_be_links(world: Path, tmp_path:
     kept = (base / "model.safetensors").read_bytes()
     scale_weights(base)
     with pytest.raises(UsageError, match=r"the base model's weights: '.*' before, '.*' now"):
-        go_on(world, tmp_path / "run", base=base)
+        resume(world, tmp_path / "run", model_name_or_path=base)
     (base / "model.safetensors").write_bytes(kept)
-    assert go_on(world, tmp_path / "run", base=base) == 0
+    assert resume(world, tmp_path / "run", model_name_or_path=base) == 0
     assert final_adapter(run) == final_adapter(world / "pwopsd_whole")
     out = tmp_path / "run_merged"
     for step in (3, 4):
@@ -422,35 +354,22 @@ def test_with_vllm_the_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> None:
-    venv = tmp_path / "venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    (venv / "bin" / "python").chmod(0o755)
+    venv, python = tmp_path / "venv", tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
     install = load_install()
     stamp = {"stack": "cpu", "requirements": install.requirements_hash(ROOT), "vllm": True}
     (venv / install.STAMP).write_text(json.dumps(stamp))
     rows = write_rows(tmp_path / "rows.jsonl", 40)
-    flags = [
-        "--train_dataset",
-        rows,
-        "--max_steps",
-        3,
-        "--save_steps",
-        1,
-        "--max_completion_length",
-        6,
-        "--lora_r",
-        8,
-    ]
-    command = ["bash", str(LAUNCHERS / "train.sh"), "small", "pwopsd", *map(str, flags)]
-    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | {
-        "VENV": str(venv),
-        "STACK": "cpu",
-        "OUTPUT_ROOT": str(tmp_path / "outputs"),
-        "MERGE_STEP": "3",
-        "RUN_NAME": "small_pwopsd_short",
-        "OMP_NUM_THREADS": "1",
-    }
+    flags = {"train_dataset": rows, "max_steps": 3, "save_steps": 1, "max_completion_length": 6, "lora_r": 8}
+    words = forked_runs.flags(flags)
+    command = ["bash", str(LAUNCHERS / "train.sh"), "small", "pwopsd", *words]
+    settings = {
+        "VENV": str(venv), "STACK": "cpu", "OUTPUT_ROOT": str(tmp_path / "outputs"), "MERGE_STEP": "3",
+        "RUN_NAME": "small_pwopsd_short", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
     run = tmp_path / "outputs" / "small_pwopsd_short"
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     while checkpoints.newest_complete(run) is None:
@@ -465,20 +384,13 @@ def test_a_killed_launcher_started_again_resumes_and_merges(tmp_path: Path) -> N
     assert f"resuming from {run}/{left}" in again.stderr or left == "checkpoint-3"
     check_merged(tmp_path / "outputs" / "small_pwopsd_short_merged", expected_step=3, hashes=True)
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
-    shutil.rmtree(tmp_path / "outputs")
 
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing() -> None:
     """The short form of tests/programs/kill_runs.py: one kill each of training, merging and evaluation."""
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "programs" / "kill_runs.py"),
-        "--kills",
-        "1",
-        "--seed",
-        "3",
-    ]
+    program = str(ROOT / "tests" / "programs" / "kill_runs.py")
+    command = [sys.executable, program, "--kills", "1", "--seed", "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

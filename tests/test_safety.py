@@ -1,9 +1,10 @@
-"""Strangers' files and strings are data: nothing is unpickled or run, nothing writes on terminal or table."""
+"""Third-party files and strings are data: nothing is unpickled or run, nothing controls terminal or table."""
 
 from __future__ import annotations
 
 import ast
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -12,30 +13,32 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ea_opsd_train
 import evaluate_math
 import merge_lora
 import recompute_majn
 import summarize_results
+from opsd import files
 from opsd.checkpoints import mark_complete
 from opsd.errors import ArtefactError, UsageError, printable, run_cli
 from opsd.evaluation.grading import Grader
 from opsd.evaluation.results import load_result
 from opsd.model_card import model_card
+from opsd.training import LOCK_NAME
 from tests.bad_input_cases import World, a_result, build_world, evaluate, merge, ships_code, train
 from tests.launchers.test_launchers import LAUNCHERS, SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    path
-    for folder in (".", "opsd", "launchers", "data", "testbed", "bench")
-    for path in sorted((ROOT / folder).glob("*.py"))
-]
+PATTERNS = ("*.py", "opsd/**/*.py", "launchers/*.py", "data/*.py", "testbed/*.py", "bench/*.py")
+SOURCES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 HOSTILE = "a b'c\"d $(touch pwned) `touch pwned` ;&|*<>\n--rm -rf"
 # Clears the screen, sets the window's title, overwrites the line, ends a table row, hides text.
 CONTROL = "\x1b[2J\x1b]0;title\x07\r| x | y |\n‮\u2028\x9b31m\x00"
@@ -46,17 +49,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return build_world(tmp_path_factory.mktemp("world"))
 
 
-def fresh(world: World, folder: Path) -> World:
-    return World(world.root, folder)
+@pytest.fixture
+def w(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The world with a folder of this test, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return replace(world, new=tmp_path)
 
 
 # -- the source ----------------------------------------------------------------------------------------------
-
-
-def calls(path: Path) -> list[tuple[str, ast.Call]]:
-    """(dotted name, call) of every call in a file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
 def keyword(call: ast.Call, name: str) -> str | None:
@@ -64,36 +64,31 @@ def keyword(call: ast.Call, name: str) -> str | None:
 
 
 def test_nothing_in_the_source_unpickles_evaluates_or_shells_out() -> None:
-    assert len(SOURCES) > 50
+    """One file loads models: another would not know what transformers gets wrong (opsd/models.py)."""
+    assert len(SOURCES) > 80
     forbidden = {"eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads"}
     forbidden |= {"marshal.loads", "joblib.load", "yaml.load", "yaml.unsafe_load", "__import__"}
+    loaders = set()
     for path in SOURCES:
-        for name, call in calls(path):
-            assert name not in forbidden, f"{path.name}:{call.lineno}"
-            assert keyword(call, "shell") in (None, "False"), f"{path.name}:{call.lineno}"
-            assert keyword(call, "allow_pickle") in (None, "False"), f"{path.name}:{call.lineno}"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name, place = ast.unparse(call.func), f"{path.name}:{call.lineno}"
+            assert name not in forbidden, place
+            assert keyword(call, "shell") in (None, "False"), place
+            assert keyword(call, "allow_pickle") in (None, "False"), place
             if name == "torch.load":
-                assert keyword(call, "weights_only") == "True", f"{path.name}:{call.lineno}"
+                assert keyword(call, "weights_only") == "True", place
+            if name.endswith(".from_pretrained"):
+                loaders.add(path.relative_to(ROOT).as_posix())
+                # Without it transformers asks the terminal.
+                asked = keyword(call, "trust_remote_code") == "trust_remote_code"
+                assert asked or not name.startswith("Auto"), place
+            if name == "AutoModelForCausalLM.from_pretrained":
+                assert keyword(call, "use_safetensors") == "True", place
+    assert loaders == {"opsd/models.py"}
 
 
-def test_one_file_loads_models_from_safetensors_alone_and_says_whether_code_may_run() -> None:
-    """A second place would not know what transformers gets wrong (opsd/models.py)."""
-    loads = [
-        (path.relative_to(ROOT).as_posix(), name, call)
-        for path in SOURCES
-        for name, call in calls(path)
-        if name.endswith(".from_pretrained")
-    ]
-    assert {path for path, *_ in loads} == {"opsd/models.py"}
-    for _, name, call in loads:
-        if name.startswith("Auto"):
-            # Left out, transformers would ask the terminal.
-            assert keyword(call, "trust_remote_code") == "trust_remote_code", call.lineno
-        if name == "AutoModelForCausalLM.from_pretrained":
-            assert keyword(call, "use_safetensors") == "True", call.lineno
-
-
-# -- files of strangers --------------------------------------------------------------------------------------
+# -- third-party files ---------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -104,158 +99,55 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_of_a_stranger_is_not_unpickled(
-    world: World,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
+def test_a_third_party_checkpoint_is_not_unpickled(
+    w: World, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    import torch
-
-    import ea_opsd_train
-
-    monkeypatch.chdir(tmp_path)
-    w = fresh(world, tmp_path)
-    run = world.root / "stranger"
+    run = w.root / "trained"
     if not run.exists():
         assert ea_opsd_train.main(train(w, output_dir=run, max_steps=2, save_steps=1)) == 0
-    copy = tmp_path / "stranger"
-    shutil.copytree(run, copy)
-    shutil.rmtree(copy / "checkpoint-2")
-    checkpoint = copy / "checkpoint-1"
-    torch.save({"state": Bomb()}, checkpoint / name)
-    mark_complete(checkpoint)
+    copy = w.copy(run, lambda folder: shutil.rmtree(folder / "checkpoint-2"))
+    torch.save({"state": Bomb()}, copy / "checkpoint-1" / name)
+    mark_complete(copy / "checkpoint-1")
     argv = train(w, output_dir=copy, max_steps=2, save_steps=1, resume_from_checkpoint="auto")
-    capsys.readouterr()
     assert run_cli(lambda: ea_opsd_train.main(argv)) == 3
-    said = capsys.readouterr().err
-    assert "holds more than tensors and numbers" in said
-    assert not (tmp_path / "pwned").exists()
+    assert "holds more than tensors and numbers" in capsys.readouterr().err
+    assert not (w.new / "pwned").exists()
 
 
-# -- one writer at a time ------------------------------------------------------------------------------------
+def test_pickled_weights_are_not_loaded(w: World) -> None:
+    def pickled(folder: Path, name: str, instead: str) -> None:
+        (folder / name).unlink()
+        (folder / instead).write_bytes(pickle.dumps(Bomb()))
 
-
-def test_two_bare_starts_do_not_share_a_run(world: World, tmp_path: Path) -> None:
-    import fcntl
-
-    import ea_opsd_train
-    from opsd.files import lock_file
-    from opsd.training import LOCK_NAME
-
-    w = fresh(world, tmp_path)
-    run = tmp_path / "run"
-    run.mkdir()
-    # train.sh holds the folder itself, which is another lock.
-    launcher = os.open(run, os.O_RDONLY)
-    fcntl.flock(launcher, fcntl.LOCK_EX)
-    with (
-        lock_file(run / LOCK_NAME, busy=""),
-        pytest.raises(UsageError, match="another process is trai"),
-    ):
-        ea_opsd_train.main(train(w, output_dir=run))
-    assert [path.name for path in run.iterdir()] == [LOCK_NAME]
-    assert ea_opsd_train.main(train(w, output_dir=run)) == 0
-    assert not (run / LOCK_NAME).exists()
-    os.close(launcher)
-
-
-@pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
-def test_a_file_system_without_locks_is_an_error(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
-) -> None:
-    import ea_opsd_train
-    from opsd import files
-    from opsd.evaluation.journal import Journal
-
-    def fail(*_: object) -> None:
-        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
-
-    monkeypatch.setattr(files.fcntl, "flock", fail)
-    for attempt in (
-        lambda: ea_opsd_train.main(train(fresh(world, tmp_path))),
-        lambda: Journal(tmp_path / "r.json.journal.jsonl", {}),
-    ):
-        with pytest.raises(
-            ArtefactError, match=r"cannot be locked \(.*\), so two processes could write there"
-        ):
-            attempt()
-
-
-def test_partial_files_of_other_hosts_are_left_until_they_are_old(tmp_path: Path) -> None:
-    from opsd import files
-
-    target = tmp_path / "result.json"
-    nobody = subprocess.Popen(["true"])
-    nobody.wait()
-    mine, mark = files.partial_name(target), files.PARTIAL_MARK
-    host = mine.name.split(mark)[1].split("-")[0]
-
-    def leave(owner: str, *, days: float = 0) -> Path:
-        path = tmp_path / f".{target.name}{mark}{owner}"
-        path.touch()
-        os.utime(path, (path.stat().st_mtime - days * 86400,) * 2)
-        return path
-
-    killed = [
-        leave(f"{host}-{nobody.pid}-a"),
-        leave(f"feedbeef-{os.getppid()}-b", days=2),
-        leave("17-c", days=2),
-    ]
-    alive = [leave(f"{host}-{os.getppid()}-d"), leave(f"feedbeef-{nobody.pid}-e"), leave(f"{nobody.pid}-f")]
-    assert sorted(files.remove_partials(target)) == sorted(killed)
-    assert all(path.exists() for path in alive)
-
-
-def test_pickled_weights_are_not_loaded(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    w = fresh(world, tmp_path)
-
-    def only_a_pickle(folder: Path) -> None:
-        (folder / "model.safetensors").unlink()
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-
-    def only_a_pickled_adapter(run: Path) -> None:
-        (run / "checkpoint-100" / "adapter_model.safetensors").unlink()
-        (run / "checkpoint-100" / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-
-    base = w.copy(w.base, only_a_pickle)
-    run = w.copy(w.run, only_a_pickled_adapter)
-    checkpoint = run / "checkpoint-100"
-    for attempt in (
-        lambda: merge_lora.main(merge(w, "--accept_base_name", base_model=base)),
-        lambda: merge_lora.main(merge(w, adapter=checkpoint)),
-        lambda: evaluate_math.main(evaluate(w, base_model=base)),
-        lambda: evaluate_math.main(evaluate(w, adapter=checkpoint)),
+    base = w.copy(w.base, lambda f: pickled(f, "model.safetensors", "pytorch_model.bin"))
+    names = "adapter_model.safetensors", "adapter_model.bin"
+    checkpoint = w.copy(w.run, lambda f: pickled(f / "checkpoint-100", *names)) / "checkpoint-100"
+    for main, argv in (
+        (ea_opsd_train.main, train(w, model_name_or_path=base)),
+        (merge_lora.main, merge(w, "--accept_base_name", base_model=base)),
+        (merge_lora.main, merge(w, adapter=checkpoint)),
+        (evaluate_math.main, evaluate(w, base_model=base)),
+        (evaluate_math.main, evaluate(w, adapter=checkpoint)),
     ):
         with pytest.raises(ArtefactError):
-            attempt()
-    assert not (tmp_path / "pwned").exists()
+            main(argv)
+    assert not (w.new / "pwned").exists()
 
 
-def test_code_that_a_model_ships_does_not_run_unasked(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from opsd import models
-
+def test_code_that_a_model_ships_does_not_run_unasked(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks the terminal"))
-    w = fresh(world, tmp_path)
     base = w.copy(w.base, ships_code)
-    for attempt in (
-        lambda: merge_lora.main(merge(w, "--accept_base_name", base_model=base)),
-        lambda: evaluate_math.main(evaluate(w, base_model=base)),
-        lambda: models.load_config(str(base)),
+    for main, argv in (
+        (ea_opsd_train.main, train(w, model_name_or_path=base)),
+        (merge_lora.main, merge(w, "--accept_base_name", base_model=base)),
+        (evaluate_math.main, evaluate(w, base_model=base)),
     ):
         # The code itself would end the process with SystemExit.
         with pytest.raises((ArtefactError, UsageError), match=r"trust_remote_code|code of its own"):
-            attempt()
+            main(argv)
 
 
-def test_answers_are_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_answers_are_never_run(w: World) -> None:
     answers = [
         "__import__('os').system('touch pwned')",
         "$__import__('os').system('touch pwned')$",
@@ -267,7 +159,58 @@ def test_answers_are_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with Grader(workers=1) as grader:
         (grade,) = grader.grade([("2", [*answers, "2"])])
     assert grade.correct == [False] * len(answers) + [True]
-    assert not list(tmp_path.iterdir())
+    assert not list(w.new.iterdir())
+
+
+# -- one writer at a time ------------------------------------------------------------------------------------
+
+
+def test_two_bare_starts_do_not_share_a_run(w: World) -> None:
+    run = w.new / "run"
+    run.mkdir()
+    # train.sh locks the folder itself, which is another lock.
+    launcher = os.open(run, os.O_RDONLY)
+    fcntl.flock(launcher, fcntl.LOCK_EX)
+    with (
+        files.lock_file(run / LOCK_NAME, busy=""),
+        pytest.raises(UsageError, match="another process is trai"),
+    ):
+        ea_opsd_train.main(train(w))
+    assert [path.name for path in run.iterdir()] == [LOCK_NAME]
+    assert ea_opsd_train.main(train(w)) == 0
+    assert not (run / LOCK_NAME).exists()
+    os.close(launcher)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_an_error(
+    w: World, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(ArtefactError, match=r"cannot be locked \(.*\), so two processes could write there"):
+        ea_opsd_train.main(train(w))
+
+
+def test_partial_files_of_other_hosts_are_left_until_they_are_old(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    nobody = subprocess.Popen(["true"])
+    nobody.wait()
+    host = files.partial_name(target).name.split(files.PARTIAL_MARK)[1].split("-")[0]
+
+    def leave(owner: str, *, days: float = 0) -> Path:
+        path = tmp_path / f".{target.name}{files.PARTIAL_MARK}{owner}"
+        path.touch()
+        os.utime(path, (path.stat().st_mtime - days * 86400,) * 2)
+        return path
+
+    killed = [leave(f"{host}-{nobody.pid}-a"), leave("17-c", days=2)]
+    killed.append(leave(f"feedbeef-{os.getppid()}-b", days=2))
+    alive = [leave(f"{host}-{os.getppid()}-d"), leave(f"feedbeef-{nobody.pid}-e"), leave(f"{nobody.pid}-f")]
+    assert sorted(files.remove_partials(target)) == sorted(killed)
+    assert all(path.exists() for path in alive)
 
 
 # -- terminal and tables -------------------------------------------------------------------------------------
@@ -288,14 +231,14 @@ def test_printable_has_one_line_and_no_control_character(text: str) -> None:
 
 
 def hostile_result(folder: Path) -> Path:
-    """A whole result file in which every string is hostile, its own name included."""
-    result = a_result(None)
+    """Write a valid result in which every string is hostile, its own name included."""
+    result = a_result()
     result["base_model"] = result["dataset"] = f"set{CONTROL}"
     (record,) = result["results"]
     record |= {"problem": CONTROL, "ground_truth": CONTROL}
     record["generations"][0] |= {"predicted_answer": f"1{CONTROL}", "full_generation": CONTROL}
-    name = f"=cmd{CONTROL}&%_#${{}}~^\\end{{tabular}}".replace("\x00", "").replace("/", "")
-    path = folder / f"{name}_38k_seed0.json".replace("\x00", "").replace("\n", "")
+    name = f"=cmd{CONTROL}&%_#${{}}~^\\end{{tabular}}_38k_seed0.json"
+    path = folder / name.translate({ord(forbidden): None for forbidden in "\x00\n/"})
     path.write_text(json.dumps(result))
     return path
 
@@ -354,53 +297,43 @@ sys.exit(1 if "--check" in sys.argv else 0)
 """
 
 
-def test_train_sh_hands_every_string_on_as_it_is(tmp_path: Path) -> None:
+def start(script: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
+    command = ["bash", str(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert is_harmless(done.stderr)
+    return done
+
+
+def test_train_sh_hands_every_string_on_as_it_is(w: World) -> None:
     """Spaces, quotes, substitutions, line breaks and dashes in folders, data and flags."""
-    root = tmp_path / HOSTILE.replace("/", "")
+    root = w.new / HOSTILE.replace("/", "")
     shutil.copytree(LAUNCHERS, root / "launchers")
     (root / "launchers" / "install.py").write_text("")
-    log = tmp_path / "log.jsonl"
     for name in ("ea_opsd_train.py", "merge_lora.py"):
-        (root / name).write_text(RECORDER.format(log=str(log)))
+        (root / name).write_text(RECORDER.format(log=str(w.new / "log.jsonl")))
     python = root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
-    outputs = tmp_path / f"out {HOSTILE}"
+    outputs = w.new / f"out {HOSTILE}"
     (outputs / "small_opsd_merged").mkdir(parents=True)
-    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    environment |= {"OUTPUT_ROOT": str(outputs), "BASE_MODEL_PATH": HOSTILE}
-    done = subprocess.run(
-        ["bash", str(root / "launchers" / "train.sh"), "small", "opsd", "--train_dataset", HOSTILE],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    settings = {"OUTPUT_ROOT": str(outputs), "BASE_MODEL_PATH": HOSTILE}
+    done = start(root / "launchers" / "train.sh", "small", "opsd", "--train_dataset", HOSTILE, **settings)
     assert done.returncode == 0, done.stderr
-    check, train_words, merge_words = [json.loads(line) for line in log.read_text().splitlines()]
+    check, trained, merged = [json.loads(line) for line in (w.new / "log.jsonl").read_text().splitlines()]
     assert check[check.index("--check") + 1] == str(outputs / "small_opsd_merged")
-    assert train_words[train_words.index("--output_dir") + 1] == str(outputs / "small_opsd")
-    assert train_words[train_words.index("--model_name_or_path") + 1] == HOSTILE
-    assert train_words[-2:] == ["--train_dataset", HOSTILE]
-    assert merge_words[merge_words.index("--output") + 1] == str(outputs / "small_opsd_merged")
-    assert not list(tmp_path.rglob("pwned"))
-    assert is_harmless(done.stderr)
+    assert trained[trained.index("--output_dir") + 1] == str(outputs / "small_opsd")
+    assert trained[trained.index("--model_name_or_path") + 1] == HOSTILE
+    assert trained[-2:] == ["--train_dataset", HOSTILE]
+    assert merged[merged.index("--output") + 1] == str(outputs / "small_opsd_merged")
+    assert not list(w.new.rglob("pwned"))
     assert all(line.startswith("[") for line in done.stderr.splitlines()), "no name forges a line"
 
 
 @pytest.mark.parametrize("name", ["-rf", "--help", "a/b", ".hidden", "a\nb", "a\x1b[2J", "x_merged"])
 def test_run_names_that_could_be_something_else_are_refused(name: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-    done = subprocess.run(
-        ["bash", str(LAUNCHERS / "train.sh"), "small", "opsd"],
-        env=environment | {"RUN_NAME": name, "DRY_RUN": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = start(LAUNCHERS / "train.sh", "small", "opsd", RUN_NAME=name, DRY_RUN="1")
     assert done.returncode == 2
     assert done.stderr.startswith("error: RUN_NAME=")
-    assert is_harmless(done.stderr)
     assert len(done.stderr.splitlines()) == 1

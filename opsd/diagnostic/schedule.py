@@ -2,15 +2,14 @@
 
 The schedule of PW-OPSD is w(f) = w_min + (1 − w_min)·σ((f − τ)/s) at relative position f
 (arXiv:2605.21606). Its scale is free (the learning rate absorbs it), so a·w(f) with a ceiling a is fitted:
-
-    success of branches in bin b  ≈  a · w(f_b) · C_b,
+the success of branches in bin b is about a · w(f_b) · C_b.
 
 C_b = 1 for absolute viability, the success of the unforced control in the bin for relative viability. With
 α = a·w_min and β = a·(1 − w_min), both at least 0, the model is linear in (α, β): (τ, s) are searched on a
 grid, the rest is solved exactly, so there is no local minimum, and every resample is fitted in full.
 
 So free a curve finds a rise in noise too. A permutation test decides whether there is one: the forks of each
-problem exchange their positions at random, which keeps all but the order along the spine.
+problem exchange their positions at random.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from opsd.diagnostic.statistics import MIN_CLUSTERS, interval
+from opsd.diagnostic.statistics import MIN_CLUSTERS, Estimate, interval
 
 BINS = 20
 TAUS = np.linspace(0.0, 1.0, 41)
@@ -28,9 +27,7 @@ WIDTHS = np.geomspace(0.02, 1.0, 25)
 SHUFFLES = 500
 SHOWN_AT = (0.1, 0.3, 0.5, 0.7, 0.9)
 # An interval as wide as these says little more than the parameter's range.
-WIDE_WEIGHT = 0.5
-WIDE_TAU = 0.4
-WIDE_WIDTH_RATIO = 10.0
+WIDE_WEIGHT, WIDE_TAU, WIDE_WIDTH_RATIO = 0.5, 0.4, 10.0
 # The permutation test's level.
 SIGNIFICANCE = 0.05
 
@@ -38,43 +35,20 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One fitted number and its 95 % interval over resampled problems."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def text(self) -> str:
-        """Return `0.25 [0.10, 0.40]`."""
-        ends = "–" if self.low is None else f"{self.low:.2f}, {self.high:.2f}"
-        return f"{self.value:.2f} [{ends}]"
-
-
-@dataclass(frozen=True)
 class ScheduleFit:
-    """A fitted schedule.
+    """A fitted schedule."""
 
-    Attributes:
-        ceiling: a, the success that w = 1 stands for.
-        weights: w(f) at `SHOWN_AT`, better determined than the parameters.
-        shuffled_share: p value of the permutation test for a rise.
-        problems: how many problems were resampled.
-        explained: share of the bins' weighted variance that the curve explains, against a constant.
-        grid, curve, band: [F] places, the curve there and its 95 % band.
-    """
-
-    w_min: Parameter
-    tau: Parameter
-    s: Parameter
-    ceiling: Parameter
-    weights: tuple[Parameter, ...]
-    shuffled_share: float
+    w_min: Estimate
+    tau: Estimate
+    s: Estimate
+    ceiling: Estimate  # a, the success at w = 1
+    weights: tuple[Estimate, ...]  # w(f) at `SHOWN_AT`, better determined than the parameters
+    shuffled_share: float  # p value of the permutation test for a rise
     problems: int
-    explained: float
-    grid: Array
-    curve: Array
-    band: tuple[Array, Array]
+    explained: float  # share of the bins' weighted variance that the curve explains, against a constant
+    grid: Array  # [F] places
+    curve: Array  # [F]
+    band: tuple[Array, Array]  # 95 %, [F] each
 
     def undetermined(self) -> list[str]:
         """Return a phrase for everything that the data leave open."""
@@ -110,8 +84,8 @@ def fit_schedule(
     clusters: ArrayLike,
     weights: Array,
     *,
-    control: ArrayLike | None = None,
-    importance: ArrayLike | None = None,
+    control: ArrayLike = 1.0,
+    importance: ArrayLike = 1.0,
 ) -> ScheduleFit | None:
     """Fit w_min, τ and s to success along the spine.
 
@@ -120,19 +94,20 @@ def fit_schedule(
         success: [n] share of a branch's continuations that recover the answer.
         clusters: [n] problem codes 0..G−1.
         weights: [R, G] of `opsd.diagnostic.statistics.resample_weights`.
-        control: [n] share of the control's; None fits absolute viability.
-        importance: [n] how much each branch counts, e.g. the teacher's probability of its token; None is 1.
+        control: [n] share of the control's; 1 fits absolute viability.
+        importance: [n] how much each branch counts, e.g. the teacher's probability of its token.
 
     Returns:
         None where no branch succeeded, or branches lie in fewer than four bins: four numbers are fitted.
     """
-    columns = _columns(position, success, control, importance)
+    # [4, n]: each branch's importance, f, success and control.
+    columns = np.stack(np.broadcast_arrays(importance, position, success, control)).astype(np.float64)
     codes = np.asarray(clusters, dtype=np.int64)
     per_problem = _bin_sums(columns, codes, weights.shape[1])
-    whole = per_problem.sum(axis=1)
-    if (whole[0] > 0).sum() < 4 or whole[2].sum() == 0 or whole[3].sum() == 0:
+    total = per_problem.sum(axis=1)
+    if (total[0] > 0).sum() < 4 or total[2].sum() == 0 or total[3].sum() == 0:
         return None
-    best = _solve(whole[:, None])[0][0]
+    best = _solve(total[:, None])[0][0]
     problems = int((per_problem[0].sum(axis=1) > 0).sum())
     used = weights if problems >= MIN_CLUSTERS else weights[:0]
     samples = _solve(np.einsum("rg,kgb->krb", used, per_problem))[0]
@@ -140,14 +115,11 @@ def fit_schedule(
     grid = np.linspace(0.0, 1.0, 101)
     curves = np.stack([_curve(f, samples.T) for f in grid], axis=1)
     band = np.quantile(curves, [0.025, 0.975], axis=0) if len(curves) >= 20 else np.full((2, 101), np.nan)
-    gain, spread = _against_constant(whole[:, None])
-    named = {
-        name: Parameter(float(best[at]), *interval(samples[:, at]))
-        for at, name in enumerate(("ceiling", "w_min", "tau", "s"))
-    }
+    gain, spread = _against_constant(total[:, None])
+    names = ("ceiling", "w_min", "tau", "s")
     return ScheduleFit(
-        **named,
-        weights=tuple(Parameter(float(_curve(f, best)), *interval(_curve(f, samples.T))) for f in SHOWN_AT),
+        **{name: Estimate(float(best[k]), *interval(samples[:, k])) for k, name in enumerate(names)},
+        weights=tuple(Estimate(float(_curve(f, best)), *interval(_curve(f, samples.T))) for f in SHOWN_AT),
         shuffled_share=_shuffled_share(columns, codes, gain[0]),
         problems=problems,
         explained=float(gain[0] / spread[0]) if spread[0] > 1e-12 else 0.0,
@@ -160,14 +132,13 @@ def fit_schedule(
 def _shuffled_share(columns: Array, codes: NDArray[np.int64], gain: float) -> float:
     """Return how often a fit to shuffled positions gains as much over a constant as `gain`."""
     forks, member = np.unique(np.stack([codes, columns[1]], axis=1), axis=0, return_inverse=True)
-    member = member.reshape(-1)
     drawn = np.random.default_rng(len(forks))
     shuffled = np.empty((4, SHUFFLES, BINS))
     for k in range(SHUFFLES):
         # Sorting by (problem, random number) permutes the forks inside each problem.
         order = np.lexsort((drawn.random(len(forks)), forks[:, 0]))
         moved = columns.copy()
-        moved[1] = forks[order, 1][member]
+        moved[1] = forks[order, 1][member.reshape(-1)]
         shuffled[:, k] = _bin_sums(moved, np.zeros_like(codes), 1)[:, 0]
     as_good = (_against_constant(shuffled)[0] >= gain - 1e-12).sum()
     return float((1 + as_good) / (1 + SHUFFLES))
@@ -178,23 +149,11 @@ def _curve(f: ArrayLike, fit: Array) -> Array:
     return schedule(f, w_min=w_min, tau=tau, s=s)
 
 
-def _columns(position, success, control, importance) -> Array:
-    """Return [4, n]: each branch's importance, f, success and control."""
-    ones = np.ones_like(np.asarray(position, dtype=np.float64))
-    rows = (
-        ones if importance is None else importance,
-        position,
-        success,
-        ones if control is None else control,
-    )
-    return np.stack([np.asarray(row, dtype=np.float64) for row in rows])
-
-
 def _bin_sums(columns: Array, codes: NDArray[np.int64], count: int) -> Array:
     """Return [4, G, BINS]: per problem and bin the importance, and f, success and control weighted by it."""
     weight, position = columns[:2]
     flat = codes * BINS + np.minimum((position * BINS).astype(int), BINS - 1)
-    parts = [weight, *(weight * column for column in columns[1:])]
+    parts = (weight, *(weight * columns[1:]))
     summed = np.stack([np.bincount(flat, weights=part, minlength=count * BINS) for part in parts])
     return summed.reshape(4, count, BINS)
 
@@ -218,9 +177,7 @@ def _solve(sums: Array) -> tuple[Array, Array]:
             better = error < best - 1e-12
             scale = alpha + beta
             with np.errstate(invalid="ignore", divide="ignore"):
-                row = np.stack(
-                    [scale, alpha / scale, np.full_like(scale, tau), np.full_like(scale, width)], 1
-                )
+                row = np.stack(np.broadcast_arrays(scale, alpha / scale, tau, width), 1)
             found[better] = row[better]
             best = np.where(better, error, best)
     return found, best

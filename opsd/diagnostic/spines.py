@@ -6,7 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from opsd.data import LEFT_OUT, check_columns, has_text, warn_of_rows
 from opsd.errors import ArtefactError
@@ -49,27 +51,14 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Fork:
-    """A place where branches leave the spine: they share its first `offset` tokens.
-
-    Attributes:
-        offset: how many spine tokens precede the forced one.
-        teacher_entropy, student_entropy: H(p_T), H(p_S), nats.
-        margin: the teacher's largest probability minus its second largest.
-        kl: Σ_v p_T [log p_T − log p_S], nats.
-        alternatives: the teacher's top k, likeliest first.
-    """
+    """A place where branches leave the spine: they share its first `offset` tokens."""
 
     offset: int
-    teacher_entropy: float
-    student_entropy: float
-    margin: float
-    kl: float
-    alternatives: list[Alternative]
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Fork:
-        """Return the fork that `dataclasses.asdict` gave."""
-        return cls(**{**fields, "alternatives": [Alternative(**a) for a in fields["alternatives"]]})
+    teacher_entropy: float  # nats
+    student_entropy: float  # nats
+    margin: float  # the teacher's largest probability minus its second largest
+    kl: float  # Σ_v p_T [log p_T − log p_S], nats
+    alternatives: list[Alternative]  # the teacher's top k, likeliest first
 
 
 def load_problems(
@@ -77,9 +66,8 @@ def load_problems(
 ) -> list[BranchProblem]:
     """Load the dataset's first problems with both prompts.
 
-    The answer is the column `answer`, else the content of the last box of `solution`.
-
-    Rows without text are left out with one counted warning.
+    The answer is the column `answer`, else the content of the last box of `solution`. Rows without text are
+    left out with one counted warning.
 
     Raises:
         ArtefactError: no such dataset, a missing column, no row with text, or a problem without an answer.
@@ -98,15 +86,9 @@ def load_problems(
                 f"row {index} of {dataset!r} has neither an `answer` nor a \\boxed answer in its solution; "
                 "a branch of it cannot be graded"
             )
-        problems.append(
-            BranchProblem(
-                index,
-                row["problem"],
-                answer,
-                encode_student(tokenizer, row["problem"]),
-                encode_teacher(tokenizer, row["problem"], row["solution"]),
-            )
-        )
+        student_ids = encode_student(tokenizer, row["problem"])
+        teacher_ids = encode_teacher(tokenizer, row["problem"], row["solution"])
+        problems.append(BranchProblem(index, row["problem"], answer, student_ids, teacher_ids))
     warn_of_rows(left_out, len(rows), LEFT_OUT["empty"])
     if not problems:
         raise ArtefactError(f"no row of {dataset!r} has text in problem and solution; clean the dataset")
@@ -128,11 +110,7 @@ def fork_offsets(length: int, count: int, *, seed: int, problem: int) -> list[in
     return [drawn.randrange(low, high) for low, high in pairwise(edges)]
 
 
-def relative_position(offset: int, length: int) -> float:
-    """Return f = (i − ½)/L of the forced token i = offset + 1: the position that the schedule weighs."""
-    return (offset + 0.5) / length
-
-
+@torch.no_grad()
 def score_forks(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
@@ -142,51 +120,38 @@ def score_forks(
     temperature: float,
     top_k: int,
 ) -> list[Fork]:
-    """Compute forks from hidden states; no more than `SCORE_CHUNK` rows of logits exist at once.
+    """Compute K forks from the states [K, H] that predict the tokens at `offsets` after each prompt.
 
     Args:
-        student_hidden: [K, H] states behind the student's prompt that predict the token at each offset.
-        teacher_hidden: [K, H] the same behind the teacher's prompt.
-        offsets: K offsets.
-        temperature: divides both sides' logits.
+        temperature: divides both sides' logits, of which no more than `SCORE_CHUNK` rows exist at once.
         top_k: alternatives per fork; fewer where the vocabulary is smaller.
     """
-    import torch
-
     forks: list[Fork] = []
     for start in range(0, len(offsets), SCORE_CHUNK):
         span = slice(start, start + SCORE_CHUNK)
-        with torch.no_grad():
-            student, teacher = (
-                torch.log_softmax(head.logits(hidden[span]).float() / temperature, dim=-1)
-                for hidden in (student_hidden, teacher_hidden)
-            )
-            forks += _forks(student, teacher, offsets[span], top_k)
+        # Log-probabilities, [C, V].
+        student, teacher = (
+            torch.log_softmax(head.logits(hidden[span]).float() / temperature, dim=-1)
+            for hidden in (student_hidden, teacher_hidden)
+        )
+        top = teacher.topk(min(max(top_k, 2), teacher.shape[1]), dim=-1)
+        kept = top.indices[:, :top_k]
+        figures = {
+            "teacher_entropy": -_expectation(teacher, teacher),
+            "student_entropy": -_expectation(student, student),
+            "margin": top.values[:, 0].exp() - top.values[:, 1].exp(),
+            "kl": _expectation(teacher, teacher - student),
+        }
+        columns = (kept, teacher.gather(1, kept).exp(), student.gather(1, kept).exp())
+        tokens, teacher_shares, student_shares = (column.tolist() for column in columns)
+        for k, offset in enumerate(offsets[span]):
+            shares = zip(tokens[k], teacher_shares[k], student_shares[k], strict=True)
+            alternatives = [Alternative(rank, *row) for rank, row in enumerate(shares, 1)]
+            values = {name: float(column[k]) for name, column in figures.items()}
+            forks.append(Fork(offset, **values, alternatives=alternatives))
     return forks
 
 
-def _forks(student: Tensor, teacher: Tensor, offsets: Sequence[int], top_k: int) -> list[Fork]:
-    """Compute forks from log-probabilities [C, V]."""
-    import torch
-
-    def expectation(log: Tensor, value: Tensor) -> Tensor:
-        # A probability of 0 has log −inf: 0 · (−inf) is 0 in an entropy or a divergence, not NaN.
-        return torch.where(log.exp() > 0, log.exp() * value, 0.0).sum(-1)
-
-    top = teacher.topk(min(max(top_k, 2), teacher.shape[1]), dim=-1)
-    kept = top.indices[:, :top_k]
-    figures = torch.stack(
-        [
-            -expectation(teacher, teacher),
-            -expectation(student, student),
-            top.values[:, 0].exp() - top.values[:, 1].exp(),
-            expectation(teacher, teacher - student),
-        ],
-        dim=1,
-    ).tolist()
-    shares = zip(kept, teacher.gather(1, kept).exp(), student.gather(1, kept).exp(), strict=True)
-    alternatives = [
-        [Alternative(k, *row) for k, row in enumerate(zip(*(r.tolist() for r in rows), strict=True), 1)]
-        for rows in shares
-    ]
-    return [Fork(at, *row, some) for at, row, some in zip(offsets, figures, alternatives, strict=True)]
+def _expectation(log: Tensor, value: Tensor) -> Tensor:
+    """Return Σ p·value over [C, V] with p = exp(log); where p is 0, so is the product, not NaN."""
+    return torch.where(log.exp() > 0, log.exp() * value, 0.0).sum(-1)

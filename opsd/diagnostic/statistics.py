@@ -1,4 +1,4 @@
-"""AUROC and means with bootstrap intervals that resample whole problems.
+"""AUROC and means with bootstrap intervals that resample problems with all of their branches.
 
 Branches of one problem share their spine and are not independent: an interval that resamples branches is far
 too narrow. The AUROC is a ratio of two counts of pairs, so the counts are formed once for every pair of
@@ -22,29 +22,18 @@ MIN_CLUSTERS = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % percentile interval over resampled problems.
+    """A figure with its 95 % percentile interval over resampled problems."""
 
-    Attributes:
-        value: None where it is not defined (no two branches differ in their outcome).
-        low, high: None where fewer than `MIN_CLUSTERS` problems are on one side of the comparison.
-        branches, clusters: how many branches, of how many problems, it rests on.
-        resamples: how many resamples defined the figure.
-    """
+    value: float | None  # None where it is not defined (no two branches differ in their outcome)
+    low: float | None = None  # None where fewer than `MIN_CLUSTERS` problems are on one side
+    high: float | None = None
 
-    value: float | None
-    low: float | None
-    high: float | None
-    branches: int
-    clusters: int
-    resamples: int
-
-    def text(self, digits: int = 2) -> str:
-        """Return `0.83 [0.66, 0.95]`, or a dash."""
+    def text(self, *, unknown: str = "too few") -> str:
+        """Return `0.83 [0.66, 0.95]`, `unknown` in place of a missing interval, or a dash without a value."""
         if self.value is None:
             return "–"
-        if self.low is None or self.high is None:
-            return f"{self.value:.{digits}f} [too few]"
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        ends = unknown if self.low is None or self.high is None else f"{self.low:.2f}, {self.high:.2f}"
+        return f"{self.value:.2f} [{ends}]"
 
 
 def resample_weights(clusters: int, *, resamples: int, seed: int) -> NDArray[np.float64]:
@@ -65,14 +54,10 @@ def pair_counts(
     Raises:
         ValueError: a score or an outcome is NaN.
     """
-    order = np.argsort(codes, kind="stable")
-    scores, outcomes = (
-        np.asarray(scores, dtype=np.float64)[order],
-        np.asarray(outcomes, dtype=np.float64)[order],
-    )
     if missing := int(np.isnan(scores).sum() + np.isnan(outcomes).sum()):
-        raise ValueError(f"{missing} of {scores.size} scores or outcomes are NaN")
-    codes = codes[order]
+        raise ValueError(f"{missing} of {len(codes)} scores or outcomes are NaN")
+    order = np.argsort(codes, kind="stable")
+    scores, outcomes, codes = np.asarray(scores)[order], np.asarray(outcomes)[order], codes[order]
     concordant, comparable = np.zeros((clusters, clusters)), np.zeros((clusters, clusters))
     present, starts = np.unique(codes, return_index=True)
     for cluster, start, end in zip(present, starts, [*starts[1:], len(codes)], strict=False):
@@ -96,34 +81,30 @@ def clustered_auroc(
         weights: [R, G] of `resample_weights`; the same for every figure that is compared.
     """
     scores, outcomes = np.asarray(scores, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
-    codes = np.asarray(clusters, dtype=np.int64)
     kept = ~np.isnan(outcomes)
-    scores, outcomes, codes = scores[kept], outcomes[kept], codes[kept]
-    counted = {"branches": len(scores), "clusters": len(np.unique(codes))}
-    concordant, comparable = pair_counts(scores, outcomes, codes, weights.shape[1])
+    codes = np.asarray(clusters, dtype=np.int64)[kept]
+    concordant, comparable = pair_counts(scores[kept], outcomes[kept], codes, weights.shape[1])
     if comparable.sum() == 0:
-        return Estimate(None, None, None, **counted, resamples=0)
+        return Estimate(None)
+    value = float(concordant.sum() / comparable.sum())
+    if min((comparable.sum(1) > 0).sum(), (comparable.sum(0) > 0).sum()) < MIN_CLUSTERS:
+        return Estimate(value)
     above = np.einsum("rg,rg->r", weights @ concordant, weights)
     below = np.einsum("rg,rg->r", weights @ comparable, weights)
     defined = below > 0
-    low, high = interval(above[defined] / below[defined])
-    if min((comparable.sum(1) > 0).sum(), (comparable.sum(0) > 0).sum()) < MIN_CLUSTERS:
-        low = high = None
-    value = float(concordant.sum() / comparable.sum())
-    return Estimate(value, low, high, **counted, resamples=int(defined.sum()))
+    return Estimate(value, *interval(above[defined] / below[defined]))
 
 
 def clustered_mean(values: ArrayLike, clusters: Sequence | NDArray, weights: NDArray[np.float64]) -> Estimate:
     """Estimate the mean over branches. Arguments as in `clustered_auroc`."""
     values, codes = np.asarray(values, dtype=np.float64), np.asarray(clusters, dtype=np.int64)
     if not len(values):
-        return Estimate(None, None, None, 0, 0, 0)
+        return Estimate(None)
     sums = np.bincount(codes, weights=values, minlength=weights.shape[1])
     counts = np.bincount(codes, minlength=weights.shape[1])
     size = weights @ counts
     defined = size > 0
-    low, high = interval((weights @ sums)[defined] / size[defined])
-    return Estimate(float(values.mean()), low, high, len(values), int((counts > 0).sum()), int(defined.sum()))
+    return Estimate(float(values.mean()), *interval((weights @ sums)[defined] / size[defined]))
 
 
 def interval(samples: NDArray[np.float64]) -> tuple[float | None, float | None]:

@@ -1,17 +1,24 @@
-"""What fixes an evaluation run: the settings, their bounds, and the command line that sets them."""
+"""The settings of an evaluation, their bounds, and the command line that sets them.
+
+    python -m opsd.evaluation.config METHOD_NAME DATASET SEED [flags of evaluate_math.py ...]
+
+checks the flags and prints the name of the result without `.json`, for the launchers; SEED may be empty.
+Needs no package beside Python.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from opsd.errors import OneLineParser, UsageError
+from opsd.errors import OneLineParser, UsageError, run_cli
+from opsd.evaluation.benchmarks import benchmark_row
 from opsd.evaluation.grading import DEFAULT_TIME_LIMIT_S
-from opsd.evaluation.names import PAPER_MAX_NEW_TOKENS
+from opsd.evaluation.names import PAPER_MAX_NEW_TOKENS, result_path
 from opsd.options import (
     AT_LEAST_ONE,
     NOT_NEGATIVE,
@@ -24,7 +31,7 @@ from opsd.options import (
 )
 from opsd.rollout.engine import Sampling, check_sampling
 
-# The paper's model length; a model built for fewer positions sets the limit itself.
+# The paper's model length in tokens; a model built for fewer positions sets the limit itself.
 MAX_MODEL_LEN = 40960
 
 
@@ -35,16 +42,14 @@ def _top_k(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """One evaluation run. The defaults are the paper's (12 samples, temperature 1.0, top_p 0.95, 38k tokens).
+    """One evaluation. The defaults are the paper's (12 samples, temperature 1.0, top_p 0.95, 38k tokens).
 
     Sampling parameters have their ranges in `opsd.rollout.engine.Sampling`.
     """
 
     base_model: str = option(help="folder (a merged one included) or hub id of the model")
     dataset: str = option(help="benchmark: math500, aime24, aime25, hmmt25, small, small_hard")
-    output: str = option(
-        help="result JSON to write; an unfinished run is continued from its journal beside it"
-    )
+    output: str = option(help="result JSON to write; an unfinished run is resumed from the journal beside it")
     adapter: str | None = option(None, "folder of a LoRA checkpoint to evaluate on top of the base model")
     revision: str | None = option(None, "hub revision of the base model")
     dataset_path: str | None = option(
@@ -80,32 +85,17 @@ class EvalConfig:
     trust_remote_code: bool = option(False, "run code that comes with the model")
 
     def sampling(self) -> Sampling:
-        """The sampling parameters as the engines take them."""
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            max_new_tokens=self.max_new_tokens,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
+        """Return the sampling parameters as the engines take them."""
+        return take(Sampling, dict(vars(self)))
 
     @property
     def journal_path(self) -> Path:
-        """Where the samples of an unfinished run stand."""
+        """The file that keeps the samples of an unfinished run."""
         return Path(f"{self.output}.journal.jsonl")
 
 
 def check_config(config: EvalConfig) -> None:
-    """Refuse settings that no model could make right, before anything is loaded.
-
-    Raises:
-        UsageError: names the flag, its value and what would do.
-    """
+    """Raise UsageError for a value out of its range or a benchmark that is unknown."""
     check_options(EvalConfig, vars(config))
     check_sampling(config.sampling())
     if config.engine == "hf" and config.tensor_parallel_size > 1:
@@ -113,47 +103,55 @@ def check_config(config: EvalConfig) -> None:
             f"--tensor_parallel_size is {config.tensor_parallel_size}, but --engine hf uses one GPU; use "
             "--engine vllm, or evaluate other cells on the other GPUs"
         )
-    _check_output(config)
+    benchmark_row(config.dataset, config.dataset_path)
 
 
-def _check_output(config: EvalConfig) -> None:
+def check_output(config: EvalConfig) -> None:
+    """Raise UsageError where the result cannot be written."""
     output = Path(config.output)
     if output.suffix != ".json":
         raise UsageError(f"--output is {config.output!r}, but must end in .json")
     if output.is_dir():
-        raise UsageError(f"--output {config.output!r} is a folder; name a file in it")
-    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    if not existing.is_dir() and existing != output.absolute():
-        raise UsageError(f"--output {config.output!r} cannot be made: {str(existing)!r} is a file")
-    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {config.output!r} cannot be written: no permission in {str(existing)!r}")
+        raise UsageError(f"--output {config.output!r} is a folder; give the name of a file in it")
+    if not output.exists():
+        existing = next(folder for folder in output.absolute().parents if folder.exists())
+        if not existing.is_dir():
+            raise UsageError(f"--output {config.output!r} cannot be created: {str(existing)!r} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"--output {config.output!r} cannot be written: no permission in {str(existing)!r}"
+            )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of evaluate_math.py: those of `EvalConfig`, and --replace."""
-    p = OneLineParser(
+def parse_config(argv: Sequence[str] | None) -> tuple[EvalConfig, bool]:
+    """Return the configuration that a command line asks for, and whether --replace was given.
+
+    Raises:
+        UsageError: an unknown or malformed flag, a required one that is missing, or a value out of its range.
+    """
+    parser = OneLineParser(
         prog="evaluate_math.py",
         description="Sample a benchmark from a model, grade it, write the result JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add_options(p, EvalConfig)
-    p.add_argument(
-        "--replace",
-        action="store_true",
-        help="set a result of another run that stands at OUTPUT aside under a new name (default: refuse)",
-    )
-    return p
+    add_options(parser, EvalConfig)
+    replace = "rename the result of another run at OUTPUT instead of refusing to start"
+    parser.add_argument("--replace", action="store_true", help=replace)
+    values = vars(parser.parse_args(argv))
+    check_options(EvalConfig, values)
+    return take(EvalConfig, values), values["replace"]
 
 
-def parse_config(argv: Sequence[str] | None) -> tuple[EvalConfig, bool]:
-    """The configuration that a command line asks for, and whether another run's result may be set aside.
-
-    Raises:
-        UsageError: an unknown or malformed flag, or a value out of its range.
-    """
-    arguments = vars(parser().parse_args(argv))
-    check_options(EvalConfig, arguments)
-    config = take(EvalConfig, arguments)
+def main() -> None:
+    """Print the name that a launcher's arguments give."""
+    method_name, dataset, seed, *flags = sys.argv[1:]
+    flags += ["--dataset", dataset, "--base_model", "m", "--output", "r", *(["--seed", seed] if seed else [])]
+    config, _ = parse_config(flags)
     check_config(config)
-    return config, arguments["replace"]
+    part = {"max_new_tokens": config.max_new_tokens, "num_samples": config.num_samples}
+    print(result_path(method_name, dataset, config.seed if seed else None, **part).stem)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

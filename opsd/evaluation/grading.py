@@ -160,18 +160,21 @@ class Grader:
             self._server.wait()
             self._server = None
 
-    def limits(self) -> dict[str, object]:
-        """Return what a result file records about how it was graded."""
-        named = [
-            {"gold": k.gold[:NAMED_CHARACTERS], "predicted": k.predicted and k.predicted[:NAMED_CHARACTERS]}
-            for k in self.killed[:NAMED_KILLS]
-        ]
+    def limits(self, *, since: int = 0) -> dict[str, Any]:
+        """Return what a result records about its grading; `since` leaves out the first kills."""
+        killed = self.killed[since:]
         return {
             "math_verify": version("math-verify"),
             "time_limit_s": self.time_limit_s,
             "memory_limit_mb": self.memory_limit_mb,
-            "killed": len(self.killed),
-            "killed_items": named,
+            "killed": len(killed),
+            "killed_items": [
+                {
+                    "gold": k.gold[:NAMED_CHARACTERS],
+                    "predicted": k.predicted and k.predicted[:NAMED_CHARACTERS],
+                }
+                for k in killed[:NAMED_KILLS]
+            ],
         }
 
     def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:

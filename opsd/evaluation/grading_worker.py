@@ -72,30 +72,30 @@ def walk(count: int, clustered: bool, equal: Callable[[int, int], Verdict]) -> N
         group([index for index in answers for _ in range(2)], equal)
 
 
-@functools.lru_cache(maxsize=4096)
-def parse_answer(text: str) -> tuple[list, Any]:
-    """Return math_verify's parse of `text` and its summary (see `grading_shortcuts`)."""
+@functools.lru_cache(maxsize=8192)
+def parse_answer(text: str) -> tuple[list, complex | None]:
+    """Return math_verify's parse of `text` and its value (see `grading_shortcuts`)."""
     from math_verify import parse
 
-    from opsd.evaluation.grading_shortcuts import plain_number, summary
+    from opsd.evaluation.grading_shortcuts import plain_number, value
 
-    number = plain_number(text)
     wrapped = text if "$" in text else f"${text}$"
     # The time limit is the worker's: math_verify's own cannot interrupt C code.
+    number = plain_number(text)
     trees = (
         [number] if number is not None else parse(wrapped, fallback_mode="no_fallback", parsing_timeout=None)
     )
-    return trees, summary(trees)
+    return trees, value(trees)
 
 
 def compare(gold: str, predicted: str) -> bool:
     """Return math_verify's verdict on two answers."""
     from math_verify import verify
 
-    from opsd.evaluation.grading_shortcuts import clearly_different
+    from opsd.evaluation.grading_shortcuts import MARGIN
 
-    (gold_trees, gold_summary), (trees, its_summary) = parse_answer(gold), parse_answer(predicted)
-    if clearly_different(gold_summary, its_summary):
+    (gold_trees, gold_value), (trees, its_value) = parse_answer(gold), parse_answer(predicted)
+    if gold_value is not None and its_value is not None and abs(gold_value - its_value) > MARGIN:
         return False
     try:
         return verify(gold_trees, trees, timeout_seconds=None)
@@ -113,6 +113,8 @@ def decide(job: dict[str, Any], write: Callable[..., None]) -> None:
             [I, J] to decide instead of all; `known`, the verdicts [I, J, verdict] there are; `unparsable`,
             the texts whose parse was killed; `cpu_limit_s` for each parse and comparison.
     """
+    from opsd.evaluation.grading_shortcuts import decide_texts
+
     texts, parsed = job["texts"], set()
     known = {(i, j): verdict for i, j, verdict in job["known"]}
 
@@ -135,6 +137,8 @@ def decide(job: dict[str, Any], write: Callable[..., None]) -> None:
             if i in job["unparsable"] or j in job["unparsable"]:
                 known[i, j] = False
             else:
+                known[i, j] = decide_texts(texts[i], texts[j])
+            if known[i, j] is None:
                 parse_once(i)
                 parse_once(j)
                 known[i, j] = limited(compare, i, j)

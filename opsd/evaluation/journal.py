@@ -1,11 +1,11 @@
-"""The journal of an evaluation: finished samples on disk as they finish, so that a killed run can go on.
+"""The journal of an evaluation: finished samples on disk as they finish, so that a killed run can be resumed.
 
 A JSONL file. Each line is `{"crc32": "xxxxxxxx", "data": {...}}`, the checksum over the bytes of `data`; the
 first line's data is the header, which holds the regime (everything that two runs must share to be the same
-run). A line is handed to the operating system whole as soon as its sample is finished, so killing the process
+run). A line is complete at the operating system as soon as its sample is finished, so killing the process
 loses at most the line being written; the disk is synchronised every few lines or seconds, so a power cut
 loses little more. A last line without its newline is what a kill leaves: it is dropped and its sample drawn
-again. Damage anywhere else is not explained by a kill, and is an error.
+again. A kill explains no other damage, which is therefore an error.
 """
 
 from __future__ import annotations
@@ -24,26 +24,18 @@ from opsd.files import lock_file
 FORMAT = 1
 SYNC_LINES = 64
 SYNC_SECONDS = 5.0
-_PREFIX = b'{"crc32":"'
-_MIDDLE = b'","data":'
 
 
 def encode_line(data: Mapping[str, Any]) -> bytes:
-    """`data` as one line of the journal, checksum first, newline last."""
+    """Return `data` as one line of the journal, checksum first, newline last."""
     payload = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
-    return _PREFIX + b"%08x" % zlib.crc32(payload) + _MIDDLE + payload + b"}\n"
+    return b'{"crc32":"%08x","data":%b}\n' % (zlib.crc32(payload), payload)
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
-    """The data of one line, or None where the line is not what `encode_line` wrote."""
-    start = len(_PREFIX) + 8 + len(_MIDDLE)
-    payload = line[start:-2]
-    intact = (
-        line.startswith(_PREFIX)
-        and line.endswith(b"}\n")
-        and line[len(_PREFIX) + 8 : start] == _MIDDLE
-        and line[len(_PREFIX) : len(_PREFIX) + 8] == b"%08x" % zlib.crc32(payload)
-    )
+    """Return the data of one line, or None where the line is not what `encode_line` wrote."""
+    payload = line[len(b'{"crc32":"xxxxxxxx","data":') : -2]
+    intact = line == b'{"crc32":"%08x","data":%b}\n' % (zlib.crc32(payload), payload)
     return json.loads(payload) if intact else None
 
 
@@ -51,7 +43,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Read the data of every complete line, and how many bytes these lines take.
 
     Raises:
-        ArtefactError: a complete line is damaged; the message names it.
+        ArtefactError: a complete line is damaged; the message has its number.
     """
     found, intact = [], 0
     with open(path, "rb") as file:
@@ -76,7 +68,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     Where both state `model_identity`, the path of the model (`base_model`) does not matter.
     """
     absent = "(absent)"
-    names = set(old) | set(new)
+    names = old.keys() | new.keys()
     if None not in (old.get("model_identity"), new.get("model_identity")):
         names.discard("base_model")
     return [
@@ -90,7 +82,7 @@ class Journal:
     """A journal open for appending, locked against a second writer. Use it as a context manager.
 
     Args:
-        path: the file; its folder is made. An existing journal is continued.
+        path: the file; its folder is created. An existing journal is continued.
         regime: what must be equal for two runs to be the same run; JSON values.
 
     Attributes:
@@ -107,9 +99,7 @@ class Journal:
         self.path = Path(path)
         self.regime = json.loads(json.dumps(regime))  # as it reads back: tuples are lists, keys are strings
         self.records: list[dict[str, Any]] = []
-        self.dropped_bytes = 0
-        self._unsynced = 0
-        self._synced_at = time.monotonic()
+        self._unsynced, self._synced_at = 0, time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         busy = f"another process is writing the journal {path}; wait for it, or choose another --output"
         self._file = lock_file(self.path, busy=busy)
@@ -135,8 +125,7 @@ class Journal:
     def sync(self) -> None:
         """Make everything appended so far survive a power cut."""
         os.fsync(self._file.fileno())
-        self._unsynced = 0
-        self._synced_at = time.monotonic()
+        self._unsynced, self._synced_at = 0, time.monotonic()
 
     def close(self) -> None:
         """Synchronise and release the lock; harmless when closed already."""
@@ -145,7 +134,7 @@ class Journal:
             self._file.close()
 
     def remove(self) -> None:
-        """Delete the file: its samples are in a result by now."""
+        """Delete the file, whose samples are in a result by now, and release the lock."""
         self.path.unlink(missing_ok=True)
         self.close()
 
@@ -167,9 +156,8 @@ class Journal:
                 f"{self.path} does not begin with the header of an evaluation journal of format {FORMAT}; "
                 "delete it, or choose another --output"
             )
-        different = differences(header["regime"], self.regime)
-        if different:
+        if different := differences(header["regime"], self.regime):
             raise UsageError(
                 f"the journal {self.path} belongs to another run: {'; '.join(different)}. Repeat that run's "
-                "settings to finish it, choose another --output, or delete the journal"
+                "settings to resume it, choose another --output, or delete the journal"
             )

@@ -1,26 +1,15 @@
-"""Names of result files: `<method_name>[_<dataset>]_<length>[_first<K>][_seed<N>].json`.
-
-    python -m opsd.evaluation.names METHOD_NAME DATASET SEED [flags of evaluate_math.py ...]
-
-prints the name without `.json`, for the launchers; SEED may be empty. Needs no package beside Python.
-"""
+"""Names of result files: `<method_name>[_<dataset>]_<length>[_first<K>][_seed<N>].json`."""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-from opsd.errors import OneLineParser, UsageError, run_cli
+from opsd.errors import UsageError
 
 PAPER_MAX_NEW_TOKENS = 38912
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _NAME = re.compile(r"(?P<run>.+)_\d+k?(?:_first(?P<first>\d+))?(?:_seed\d+)?\.json")
-
-
-def length_tag(max_new_tokens: int) -> str:
-    """Return the length as it stands in a name: `38k` for 38,912, `160` where 1,024 does not divide it."""
-    return str(max_new_tokens) if max_new_tokens % 1024 else f"{max_new_tokens // 1024}k"
 
 
 def result_path(
@@ -32,22 +21,23 @@ def result_path(
     num_samples: int | None = None,
     folder: Path | str = "eval_results",
 ) -> Path:
-    """Return where the result of one cell lies.
+    """Return the path of the result of one cell.
 
     Args:
-        dataset: math500 does not stand in the name.
-        num_samples: the first so many problems; None for the whole benchmark.
+        dataset: left out of the name where it is math500.
+        max_new_tokens: `38k` for 38,912, `160` where 1,024 does not divide it.
+        num_samples: the first so many problems; None for all of the benchmark.
 
     Raises:
-        UsageError: a part is not a plain file name, or the seed is negative.
+        UsageError: a part does not fit a file name, or the seed is negative.
     """
     for name in (method_name, dataset):
         if not _PART.fullmatch(name):
-            raise UsageError(f"{name!r} cannot be part of a file name; use letters, digits, '.', '_' and '-'")
+            raise UsageError(f"{name!r} does not fit a file name; use letters, digits, '.', '_' and '-'")
     if seed is not None and seed < 0:
         raise UsageError(f"the seed is {seed}, but must be at least 0")
     parts = [method_name] if dataset == "math500" else [method_name, dataset]
-    parts.append(length_tag(max_new_tokens))
+    parts.append(str(max_new_tokens) if max_new_tokens % 1024 else f"{max_new_tokens // 1024}k")
     parts += [] if num_samples is None else [f"first{num_samples}"]
     parts += [] if seed is None else [f"seed{seed}"]
     return Path(folder) / f"{'_'.join(parts)}.json"
@@ -60,18 +50,3 @@ def parse_name(path: Path | str, dataset: str) -> tuple[str, int | None] | None:
         return None
     run = match["run"] if dataset == "math500" else match["run"].removesuffix(f"_{dataset}")
     return run, int(match["first"]) if match["first"] else None
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the name that these flags of evaluate_math.py give."""
-    method_name, dataset, seed, *flags = sys.argv[1:] if argv is None else argv
-    parser = OneLineParser(prog="evaluate_math.py", allow_abbrev=False, add_help=False)
-    parser.add_argument("--max_new_tokens", type=int, default=PAPER_MAX_NEW_TOKENS)
-    parser.add_argument("--num_samples", type=int)
-    known, _ = parser.parse_known_args(flags)
-    print(result_path(method_name, dataset, int(seed) if seed else None, **vars(known)).stem)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_cli(main))

@@ -2,18 +2,17 @@
 
 Keys and units are those of the authors' files (docs/evaluation.md lists them), so that files of earlier runs
 can be read, graded again and put into one table with new ones. `schema_version` is this project's addition:
-the authors' files have none. A file is written whole or not at all.
+the authors' files have none. A file is written completely or not at all.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from opsd.errors import ArtefactError, printable
 from opsd.evaluation.grading import NO_ANSWER, ProblemGrade
@@ -23,58 +22,35 @@ from opsd.files import atomic_write_text
 # are the only ones without a version that hold FIRST_FILES_KEY.
 SCHEMA_VERSION = 2
 FIRST_FILES_KEY = "truncation_share"
-# What must be equal for two results to be the same run. Fields that a file of an earlier run lacks are not
-# compared (see `regime_differences`).
-REGIME_FIELDS = (
-    "base_model",
-    "model_identity",
-    "dataset",
-    "dataset_fingerprint",
-    "prompt_style",
-    "enable_thinking",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "max_new_tokens",
-    "val_n",
-    "seed",
-    "num_problems",
-)
-_WHOLE, _NUMBER = (int,), (int, float)
-# Types of the keys that every result has, those of earlier runs included.
-REQUIRED_FIELDS: dict[str, tuple[type, ...]] = {
-    "base_model": (str,),
-    "dataset": (str,),
-    "temperature": _NUMBER,
-    "top_p": _NUMBER,
-    "max_new_tokens": _WHOLE,
-    "val_n": _WHOLE,
-    "num_problems": _WHOLE,
-    "results": (list,),
+# Types of the keys; files of earlier runs may lack those that may be null. The first table is the regime,
+# which must be equal for two results to be the same run.
+REGIME_FIELDS: dict[str, Any] = {
+    "base_model": str,
+    "model_identity": str | None,
+    "dataset": str,
+    "dataset_fingerprint": str | None,
+    "prompt_style": str | None,
+    "enable_thinking": bool | None,
+    "temperature": int | float,
+    "top_p": int | float,
+    "top_k": int | float | None,
+    "min_p": int | float | None,
+    "presence_penalty": int | float | None,
+    "max_new_tokens": int,
+    "val_n": int,
+    "seed": int | None,
+    "num_problems": int,
 }
-# Types of the keys that may be absent or null.
-OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {
-    "schema_version": _WHOLE,
-    "seed": _WHOLE,
-    "enable_thinking": (bool,),
-    "top_k": _NUMBER,
-    "min_p": _NUMBER,
-    "presence_penalty": _NUMBER,
-    "model_identity": (str,),
-    "dataset_fingerprint": (str,),
-    "prompt_style": (str,),
-    "grading": (dict,),
-    "training_run": (dict,),
-    "truncation_share": _NUMBER,
+FIELDS = REGIME_FIELDS | {
+    "results": list,
+    "schema_version": int | None,
+    "grading": dict | None,
+    "training_run": dict | None,
+    FIRST_FILES_KEY: int | float | None,
 }
 GROUND_TRUTH_KEYS = ("ground_truth", "answer", "gt_answer")
 # 500 problems x 12 samples x 38,912 tokens are below 1 GB of text.
 MAX_RESULT_BYTES = 4 * 2**30
-
-
-# -- building ------------------------------------------------------------------------------------------------
 
 
 def problem_record(
@@ -86,14 +62,16 @@ def problem_record(
     predicted: Sequence[str | None],
     truncated: Sequence[bool],
     grade: ProblemGrade,
+    tokens: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """One entry of `results`.
+    """Return one entry of `results`.
 
     Args:
         texts: the full generation of each sample, in order of sampling.
         predicted: its answer, None when it is unformatted.
         truncated: whether it was cut at max_new_tokens.
         grade: verdicts and vote of the same samples.
+        tokens: length of each sample.
     """
     generations = [
         {
@@ -105,6 +83,9 @@ def problem_record(
         }
         for text, answer, cut, correct in zip(texts, predicted, truncated, grade.correct, strict=True)
     ]
+    if tokens is not None:
+        for generation, length in zip(generations, tokens, strict=True):
+            generation["tokens"] = length
     return {
         "problem_id": problem_id,
         "problem": problem,
@@ -147,29 +128,25 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def build_result(
     *, regime: Mapping[str, Any], results: Sequence[Mapping[str, Any]], **extra: Any
 ) -> dict[str, Any]:
-    """Return the whole result: regime, aggregates, `extra` (versions, engine, grading), records.
+    """Return the complete result: regime, aggregates, date, `extra` (versions, engine, grading), records.
 
     Args:
         regime: a value for every field of REGIME_FIELDS but num_problems, which is counted.
         results: entries from `problem_record`.
-        extra: further top-level keys; they may not hide a key of the schema.
-
-    Raises:
-        ValueError: a field of the regime is missing or unknown, or an extra key hides one of the schema.
+        extra: further top-level keys.
     """
-    expected = set(REGIME_FIELDS) - {"num_problems"}
-    if set(regime) - {"num_problems"} != expected:
-        raise ValueError(f"regime has {sorted(regime)}, needs {sorted(expected)}")
-    figures = aggregate(results)
-    head = {name: regime[name] for name in REGIME_FIELDS if name in expected} | figures
-    if hidden := sorted({*head, "schema_version", "results", "date"} & set(extra)):
-        raise ValueError(f"extra keys hide the schema's: {hidden}")
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"schema_version": SCHEMA_VERSION, **head, "date": date, **extra, "results": list(results)}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **{name: regime[name] for name in REGIME_FIELDS if name != "num_problems"},
+        **aggregate(results),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **extra,
+        "results": list(results),
+    }
 
 
 def write_result(path: Path | str, result: Mapping[str, Any]) -> None:
-    """Write `result` whole. NaN and infinities raise ValueError."""
+    """Write `result` completely or not at all. NaN and infinities raise ValueError."""
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
@@ -177,9 +154,6 @@ def write_result(path: Path | str, result: Mapping[str, Any]) -> None:
         # A lone surrogate has no UTF-8 form; as an escape it survives.
         text = json.dumps(result, indent=2, allow_nan=False)
     atomic_write_text(path, text + "\n")
-
-
-# -- reading -------------------------------------------------------------------------------------------------
 
 
 def load_result(path: Path | str) -> dict[str, Any]:
@@ -194,7 +168,9 @@ def load_result(path: Path | str) -> dict[str, Any]:
     result = _strict_json(path)
     if not isinstance(result, dict):
         raise ArtefactError(f"{path} is not a result file: its top level is not an object")
-    if missing := [name for name in REQUIRED_FIELDS if name not in result]:
+    if missing := [
+        name for name, kind in FIELDS.items() if name not in result and not isinstance(None, kind)
+    ]:
         raise ArtefactError(f"{path} is not a result file: it lacks {', '.join(missing)}")
     if fault := _fault(result):
         raise ArtefactError(f"{path} is damaged: {fault}; move it away and evaluate again")
@@ -204,11 +180,11 @@ def load_result(path: Path | str) -> dict[str, Any]:
 
 
 def _strict_json(path: Path) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a JSON value")
+    def refuse(text: str) -> NoReturn:
+        raise ValueError(f"{printable(text, 40)} is not a JSON value")
 
     def finite(text: str) -> float:
-        return float(text) if math.isfinite(float(text)) else refuse(printable(text, 40))
+        return float(text) if math.isfinite(float(text)) else refuse(text)
 
     try:
         size = path.stat().st_size
@@ -224,13 +200,13 @@ def _strict_json(path: Path) -> Any:
 
 
 def _fault(result: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with a result, if anything."""
-    for name, types in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items():
+    """Return what is wrong with a result, if anything."""
+    for name, kind in FIELDS.items():
         value = result.get(name)
-        if value is None and name in OPTIONAL_FIELDS:
-            continue
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            return f"{name} is {printable(value, 60)!r}, but must be of type {types[-1].__name__}"
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind != bool | None):
+            return (
+                f"{name} is {printable(value, 60)!r}, but must be of type {getattr(kind, '__name__', kind)}"
+            )
     if (version := result.get("schema_version")) not in (None, SCHEMA_VERSION):
         return f"schema_version is {version}, but {SCHEMA_VERSION} is the newest that this checkout reads"
     killed = (result.get("grading") or {}).get("killed", 0)
@@ -244,7 +220,7 @@ def _fault(result: Mapping[str, Any]) -> str | None:
 
 
 def _record_fault(record: Any, val_n: int) -> str | None:
-    """Say what is wrong with one entry of `results`, if anything."""
+    """Return what is wrong with one entry of `results`, if anything."""
     if not isinstance(record, dict) or not isinstance(record.get("generations"), list):
         return "has no list of generations"
     if val_n < 1 or len(record["generations"]) != val_n:
@@ -254,12 +230,10 @@ def _record_fault(record: Any, val_n: int) -> str | None:
         ground_truth(record)
     except KeyError:
         return f"has no answer as text or number under {', '.join(GROUND_TRUTH_KEYS)}"
-    if not isinstance(record.get("majority_vote_correct", False), (bool, type(None))):
+    if not isinstance(record.get("majority_vote_correct"), bool | None):
         return "has a `majority_vote_correct` that is not true or false"
     for generation in record["generations"]:
-        if not isinstance(generation, dict) or not isinstance(
-            generation.get("predicted_answer"), (str, type(None))
-        ):
+        if not isinstance(generation, dict) or not isinstance(generation.get("predicted_answer"), str | None):
             return "has a generation without a predicted answer as text"
         if not isinstance(generation.get("correct"), bool):
             return "has a generation whose `correct` is not true or false"
@@ -289,14 +263,11 @@ def ground_truth(record: Mapping[str, Any]) -> str:
 
 
 def predicted_answer(generation: Mapping[str, Any]) -> str | None:
-    """The answer of one sample, None when it is unformatted; `formatted` may be missing."""
+    """Return the answer of one sample, None when it is unformatted; `formatted` may be missing."""
     answer = generation.get("predicted_answer")
     if generation.get("formatted") is False or answer is None or answer == NO_ANSWER or not answer.strip():
         return None
     return answer
-
-
-# -- regimes -------------------------------------------------------------------------------------------------
 
 
 def regime_differences(
@@ -304,23 +275,19 @@ def regime_differences(
 ) -> list[str]:
     """Return a line `field: ours != theirs` for every regime field that differs.
 
-    Both may be whole results or regimes. A field that only one of them states is passed over, because files
+    Both may be results or regimes. A field that only one of them states is passed over, because files
     of earlier runs lack some; but a seed that is absent is no seed. Where both state `model_identity`, the
     path of the model does not matter. Numbers are compared as numbers; -1 and 0 both mean that top_k is off.
     """
-    differences = []
-    identified = None not in (ours.get("model_identity"), theirs.get("model_identity"))
-    for name in REGIME_FIELDS:
-        if (
-            name in ignore
-            or (name == "base_model" and identified)
-            or (name != "seed" and (name not in ours or name not in theirs))
-        ):
-            continue
-        a, b = ours.get(name), theirs.get(name)
-        if _canonical(name, a) != _canonical(name, b):
-            differences.append(f"{name}: {a!r} != {b!r}")
-    return differences
+    compared = {name for name in REGIME_FIELDS if name in ours and name in theirs} | {"seed"}
+    compared -= set(ignore)
+    if None not in (ours.get("model_identity"), theirs.get("model_identity")):
+        compared.discard("base_model")
+    return [
+        f"{name}: {ours.get(name)!r} != {theirs.get(name)!r}"
+        for name in REGIME_FIELDS
+        if name in compared and _canonical(name, ours.get(name)) != _canonical(name, theirs.get(name))
+    ]
 
 
 def _canonical(name: str, value: Any) -> Any:
@@ -332,15 +299,7 @@ def _canonical(name: str, value: Any) -> Any:
 
 
 def set_aside(path: Path | str) -> Path:
-    """Rename `path` to a free name `<stem>.aside-<N>.json.old` beside it and return that name."""
+    """Rename `path` to a free name `<stem>.aside-<UTC time>.json.old` beside it and return that name."""
     path = Path(path)
-    for number in range(1, 10_000):
-        target = path.with_name(f"{path.stem}.aside-{number}{path.suffix}.old")
-        try:
-            # A hard link fails where the name is taken, so that two processes never choose the same.
-            os.link(path, target)
-        except FileExistsError:
-            continue
-        path.unlink()
-        return target
-    raise ArtefactError(f"{path.parent} holds 9,999 files set aside for {path.name}; move some of them away")
+    target = path.with_name(f"{path.stem}.aside-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}{path.suffix}.old")
+    return path.rename(target)

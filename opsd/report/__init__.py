@@ -1,7 +1,5 @@
-"""Turn results into tables and pictures.
+"""Turn result files and metrics.jsonl into tables (Markdown, CSV, LaTeX) and pictures.
 
-Result JSONs and metrics.jsonl enter; Markdown, CSV, LaTeX and images leave.
-
-`summary` groups results by model and regime, `notes` marks cells that are not the paper's, `commands` prints what
-would fill a missing cell; `summary_plot`, `run_plots` and `plots` draw.
+`summary` groups results by model and regime, `notes` says what is unlike the paper and how to fill missing
+cells; `summary_plot`, `run_plots` and `plots` draw.
 """

@@ -1,22 +1,23 @@
-"""The regime of a table in a line, and notes on the cells that are not the paper's."""
+"""The regime of a table in a line, notes on cells unlike the paper's, commands for missing cells."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.config import EvalConfig
-from opsd.report.summary import METHODS, Row, Run, Table, benchmark_title, method_stem
+from opsd.objectives import METHODS
+from opsd.report.summary import BENCHMARK_TITLES, Row, Run, Table, method_stem
 
-# The paper's evaluation seeds and the checkpoint that it merges.
-PAPER_SEED_COUNT, PAPER_STEP = 3, 100
+# Evaluation seeds of the paper's table in launchers/reproduce_paper.sh, and the checkpoint that it merges.
+PAPER_SEEDS = (1, 2, 3)
+PAPER_STEP = 100
+# EVAL_FLAGS of launchers/models/small.sh.
+SMALL_MAX_NEW_TOKENS = 160
 # Settings of the sampling, whose defaults in `EvalConfig` are the paper's, in words.
-SAMPLING = {
-    "temperature": "temperature {}",
-    "top_p": "top_p {}",
-    "top_k": "top_k {}",
-    "min_p": "min_p {}",
+SAMPLING = {name: f"{name} {{}}" for name in ("temperature", "top_p", "top_k", "min_p")} | {
     "presence_penalty": "presence penalty {}",
     "enable_thinking": "thinking {}",
     "max_new_tokens": "at most {} new tokens",
@@ -37,33 +38,35 @@ def _setting(name: str, value: Any) -> str:
     return SAMPLING[name].format("off" if off else "on" if value is True else f"{value:,g}")
 
 
-def _grading(run: Run) -> str:
-    """Return version and limits of the grader as the result states them."""
-    known = run.facts.get("grading") or {}
-    limits = [f"{name} {value}" for name, value in known.items() if name not in ("killed", "killed_items")]
-    return ", ".join(limits) or "a grader that the file does not state"
+def _gradings(runs: list[Run]) -> list[str]:
+    """Return the different versions and limits of the grader that the results state."""
+    found = []
+    for run in runs:
+        known = run.facts.get("grading") or {}
+        limits = [
+            f"{name} {value}" for name, value in known.items() if name not in ("killed", "killed_items")
+        ]
+        found.append(", ".join(limits) or "a grader that the file does not state")
+    return list(dict.fromkeys(found))
 
 
 def regime_line(table: Table) -> str:
     """Return sampling, length, samples, problems and grading of a table in one line."""
     stated: dict[str, Any] = {}
-    for run in table.runs:
-        stated = {name: run.facts[name] for name in SAMPLING if run.facts.get(name) is not None} | stated
-    settings = ", ".join(_setting(name, stated[name]) for name in SAMPLING if name in stated)
     sizes: dict[str, set[int]] = {}
     for run in table.runs:
+        stated = {name: run.facts[name] for name in SAMPLING if run.facts.get(name) is not None} | stated
         sizes.setdefault(run.dataset, set()).add(run.facts["num_problems"])
+    settings = ", ".join(_setting(name, stated[name]) for name in SAMPLING if name in stated)
     problems = ", ".join(
-        f"{benchmark_title(name)} {' or '.join(map(str, sorted(sizes[name])))}"
+        f"{BENCHMARK_TITLES.get(name, name)} {' or '.join(map(str, sorted(sizes[name])))}"
         for name in table.columns
         if name in sizes
     )
-    gradings = "; ".join(dict.fromkeys(map(_grading, table.runs)))
-    return f"Regime: {settings}; problems: {problems}; graded with {gradings}."
+    return f"Regime: {settings}; problems: {problems}; graded with {'; '.join(_gradings(table.runs))}."
 
 
-def cell_notes(row: Row, dataset: str, *, mixed_grading: bool) -> list[str]:
-    """Return what a reader of this cell must know, a sentence each; empty for a cell like the paper's."""
+def _cell_notes(row: Row, dataset: str) -> list[str]:
     runs = row.cells[dataset].runs
     facts = runs[0].facts
     notes = []
@@ -71,25 +74,23 @@ def cell_notes(row: Row, dataset: str, *, mixed_grading: bool) -> list[str]:
         for name, value in unlike_paper(facts).items():
             notes.append(f"{_setting(name, value)} (the paper: {_setting(name, getattr(EvalConfig, name))})")
         for group in row.cells[dataset].by_training_seed:
-            if len(group) != PAPER_SEED_COUNT:
-                notes.append(f"evaluation seeds: {len(group)} (the paper: {PAPER_SEED_COUNT})")
+            if len(group) != len(PAPER_SEEDS):
+                notes.append(f"evaluation seeds: {len(group)} (the paper: {len(PAPER_SEEDS)})")
     if dataset in BENCHMARKS and facts["num_problems"] != BENCHMARKS[dataset].size:
         notes.append(f"{facts['num_problems']} of {BENCHMARKS[dataset].size} problems")
     notes += [note for run in runs for note in _training_notes(run)]
     killed = sum((run.facts.get("grading") or {}).get("killed", 0) for run in runs)
     if killed:
         notes.append(f"{killed} parses or comparisons were killed at their limit and count as not equal")
-    shares = [run.facts.get("truncation_share") or 0 for run in runs]
-    if any(shares):
-        percent = 100 * sum(shares) / len(shares)
+    cut = sum(run.facts.get("truncation_share") or 0 for run in runs)
+    if cut:
+        percent = 100 * cut / len(runs)
         notes.append(f"{percent:.2g} % of the samples were cut off at {facts['max_new_tokens']:,} tokens")
-    if mixed_grading:
-        notes.append(f"graded with {'; '.join(dict.fromkeys(map(_grading, runs)))}")
-    return list(dict.fromkeys(notes))
+    return notes
 
 
 def _training_notes(run: Run) -> list[str]:
-    """Compare the run that the file's name says with the one that the model's manifest says."""
+    """Compare the training run of the file's name with the one in the model's manifest."""
     stem, training = method_stem(run.method), run.facts.get("training_run")
     if training is None:
         # The authors' files never state it, and an untrained model has none.
@@ -106,8 +107,59 @@ def _training_notes(run: Run) -> list[str]:
 
 
 def table_notes(table: Table) -> dict[tuple[Row, str], list[str]]:
-    """Return the notes of every cell of `table` by row and column."""
-    mixed = len(set(map(_grading, table.runs))) > 1
-    return {
-        (row, name): cell_notes(row, name, mixed_grading=mixed) for row in table.rows for name in row.cells
-    }
+    """Return what a reader must know of each cell, a sentence each, by row and column."""
+    mixed = len(_gradings(table.runs)) > 1
+    notes = {}
+    for row in table.rows:
+        for name, cell in row.cells.items():
+            graded = [f"graded with {'; '.join(_gradings(cell.runs))}"] if mixed else []
+            notes[row, name] = list(dict.fromkeys(_cell_notes(row, name) + graded))
+    return notes
+
+
+def missing_commands(table: Table, seeds: Sequence[int] | None = None) -> list[str]:
+    """Return the commands that would give each cell these evaluation seeds, quoted for a shell.
+
+    None takes the paper's seeds for a table with its benchmarks, else those that some cell has.
+    """
+    if seeds is None:
+        found = {run.seed for run in table.runs if run.seed is not None}
+        seeds = PAPER_SEEDS if set(table.columns) & set(PAPER_BENCHMARKS) else sorted(found)
+    # The bare tag of a paper model is its base model; the small world's is `small_base`.
+    small = table.model == "small"
+    commands = []
+    for row in table.rows:
+        name = table.model if row.method == "base" and not small else f"{table.model}_{row.method}"
+        for training_seed in row.training_seeds or (None,):
+            suffix = "" if training_seed is None else f"_t{training_seed}"
+            for dataset in table.columns:
+                runs = row.cells[dataset].runs if dataset in row.cells else []
+                present = {run.seed for run in runs if run.training_seed == training_seed}
+                variables, flags = _settings(table, row, dataset)
+                words = ["bash", "launchers/run_eval.sh", name + suffix, dataset, "1" if small else "4"]
+                commands += [
+                    " ".join([*variables, shlex.join([*words, str(seed), *flags])])
+                    for seed in seeds
+                    if seed not in present
+                ]
+    return commands
+
+
+def _settings(table: Table, row: Row, dataset: str) -> tuple[list[str], list[str]]:
+    """Return variables and flags of run_eval.sh that give a new run the table's regime."""
+    facts = table.runs[0].facts
+    default = SMALL_MAX_NEW_TOKENS if table.model == "small" else EvalConfig.max_new_tokens
+    different = unlike_paper(facts) | {"max_new_tokens": facts["max_new_tokens"]}
+    if facts["max_new_tokens"] == default:
+        del different["max_new_tokens"]
+    names = [name for name in ("val_n", "max_new_tokens") if name in different]
+    variables = {name.upper(): different.pop(name) for name in names}
+    runs = [run for run in table.runs if (run.dataset, run.first) == (dataset, row.first)]
+    sizes = {run.facts["num_problems"] for run in runs}
+    if row.first or (dataset in BENCHMARKS and len(sizes) == 1 and sizes != {BENCHMARKS[dataset].size}):
+        variables["NUM_SAMPLES"] = row.first or sizes.pop()
+    if dataset not in BENCHMARKS:
+        variables["DATASET_PATH"] = "FILE"
+    flags = ["--no_thinking"] if different.pop("enable_thinking", True) is False else []
+    flags += [word for name, value in different.items() for word in (f"--{name}", str(value))]
+    return [f"{name}={value}" for name, value in variables.items()], ["--", *flags] if flags else []

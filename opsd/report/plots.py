@@ -1,4 +1,4 @@
-"""What every picture of this project shares: colours, small multiples, writing a file whole."""
+"""What every picture of this project shares: colours, small multiples, writing a file atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart also by readers with a colour-vision deficiency.
+# Okabe and Ito's palette, which readers with a colour-vision deficiency can distinguish too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
 FORMATS = (".png", ".pdf", ".svg")
 PANEL_INCHES = (4.2, 3.0)
@@ -22,11 +22,7 @@ DPI = 130
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a file name that no picture format goes with.
-
-    Raises:
-        UsageError: the ending is not one of `FORMATS`, or the name is a folder's.
-    """
+    """Raise UsageError if the ending is not one of `FORMATS`, or the name is a folder's."""
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{str(path)!r} must end in {', '.join(FORMATS)}")
     if path.is_dir():
@@ -34,12 +30,12 @@ def check_picture(path: Path) -> None:
 
 
 def small_multiples(panels: int, *, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure of equal panels in rows, the unused places of the last row left empty. Needs no display."""
+    """Return a figure of equal panels in rows, the last row filled up with blanks. Needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(columns, max(panels, 1))
-    rows = math.ceil(max(panels, 1) / columns)
+    columns = min(columns, panels)
+    rows = math.ceil(panels / columns)
     figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -51,7 +47,7 @@ def small_multiples(panels: int, *, columns: int = 3) -> tuple[Figure, list[Axes
 
 
 def style(axis: Axes) -> None:
-    """Light grid behind the data, no box around it, small figures on the axes."""
+    """Draw a light grid behind the data, no box around it, small figures on the axes."""
     axis.grid(visible=True, color="0.9", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -59,20 +55,20 @@ def style(axis: Axes) -> None:
 
 
 def label(axis: Axes, *, title: str, x: str, y: str) -> None:
-    """Title and axis labels in the sizes that fit a panel."""
+    """Set title and axis labels in the sizes that fit a panel."""
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
 
 
 def plain(text: str, limit: int = 40) -> str:
-    """`text` for a legend: short, and without the dollar signs that matplotlib would read as mathematics."""
+    """Return `text` for a legend: short, its dollar signs no mathematics."""
     cut = text if len(text) <= limit else f"{text[: limit - 1]}…"
     return cut.replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the picture whole, in the format of its ending."""
+    """Write the picture atomically, in the format of its ending."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=DPI)
     atomic_write_bytes(path, buffer.getvalue())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +19,47 @@ from opsd.errors import ArtefactError
 from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.names import parse_name
 from opsd.evaluation.results import load_result, regime_differences
+from opsd.objectives import METHODS
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-METHODS = ("opsd", "eopd", "reopold", "pwopsd")
 METRICS = ("average", "pass", "majority")
 BOOTSTRAP_DRAWS = 2000
-# What distinguishes the benchmarks of one row.
-OF_THE_BENCHMARK = ("dataset", "dataset_fingerprint", "num_problems")
-OF_THE_MODEL = ("base_model", "model_identity")
+# The fields in which the benchmarks of one row, and the models of one table, differ.
+BENCHMARK_FIELDS = ("dataset", "dataset_fingerprint", "num_problems")
+MODEL_FIELDS = ("base_model", "model_identity")
 METHOD_TITLES = {"base": "Base", "opsd": "OPSD", "eopd": "EOPD", "reopold": "REOPOLD", "pwopsd": "PW-OPSD"}
-BENCHMARK_TITLES = {
-    "math500": "MATH-500",
-    "aime24": "AIME 2024",
-    "aime25": "AIME 2025",
-    "hmmt25": "HMMT 2025",
-    "small": "small",
-    "small_hard": "small, hard",
-}
+BENCHMARK_TITLES = dict(
+    zip(PAPER_BENCHMARKS, ("MATH-500", "AIME 2024", "AIME 2025", "HMMT 2025"), strict=True),
+    small_hard="small, hard",
+)
 _HUB_NAMES = {row.hub_id: row.name for row in BENCHMARKS.values() if row.hub_id}
 
 
 def model_tags() -> list[str]:
-    """The model tags that the launchers know, longest first."""
-    tags = [path.stem for path in (REPOSITORY / "launchers" / "models").glob("*.sh")]
-    return sorted(tags, key=lambda tag: (-len(tag), tag))
+    """Return the model tags that the launchers know, longest first."""
+    launchers = Path(__file__).resolve().parents[2] / "launchers"
+    return sorted(
+        (path.stem for path in (launchers / "models").glob("*.sh")), key=lambda tag: (-len(tag), tag)
+    )
 
 
 @dataclass(frozen=True)
 class Run:
-    """One result file.
-
-    Attributes:
-        name: the `<method_name>` of the file's name.
-        training_seed: from `_t<N>` in the run's name, None without.
-        first: the number behind `_first`, None in the name of a whole benchmark's result.
-        facts: all top-level keys but `results`, `dataset` by this project's name.
-        shares: by metric, one value in [0, 1] for each problem; no entry where the file lacks the metric.
-    """
+    """One result file."""
 
     path: Path
-    name: str
+    name: str  # the `<method_name>` of the file's name
     model: str
     method: str
-    training_seed: int | None
-    first: int | None
+    training_seed: int | None  # from `_t<N>` at the end of `name`
+    first: int | None  # from `_first<K>`; None for the result of a complete benchmark
     dataset: str
     seed: int | None
-    facts: dict[str, Any]
-    shares: dict[str, np.ndarray]
-
-    def percent(self, metric: str) -> float:
-        return 100 * float(self.shares[metric].mean())
+    facts: dict[str, Any]  # all top-level keys but `results`, `dataset` by this project's name
+    shares: dict[str, np.ndarray]  # by metric, in [0, 1] for each problem; without one that the file lacks
 
 
 def split_name(method_name: str) -> tuple[str, str, int | None]:
-    """(model tag, method, training seed) of a run's name; with an unknown tag the whole name is the model."""
+    """Return (model tag, method, training seed) of a run's name; an unknown model has no method."""
     for tag in model_tags():
         match = re.fullmatch(rf"{re.escape(tag)}(?:_(?P<method>.+?))??(?:_t(?P<seed>\d+))?", method_name)
         if match:
@@ -81,11 +68,7 @@ def split_name(method_name: str) -> tuple[str, str, int | None]:
 
 
 def load_run(path: Path) -> Run:
-    """Read one result file down to what the table needs.
-
-    Raises:
-        ArtefactError: it is damaged or foreign, or its name has not the form of a result's.
-    """
+    """Read one result file, or raise ArtefactError if it is damaged or has another's form or name."""
     result = load_result(path)
     dataset = _HUB_NAMES.get(result["dataset"], result["dataset"])
     parsed = parse_name(path, dataset)
@@ -95,12 +78,12 @@ def load_run(path: Path) -> Run:
     records = result.pop("results")
     correct = [[generation["correct"] for generation in record["generations"]] for record in records]
     shares = {
-        "average": np.array([sum(row) / len(row) for row in correct]),
+        "average": np.array([np.mean(row) for row in correct]),
         "pass": np.array([float(any(row)) for row in correct]),
     }
     votes = [record.get("majority_vote_correct") for record in records]
     if all(isinstance(vote, bool) for vote in votes):
-        shares["majority"] = np.array([float(vote) for vote in votes])
+        shares["majority"] = np.array(votes, dtype=float)
     model, method, training_seed = split_name(name)
     facts = result | {"dataset": dataset}
     return Run(path, name, model, method, training_seed, first, dataset, result.get("seed"), facts, shares)
@@ -108,137 +91,129 @@ def load_run(path: Path) -> Run:
 
 @dataclass(frozen=True)
 class Statistic:
-    """Percent: mean, sample standard deviation (n-1; None with one run), number of values behind it, and the
-    95 % bootstrap interval over problems."""
+    """The figures of a cell or of the mean of several, in percent."""
 
     mean: float
-    deviation: float | None
+    deviation: float | None  # sample standard deviation over `count` values, None for one
     count: int
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # 95 %, bootstrap over problems
 
 
 class Cell:
-    """The runs of one model, method and benchmark, checked to be repetitions of one another."""
+    """The runs of one model, method and benchmark, sorted by seed."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
+        """Raise ArtefactError where the runs are no repetitions of one another, or one is there twice."""
         self.runs = sorted(runs, key=lambda run: (run.training_seed or 0, run.seed or 0))
-        for group in self.by_training_seed:
-            _refuse_different(group, ignore=("seed",))
-        _refuse_different(self.runs, ignore=("seed", *OF_THE_MODEL))
-        keys = [(run.training_seed, run.seed) for run in self.runs]
-        for key in keys:
-            if keys.count(key) > 1:
-                twice = ", ".join(str(run.path) for run in self.runs if (run.training_seed, run.seed) == key)
-                raise ArtefactError(f"the same run stands in the table twice (seed {key[1]}): {twice}")
+        for one, other in combinations(self.runs, 2):
+            same_model = one.training_seed == other.training_seed
+            # A seed that is absent is compared like any other, so it is left out by name.
+            ignored = ("seed",) if same_model else ("seed", *MODEL_FIELDS)
+            if differences := regime_differences(one.facts, other.facts, ignore=ignored):
+                reason = f"their regimes differ: {'; '.join(differences)}"
+                raise ArtefactError(f"{one.path} and {other.path} are not averaged, {reason}")
+            if same_model and one.seed == other.seed:
+                raise ArtefactError(f"{one.path} and {other.path} are the same run twice (seed {one.seed})")
 
     @property
     def by_training_seed(self) -> list[list[Run]]:
-        seeds = list(dict.fromkeys(run.training_seed for run in self.runs))
+        seeds = dict.fromkeys(run.training_seed for run in self.runs)
         return [[run for run in self.runs if run.training_seed == seed] for seed in seeds]
 
     def values(self, metric: str) -> list[float]:
-        """Percent of each evaluation seed, or of each training seed (the mean of its runs) where there are
-        several."""
+        """Return the percentage of each evaluation seed, or of each training seed where there are several."""
         groups = self.by_training_seed
         if len(groups) == 1:
             groups = [[run] for run in self.runs]
-        return [float(np.mean([run.percent(metric) for run in group])) for group in groups]
+        return [float(np.mean([100 * run.shares[metric].mean() for run in group])) for group in groups]
 
     def statistic(self, metric: str) -> Statistic | None:
-        """Over `values`; None where a file lacks the metric."""
+        """Return the figures of `values`; None where a file lacks the metric."""
         if any(metric not in run.shares for run in self.runs):
             return None
         values = self.values(metric)
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        draws = self.bootstrap(metric)
-        low, high = np.percentile(draws, [2.5, 97.5])
-        return Statistic(float(np.mean(values)), deviation, len(values), (float(low), float(high)))
+        return Statistic(float(np.mean(values)), deviation, len(values), _interval(self.bootstrap(metric)))
 
     def bootstrap(self, metric: str) -> np.ndarray:
-        """Means in percent over BOOTSTRAP_DRAWS resamples of the problems, each with all of its samples."""
+        """Return the means (percent) of BOOTSTRAP_DRAWS resamples of the problems, each with all samples."""
         per_problem = np.mean([run.shares[metric] for run in self.runs], axis=0)
         draw = np.random.default_rng(0).integers(0, len(per_problem), (BOOTSTRAP_DRAWS, len(per_problem)))
         return 100 * per_problem[draw].mean(axis=1)
 
 
-def _refuse_different(runs: Sequence[Run], *, ignore: Sequence[str]) -> None:
-    """Raise ArtefactError when two runs that would be averaged have different regimes."""
-    for run in runs[1:]:
-        # A seed that is absent is compared like any other, so it is left out by name.
-        differences = regime_differences(runs[0].facts, run.facts, ignore=ignore)
-        if differences:
-            raise ArtefactError(
-                f"{runs[0].path} and {run.path} are not averaged, their regimes differ: "
-                f"{'; '.join(differences)}"
-            )
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
 
 
+@dataclass(eq=False)
 class Row:
-    """One model and method: a cell for each benchmark that has one.
+    """One method of a model: a cell for each benchmark that has one.
 
-    Runs with a training seed in their name and runs without one are different rows: which seed the latter had
-    is not known here, and it may be one of the former. So are runs of a benchmark's `first` problems.
+    Runs without a training seed in their name are a row of their own, since that seed is unknown and may be
+    another run's. So are runs of a benchmark's `first` problems.
     """
 
-    def __init__(self, model: str, method: str, runs: Sequence[Run], *, first: int | None = None) -> None:
-        self.model, self.method, self.first = model, method, first
-        datasets = dict.fromkeys(run.dataset for run in runs)
-        self.cells = {name: Cell([run for run in runs if run.dataset == name]) for name in datasets}
+    method: str
+    first: int | None
+    cells: dict[str, Cell]
 
     @property
     def training_seeds(self) -> list[int]:
-        """In rising order; empty for a row of runs that name none."""
+        """The training seeds in rising order; empty for a row of runs whose names have none."""
         found = {run.training_seed for cell in self.cells.values() for run in cell.runs}
         return sorted(seed for seed in found if seed is not None)
 
-    def average(self, metric: str, columns: Sequence[str]) -> Statistic | None:
-        """The equal-weight mean over `columns`; None unless every one of them is there."""
-        if not all(name in self.cells for name in columns):
+    def statistic(self, metric: str, columns: Sequence[str]) -> Statistic | None:
+        """Return the cell of one column, or the equal-weight mean of several; None unless all are there."""
+        cells = [self.cells[name] for name in columns if name in self.cells]
+        statistics = [statistic for cell in cells if (statistic := cell.statistic(metric))]
+        if len(statistics) < len(columns):
             return None
-        statistics = [self.cells[name].statistic(metric) for name in columns]
-        if any(statistic is None for statistic in statistics):
-            return None
+        if len(columns) == 1:
+            return statistics[0]
         # Benchmarks are independent samples of problems: their draws must not move together.
-        draws = [
-            np.random.default_rng(index + 1).permutation(self.cells[name].bootstrap(metric))
-            for index, name in enumerate(columns)
-        ]
-        low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
+        draws = [cell.bootstrap(metric) for cell in cells]
+        drawn = [np.random.default_rng(k).permutation(draw) for k, draw in enumerate(draws, 1)]
         mean = float(np.mean([statistic.mean for statistic in statistics]))
-        return Statistic(mean, None, len(columns), (float(low), float(high)))
+        return Statistic(mean, None, len(columns), _interval(np.mean(drawn, axis=0)))
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one model, and the benchmarks that are its columns.
-
-    Attributes:
-        averaged: the columns whose equal-weight mean closes each row; empty for a single column.
-    """
+    """The rows of one model, and the benchmarks that are its columns."""
 
     model: str
     columns: tuple[str, ...]
-    averaged: tuple[str, ...]
+    averaged: tuple[str, ...]  # the columns of each row's equal-weight mean; empty for a single column
     rows: list[Row]
-    val_n: int
 
     @property
     def runs(self) -> list[Run]:
         return [run for row in self.rows for cell in row.cells.values() for run in cell.runs]
+
+    @property
+    def val_n(self) -> int:
+        return self.runs[0].facts["val_n"]
+
+    @property
+    def figures(self) -> list[tuple[str, tuple[str, ...]]]:
+        """The name and the columns of each figure of a row: its cells and, last, their mean."""
+        mean = [(f"mean of {len(self.averaged)}", self.averaged)] if self.averaged else []
+        return [(name, (name,)) for name in self.columns] + mean
 
 
 def build_tables(runs: Sequence[Run], on_skip: Callable[[str], None]) -> list[Table]:
     """Return one table for each model and sampling regime.
 
     One that holds a benchmark of the paper has a column for each of its four and, for a model that the
-    launchers know, a row for each method, even without a result. Any other holds what there is. A cell whose
-    runs are no repetitions of one another (other weights, other problems, one run twice) is left out, with a
-    message to `on_skip`.
+    launchers know, a row for each method, even without a result. A cell whose runs `Cell` refuses is left
+    out, with a message to `on_skip`.
     """
     groups: list[list[Run]] = []
-    ignored = ("seed", *OF_THE_BENCHMARK, *OF_THE_MODEL)
-    models = list(dict.fromkeys(run.model for run in runs))
-    for run in sorted(runs, key=lambda run: models.index(run.model)):
+    ignored = ("seed", *BENCHMARK_FIELDS, *MODEL_FIELDS)
+    for run in sorted(runs, key=lambda run: run.model):
         for group in groups:
             different = (regime_differences(other.facts, run.facts, ignore=ignored) for other in group)
             if group[0].model == run.model and not any(different):
@@ -246,93 +221,61 @@ def build_tables(runs: Sequence[Run], on_skip: Callable[[str], None]) -> list[Ta
                 break
         else:
             groups.append([run])
-    sound = [_repetitions(group, on_skip) for group in groups]
-    return [_table(group[0].model, group) for group in sound if group]
+    return [table for group in groups if (table := _table(group, on_skip)).runs]
 
 
-def _repetitions(runs: Sequence[Run], on_skip: Callable[[str], None]) -> list[Run]:
-    """Return the runs of the cells that `Cell` accepts; its complaint about any other goes to `on_skip`."""
-    cells: dict[tuple[Any, ...], list[Run]] = {}
+def _table(runs: Sequence[Run], on_skip: Callable[[str], None]) -> Table:
+    model = runs[0].model
+    repetitions: dict[tuple[str, bool, int | None, str], list[Run]] = {}
     for run in runs:
-        key = (run.method, run.training_seed is None, run.first, run.dataset)
-        cells.setdefault(key, []).append(run)
-    sound = []
-    for cell in cells.values():
+        key = (run.method, run.training_seed is not None, run.first, run.dataset)
+        repetitions.setdefault(key, []).append(run)
+    rows: dict[tuple[str, bool, int | None], Row] = {}
+    for (method, seeded, first, dataset), some in repetitions.items():
         try:
-            sound += Cell(cell).runs
+            cell = Cell(some)
         except ArtefactError as error:
             on_skip(f"{error}; the cell is left out")
-    return sound
-
-
-def _table(model: str, runs: list[Run]) -> Table:
-    datasets = sorted({run.dataset for run in runs}, key=_benchmark_order)
-    of_the_paper = bool(set(datasets) & set(PAPER_BENCHMARKS))
-    averaged = PAPER_BENCHMARKS if of_the_paper else tuple(datasets)
-    columns = (*averaged, *(name for name in datasets if name not in averaged))
-    rows: dict[tuple[str, bool, int | None], list[Run]] = {}
-    for run in runs:
-        rows.setdefault((run.method, run.training_seed is not None, run.first), []).append(run)
-    if of_the_paper and model in model_tags():
-        # A method whose runs all name their training seed needs no empty row beside it.
-        there = {method for method, *_ in rows}
-        rows |= {(method, False, None): [] for method in METHODS if method not in there}
-    order = sorted(rows, key=lambda key: (*_method_order(key[0]), key[1], key[2] or 0))
-    return Table(
-        model,
-        columns,
-        averaged if len(averaged) > 1 else (),
-        [Row(model, key[0], rows[key], first=key[2]) for key in order],
-        int(runs[0].facts["val_n"]),
-    )
-
-
-def _benchmark_order(name: str) -> tuple[int, str]:
+        else:
+            rows.setdefault((method, seeded, first), Row(method, first, {})).cells[dataset] = cell
     order = list(BENCHMARKS)
-    return (order.index(name) if name in order else len(order), name)
+    datasets = {name for row in rows.values() for name in row.cells}
+    columns = sorted(datasets, key=lambda name: (order.index(name) if name in order else len(order), name))
+    averaged = tuple(columns)
+    if datasets & set(PAPER_BENCHMARKS):
+        averaged = PAPER_BENCHMARKS
+        # A method whose runs all have a training seed in their names needs no empty row beside it.
+        there = {row.method for row in rows.values()}
+        empty = [method for method in METHODS if method not in there] if model in model_tags() else []
+        rows |= {(method, False, None): Row(method, None, {}) for method in empty}
+    columns = (*averaged, *(name for name in columns if name not in averaged))
+    # The base first, then the paper's methods, each followed by its variants.
+    stems = [*METHOD_TITLES, None]
+    keys = sorted(rows, key=lambda key: (stems.index(method_stem(key[0])), key[0], key[1], key[2] or 0))
+    return Table(model, columns, averaged if len(averaged) > 1 else (), [rows[key] for key in keys])
 
 
-def _method_order(method: str) -> tuple[int, str]:
-    """The base first, then the paper's methods, each followed by its variants (`pwopsd_flat`)."""
-    order = ("base", *METHODS)
-    stem = method_stem(method)
-    return (order.index(stem) if stem in order else len(order), method)
-
-
-def method_stem(method: str) -> str:
-    """`pwopsd` of `pwopsd_flat`: the method that a variant's name begins with, the whole name without one."""
-    stem = method.split("_")[0]
-    return stem if stem in ("base", *METHODS) else method
+def method_stem(method: str) -> str | None:
+    """Return `pwopsd` for `pwopsd_flat`, the method that a variant's name begins with; None without one."""
+    return next((stem for stem in METHOD_TITLES if stem == method.split("_")[0]), None)
 
 
 def row_title(row: Row) -> str:
-    """`PW-OPSD`, its variant and training seeds behind it: `PW-OPSD (flat, 3 training seeds)`."""
-    stem = method_stem(row.method)
-    notes = [row.method.removeprefix(stem).strip("_").replace("_", " ")] if row.method != stem else []
+    """Return `PW-OPSD`, or with variant and training seeds `PW-OPSD (flat, 3 training seeds)`."""
+    stem, _, variant = row.method.partition("_") if method_stem(row.method) else (row.method, "", "")
+    notes = [variant.replace("_", " ")] if variant else []
     notes += [f"first {row.first} problems"] if row.first else []
-    seeds = row.training_seeds
-    if seeds:
+    if seeds := row.training_seeds:
         notes.append(f"{len(seeds)} training seeds" if len(seeds) > 1 else f"training seed {seeds[0]}")
     title = METHOD_TITLES.get(stem, stem)
     return f"{title} ({', '.join(notes)})" if notes else title
 
 
-def benchmark_title(name: str) -> str:
-    """A benchmark's name as a heading."""
-    return BENCHMARK_TITLES.get(name, name)
-
-
-def collect(paths: Sequence[Path], on_skip: Callable[[str], None]) -> list[Run]:
-    """Load every path; a damaged or foreign file goes to `on_skip` as a message."""
-    runs = []
-    for path in paths:
-        try:
-            runs.append(load_run(path))
-        except ArtefactError as error:
-            on_skip(str(error))
-    return runs
-
-
-def paper_row(numbers: Mapping[str, Any], model: str) -> list[tuple[str, list[list[float]], float]]:
-    """(title, [mean, deviation] for each of the paper's benchmarks, mean of four) of the paper's rows."""
-    return [(row["title"], row["cells"], row["mean"]) for row in numbers["rows"] if row["model"] == model]
+def paper_rows(numbers: Mapping[str, Any], model: str) -> list[tuple[str, str, dict[tuple[str, ...], list]]]:
+    """Return (method, title, {columns: [mean, deviation] or [mean]}) of the paper's rows, in percent."""
+    columns = [*((name,) for name in numbers["benchmarks"]), PAPER_BENCHMARKS]
+    return [
+        (row["method"], row["title"], dict(zip(columns, [*row["cells"], [row["mean"]]], strict=True)))
+        for row in numbers["rows"]
+        if row["model"] == model
+    ]

@@ -1,8 +1,4 @@
-"""Sampling engines behind one call: prompt token ids and a seed each -> completion token ids.
-
-Training and evaluation use the same interface. `HFEngine` (opsd/rollout/hf.py) samples with transformers,
-`VLLMEngine` (opsd/rollout/vllm.py) with vLLM. Neither ever sees text.
-"""
+"""The interface of a sampler: prompt token ids and a seed per request in, completion token ids out."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from opsd.errors import UsageError
 from opsd.options import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, PROPER_SHARE, Range, check_options, option
 
 if TYPE_CHECKING:
@@ -50,15 +47,44 @@ class Request:
     seed: int
 
 
+def check_requests(
+    requests: Sequence[Request], sampling: Sampling, *, vocabulary: int, max_model_len: int | None = None
+) -> None:
+    """Check the sampling parameters and every prompt before anything is sampled.
+
+    Args:
+        vocabulary: how many token ids the model has.
+        max_model_len: the engine's limit on prompt + completion, in tokens; None = no limit.
+
+    Raises:
+        UsageError: a parameter is out of range; a prompt is empty, too long or outside the vocabulary.
+    """
+    check_sampling(sampling)
+    for index, request in enumerate(requests):
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise UsageError(f"request {index} has an empty prompt; give it at least one token")
+        outside = [token for token in request.prompt_ids if not 0 <= token < vocabulary]
+        if outside:
+            raise UsageError(
+                f"request {index} has token id {outside[0]}, outside 0..{vocabulary - 1}; use its tokenizer"
+            )
+        needed = length + sampling.max_new_tokens
+        if max_model_len is not None and needed > max_model_len:
+            raise UsageError(
+                f"request {index} has {length} prompt tokens and up to {sampling.max_new_tokens} new ones, "
+                f"but max_model_len is {max_model_len}; raise it to {needed} or lower max_new_tokens"
+            )
+
+
 @dataclass(frozen=True)
 class Completion:
-    """What one request gave.
+    """The completion of one request.
 
     Attributes:
-        token_ids: the completion's own tokens, its end-of-sequence token included when it ended by itself.
-        truncated: True when it was cut at max_new_tokens.
-        logprobs: the engine's own log-probability (nats, before temperature and filters) of each token, where
-        asked.
+        token_ids: the completion's own tokens, including the end-of-sequence token that ended it.
+        truncated: whether it was cut at max_new_tokens.
+        logprobs: log-probability of each token in nats, before temperature and filters; None if not wanted.
     """
 
     token_ids: list[int]
@@ -67,7 +93,7 @@ class Completion:
 
 
 class Engine(Protocol):
-    """A sampler. `close` releases its memory; the engine is unusable afterwards."""
+    """A sampler."""
 
     def generate(
         self,
@@ -77,10 +103,11 @@ class Engine(Protocol):
         want_logprobs: bool = False,
         on_finish: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Complete every request, in order. `on_finish(index, completion)` is called as each one finishes."""
+        """Complete every request, in order. Call `on_finish(index, completion)` as each one finishes."""
+        ...
 
     def push_weights(self, model: PeftModel) -> None:
         """Make the next `generate` sample from `model` as it is now (base + adapter)."""
 
     def close(self) -> None:
-        """Release the engine's memory."""
+        """Release the engine's memory; the engine is unusable afterwards."""

@@ -1,18 +1,18 @@
-"""Sampling with transformers: `HFEngine`, the engine that needs nothing but the model itself."""
+"""Sample with transformers: `HFEngine`, which needs nothing but the model itself."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
-from opsd.errors import ArtefactError, UsageError
+from opsd.errors import ArtefactError
 from opsd.models import merge_end_ids
-from opsd.rollout.engine import Completion, Request, Sampling, check_sampling
-from opsd.rollout.seeded_sampling import processors
+from opsd.rollout.engine import Completion, Request, Sampling, check_requests
+from opsd.rollout.seeded_sampling import SeededSampler
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,67 +20,51 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def generation_state(model: PreTrainedModel) -> Iterator[None]:
-    """The model ready to generate with its KV cache; every flag touched is as before afterwards.
+def generation_state(model: Any) -> Iterator[None]:
+    """Make the model ready to generate with its KV cache, and restore every flag afterwards.
 
     Training leaves dropout on, gradient checkpointing on (which turns the cache off) and `use_cache` false.
-    The model's own generation defaults (a hub model may ask for top_k 20 or a repetition penalty) are set
-    aside: the caller's sampling parameters are the whole truth.
+    The model's own generation defaults (a hub model may ask for top_k 20 or a repetition penalty) do not
+    apply: the caller's sampling parameters alone do.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    use_cache = getattr(model.config, "use_cache", None)
-    defaults = model.generation_config
+    kept = [(module, "training", module.training) for module in model.modules()]
+    kept.append((model.config, "use_cache", getattr(model.config, "use_cache", None)))
+    kept.append((model, "generation_config", model.generation_config))
     try:
         model.eval()
-        for module in checkpointing:
-            module.gradient_checkpointing = False
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                kept.append((module, "gradient_checkpointing", True))
+                module.gradient_checkpointing = False
         model.config.use_cache = True
         model.generation_config = GenerationConfig()
         yield
     finally:
-        model.generation_config = defaults
-        model.config.use_cache = use_cache
-        for module in checkpointing:
-            module.gradient_checkpointing = True
-        for module, training in modes:
-            module.training = training
-
-
-def _plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model inside DDP and PEFT wrappers. LoRA layers sit in it, so it samples adapted."""
-    model = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-    if not hasattr(model, "get_base_model"):
-        return model
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise UsageError("prompt-learning adapters are not supported; use a LoRA adapter")
-    return model.get_base_model()
+        for owner, name, value in kept:
+            setattr(owner, name, value)
 
 
 class HFEngine:
-    """`Engine` over a transformers model, or a PeftModel whose adapter then takes part as it stands.
+    """`Engine` over a transformers model, or over a PeftModel with its adapter.
 
     Args:
-        model: a causal LM, a PeftModel over one, or either inside DistributedDataParallel. It is not copied.
-        tokenizer: gives the end-of-sequence and padding ids; no text passes through it.
+        model: a causal LM, or a PeftModel over one. It is not copied.
+        tokenizer: gives the end-of-sequence and padding ids; it handles no text.
         batch_size: how many completions are generated at once. Lower it when memory runs out.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int = 32,
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32
     ) -> None:
-        if batch_size < 1:
-            raise UsageError(f"the engine's batch size is {batch_size}, but must be at least 1")
-        self.model = _plain_model(model)
+        # LoRA layers sit inside the transformers model, so it samples with the adapter. Its type lacks the
+        # generate method that it has.
+        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
         self.batch_size = batch_size
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        self.end_ids = merge_end_ids(configured, tokenizer.eos_token_id)
-        pad = tokenizer.pad_token_id
-        self.pad_id = pad if pad is not None else (self.end_ids[0] if self.end_ids else 0)
+        own: Any = tokenizer  # its ids are typed as anything
+        self.end_ids = merge_end_ids(
+            getattr(self.model.generation_config, "eos_token_id", None), own.eos_token_id
+        )
+        self.pad_id: int = own.pad_token_id if own.pad_token_id is not None else (*self.end_ids, 0)[0]
 
     def generate(
         self,
@@ -90,16 +74,14 @@ class HFEngine:
         want_logprobs: bool = False,
         on_finish: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Complete every request; see `Engine.generate`. `on_finish` fires when the request's batch is done.
+        """Complete every request; see `Engine.generate`. Call `on_finish` when the request's batch is done.
 
         Raises:
-            UsageError: an empty prompt, an id outside the vocabulary, or a sampling parameter out of range.
+            UsageError: as `check_requests`.
             ArtefactError: the device's memory is exhausted; the message says what to lower.
         """
-        check_sampling(sampling)
-        self._check_prompts(requests)
-        # Neighbours in length share a batch, so little is padded; the longest go first, so that a batch that
-        # does not fit in memory says so at once.
+        check_requests(requests, sampling, vocabulary=self.model.get_input_embeddings().num_embeddings)
+        # Similar lengths need little padding; with the longest first, memory runs out at once or not at all.
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
         results: dict[int, Completion] = {}
         with torch.no_grad(), generation_state(self.model):
@@ -115,24 +97,11 @@ class HFEngine:
         return [results[index] for index in range(len(requests))]
 
     def push_weights(self, model: PeftModel) -> None:
-        """Nothing to do: the engine samples from the very model that is trained, not from a copy of it."""
+        """Do nothing: the engine samples from the model that is trained, not from a copy of it."""
 
     def close(self) -> None:
-        """Drop the reference to the model; its memory is free once nobody else holds it."""
+        """Drop the reference to the model."""
         del self.model
-
-    def _check_prompts(self, requests: Sequence[Request]) -> None:
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        for index, request in enumerate(requests):
-            if len(request.prompt_ids) == 0:
-                raise UsageError(
-                    f"request {index} has an empty prompt; every prompt needs at least one token"
-                )
-            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
-                raise UsageError(
-                    f"request {index} holds a token id outside 0..{vocabulary - 1}; "
-                    "the tokenizer does not belong to this model"
-                )
 
     def _generate_batch(
         self, batch: Sequence[Request], sampling: Sampling, want_logprobs: bool
@@ -142,10 +111,10 @@ class HFEngine:
         input_ids = torch.full((len(batch), width), self.pad_id)
         mask = torch.zeros_like(input_ids)
         for row, request in enumerate(batch):
-            # Left padding: the last prompt token stands beside the first completion token in every row.
+            # Left padding: the last prompt token is beside the first completion token in every row.
             input_ids[row, width - len(request.prompt_ids) :] = torch.as_tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
-        chain, choice = processors(
+        sampler = SeededSampler(
             sampling,
             [request.seed for request in batch],
             prompt_length=width,
@@ -164,26 +133,17 @@ class HFEngine:
                     eos_token_id=self.end_ids or None,
                     pad_token_id=self.pad_id,
                 ),
-                logits_processor=chain,
+                logits_processor=LogitsProcessorList([sampler]),
             )
         except torch.OutOfMemoryError as error:
             raise ArtefactError(
-                f"out of memory while generating {len(batch)} completions of up to "
-                f"{sampling.max_new_tokens} tokens at once; lower the engine's batch size "
-                f"(now {self.batch_size}) or the number of new tokens"
+                f"{len(batch)} completions of up to {sampling.max_new_tokens} tokens at once do not fit into "
+                f"memory; lower the engine's batch size (now {self.batch_size}) or the number of new tokens"
             ) from error
-        logprobs = torch.stack(choice.logprobs, dim=1).tolist() if want_logprobs else None
-        return [
-            self._completion(row, sampling, logprobs[index] if logprobs is not None else None)
-            for index, row in enumerate(output[:, width:].tolist())
-        ]
-
-    def _completion(self, row: list[int], sampling: Sampling, logprobs: list[float] | None) -> Completion:
-        """Cut `row` behind its first end-of-sequence token; without one it was stopped by the limit."""
-        ends = [index for index, token in enumerate(row) if token in self.end_ids]
-        length = ends[0] + 1 if ends else min(len(row), sampling.max_new_tokens)
-        return Completion(
-            token_ids=row[:length],
-            truncated=not ends,
-            logprobs=logprobs[:length] if logprobs is not None else None,
-        )
+        logprobs = torch.stack(sampler.logprobs, dim=1).tolist() if want_logprobs else [None] * len(batch)
+        completions = []
+        for tokens, values in zip(output[:, width:].tolist(), logprobs, strict=True):
+            ends = [index for index, token in enumerate(tokens) if token in self.end_ids]
+            length = ends[0] + 1 if ends else len(tokens)
+            completions.append(Completion(tokens[:length], not ends, values and values[:length]))
+        return completions

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 import branch_viability
 from opsd.diagnostic import run as branch_run
 from opsd.diagnostic.analysis import PREDICTORS
-from opsd.diagnostic.config import BranchConfig, check_config
+from opsd.diagnostic.config import BranchConfig
 from opsd.diagnostic.model import ForkScorer, ModelBackend
-from opsd.diagnostic.run import Plan, carry_out
-from opsd.diagnostic.sampling import CONTROL, Branches
+from opsd.diagnostic.run import carry_out
+from opsd.diagnostic.sampling import CONTROL, Branches, Plan
 from opsd.diagnostic.spines import Alternative, BranchProblem, Fork, fork_offsets, load_problems
 from opsd.errors import ArtefactError, UsageError, run_cli
 from opsd.evaluation.journal import decode_line
@@ -47,7 +47,7 @@ class KnownBackend:
     Scores are noise. Forced tokens are letters that no spine holds: that tells a branch from a control.
     """
 
-    end_ids_of_world = frozenset({1})
+    end_ids = frozenset({1})
 
     def __init__(self, problems: list[BranchProblem], tokenizer, config: BranchConfig, chance, *, limit=None):
         self.by_prompt = {tuple(p.student_ids): p for p in problems}
@@ -60,10 +60,10 @@ class KnownBackend:
     def engine(self):
         return self
 
-    def end_ids(self):
-        return self.end_ids_of_world
-
     def close(self):
+        pass
+
+    def scoring_done(self):
         pass
 
     def generate(self, requests, sampling, *, want_logprobs=False, on_finish=None):
@@ -139,7 +139,7 @@ def run_known(plan: Plan, chance, **options):
         backends.append(KnownBackend(plan.problems, plan.tokenizer, plan.config, chance, **options))
         return backends[-1]
 
-    analysis = carry_out(plan, make, show=False)
+    analysis = carry_out(plan, make)
     return analysis, backends[0]
 
 
@@ -149,7 +149,7 @@ def records_of(folder: Path) -> list[dict]:
 
 
 def figure(analysis, column: str, which: str):
-    row = next(row for row in analysis.subsets[0].rows if row.predictor.column == column)
+    row = next(row for row in analysis.subsets[0].rows if row.column == column)
     return getattr(row, which)
 
 
@@ -209,7 +209,7 @@ def test_the_table_holds_every_column_and_the_doc_names_them(tmp_path):
     assert table.equals(pd.read_parquet(tmp_path / "branches.parquet").astype(table.dtypes))
     assert len(table) == 4 * 6 * 2
     assert not table.isna().any().any()
-    assert {predictor.column for predictor in PREDICTORS} <= set(table.columns)
+    assert set(PREDICTORS) <= set(table.columns)
     documented = re.findall(
         r"^\| `(\w+)` \|", (ROOT / "docs" / "branch_viability.md").read_text("utf-8"), re.M
     )
@@ -246,30 +246,25 @@ def chance(f, forced):
     return 0.3 + 0.5 * f * forced
 
 
-@pytest.mark.parametrize("share", [0.001, 0.03, 0.11, 0.5, 0.97])
-def test_a_cut_journal_is_continued_to_the_same_branches(tmp_path, share):
+@pytest.mark.parametrize("share", ["interrupt", 0.001, 0.03, 0.5, 0.97])
+def test_a_killed_run_is_resumed_to_the_same_branches(tmp_path, share):
     """Killed at any byte: what is there is kept, the rest is drawn, the table is the uninterrupted run's."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    _, backend = run_known(known_plan(whole, problems=5), chance)
-    journal = (whole / "journal.jsonl").read_bytes()
-    cut.mkdir()
-    (cut / "journal.jsonl").write_bytes(journal[: int(len(journal) * share)])
-    _, second = run_known(known_plan(cut, problems=5), chance)
-    assert (cut / "branches.csv").read_bytes() == (whole / "branches.csv").read_bytes()
-    if share > 0.01:
-        assert 0 < second.drawn < backend.drawn
-
-
-def test_an_interrupt_loses_nothing_that_was_drawn(tmp_path):
-    run_known(known_plan(tmp_path / "whole", problems=5), chance)
-    plan = known_plan(tmp_path / "stopped", problems=5)
-    with pytest.raises(KeyboardInterrupt):
-        run_known(plan, chance, limit=300)
-    assert not (tmp_path / "stopped" / "report.md").exists()
-    _, backend = run_known(plan, chance)
-    assert backend.drawn == 5 + 5 * 6 * 3 * 8 - 300
-    written = [(tmp_path / name / "branches.csv").read_bytes() for name in ("whole", "stopped")]
-    assert written[0] == written[1]
+    complete, cut = tmp_path / "complete", tmp_path / "cut"
+    run_known(known_plan(complete, problems=5), chance)
+    journal = (complete / "journal.jsonl").read_bytes()
+    if share == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            run_known(known_plan(cut, problems=5), chance, limit=300)
+        assert not (cut / "report.md").exists()
+    else:
+        cut.mkdir()
+        (cut / "journal.jsonl").write_bytes(journal[: int(len(journal) * share)])
+    _, backend = run_known(known_plan(cut, problems=5), chance)
+    assert (cut / "branches.csv").read_bytes() == (complete / "branches.csv").read_bytes()
+    everything = 5 + 5 * 6 * 3 * 8
+    assert backend.drawn == everything - 300 if share == "interrupt" else 0 < backend.drawn <= everything
+    # What is there is kept.
+    assert share in ("interrupt", 0.001) or backend.drawn < everything
 
 
 def test_a_finished_run_is_analysed_anew_without_sampling(tmp_path):
@@ -307,10 +302,10 @@ def test_a_forced_end_is_not_continued(tmp_path):
     forced = plan.tokenizer.convert_tokens_to_ids("x")
 
     class Ending(KnownBackend):
-        end_ids_of_world = frozenset({1, forced})
+        end_ids = frozenset({1, forced})
 
     backend = Ending(plan.problems, plan.tokenizer, plan.config, lambda f, forced: 1.0)
-    carry_out(plan, lambda: backend, show=False)
+    carry_out(plan, lambda: backend)
     table = pd.read_csv(tmp_path / "branches.csv")
     ended = table[table["token_id"] == forced]
     assert len(ended) == 3 * 6
@@ -329,15 +324,9 @@ def test_a_forced_end_is_not_continued(tmp_path):
 def test_one_fork_in_each_equal_stretch(length, count, seed, problem):
     offsets = fork_offsets(length, count, seed=seed, problem=problem)
     assert offsets == fork_offsets(length, count, seed=seed, problem=problem)
-    assert offsets == sorted(set(offsets))
-    assert offsets[0] >= 0
-    assert offsets[-1] < length
-    if length <= count:
-        assert offsets == list(range(length))
-    else:
-        assert [offset * count // length for offset in offsets] == pytest.approx(range(count), abs=1)
-        edges = [length * k // count for k in range(count + 1)]
-        assert all(low <= o < high for o, low, high in zip(offsets, edges, edges[1:], strict=False))
+    count = min(length, count)
+    edges = [length * k // count for k in range(count + 1)]
+    assert all(low <= o < high for o, low, high in zip(offsets, edges, edges[1:], strict=True))
 
 
 def test_forks_reach_every_place_of_a_spine():
@@ -402,14 +391,8 @@ def journal_of(folder: Path) -> Branches:
 
 
 def test_the_real_run_writes_its_files(real):
-    names = {path.name for path in real.iterdir()}
-    assert {
-        "branches.csv",
-        "branches.parquet",
-        "report.md",
-        "viability_vs_position.png",
-        "journal.jsonl",
-    } <= names
+    names = "branches.csv branches.parquet report.md viability_vs_position.png journal.jsonl"
+    assert set(names.split()) <= {path.name for path in real.iterdir()}
     report = (real / "report.md").read_text("utf-8")
     assert "3 problems, one spine each" in report
     assert "these 3 problems do not determine the schedule" in report
@@ -426,7 +409,7 @@ def test_the_figures_of_a_fork_are_those_of_a_plain_forward_pass(real, model):
     table = pd.read_csv(real / "branches.csv")
     for row in table.itertuples():
         problem, offset = problems[row.problem], row.position - 1
-        prefix = spines[row.problem].token_ids[:offset]
+        prefix = spines[row.problem].tokens[:offset]
         student, teacher = (
             torch.log_softmax(model(torch.tensor([[*ids, *prefix]])).logits[0, -1].double() / 1.1, dim=-1)
             for ids in (problem.student_ids, problem.teacher_ids)
@@ -441,8 +424,8 @@ def test_the_figures_of_a_fork_are_those_of_a_plain_forward_pass(real, model):
             "student_entropy": float(-(student.exp() * student).sum()),
             "margin": float(top[0] - top[1]),
             "kl": float((teacher.exp() * (teacher - student)).sum()),
-            "spine_tokens": len(spines[row.problem].token_ids),
-            "is_spine_token": token == spines[row.problem].token_ids[offset],
+            "spine_tokens": len(spines[row.problem].tokens),
+            "is_spine_token": token == spines[row.problem].tokens[offset],
         }
         for name, value in expected.items():
             assert getattr(row, name) == pytest.approx(value, abs=2e-4), (name, row)
@@ -458,7 +441,7 @@ def test_any_continuation_can_be_drawn_again_alone(real, model):
     wanted = [(2, branches.forks[2][1], 0), (1, branches.forks[1][0], 2)]
     for problem, fork, rank in wanted:
         forced = [] if rank == CONTROL else [fork.alternatives[rank - 1].token_id]
-        prefix = [*branches.spines[problem].token_ids[: fork.offset], *forced]
+        prefix = [*branches.spines[problem].tokens[: fork.offset], *forced]
         seed = hashed_seed("branch", 0, problem, fork.offset, rank, 1)
         request = Request([*problems[problem].student_ids, *prefix], seed)
         (completion,) = engine.generate([request], config.sampling())
@@ -478,22 +461,6 @@ def test_a_real_run_is_continued_to_the_same_table(real, tmp_path, capsys):
     assert "AUROC of relative position" in capsys.readouterr().out
 
 
-def test_equal_contexts_score_alike(model):
-    """Teacher = student: one prompt for both roles gives KL 0 and the same probabilities."""
-    tokenizer = load_tokenizer(str(BASE))
-    ids = encode_student(tokenizer, "Compute 31+18-13+41+20.")
-    problem = BranchProblem(0, "", "", ids, ids)
-    scorer = ForkScorer(_fresh(), pad_id=0, temperature=1.1, top_k=2)
-    ((fork, _),) = scorer.score([problem], [[5, 6, 7, 8]], [[1, 3]])
-    assert fork.kl == 0.0
-    assert fork.student_entropy == fork.teacher_entropy
-    assert all(a.student_probability == a.teacher_probability for a in fork.alternatives)
-
-
-def _fresh():
-    return load_causal_lm(str(BASE), dtype=torch.float32)
-
-
 @torch.no_grad()
 def test_with_an_adapter_the_teacher_is_the_base():
     """The student's figures are the adapted model's, the teacher's those of the base alone."""
@@ -508,7 +475,7 @@ def test_with_an_adapter_the_teacher_is_the_base():
         encode_student(tokenizer, row["problem"]),
         encode_teacher(tokenizer, row["problem"], row["solution"]),
     )
-    adapted = with_adapter(_fresh(), SEVEN, seed=3)
+    adapted = with_adapter(load_causal_lm(str(BASE), dtype=torch.float32), SEVEN, seed=3)
     spine = tokenizer.encode("First, 31+18=49.", add_special_tokens=False)
     scorer = ForkScorer(adapted, pad_id=0, temperature=1.0, top_k=2)
     ((fork,),) = scorer.score([problem], [spine], [[2]])
@@ -533,19 +500,23 @@ def test_vllm_samples_and_a_second_copy_scores(tmp_path):
     assert len(table) == 2 * 3 * 2
     assert not table.isna().any().any()
     branches = journal_of(tmp_path)
-    assert all(spine.token_ids and not spine.truncated for spine in branches.spines.values())
+    assert all(spine.tokens and not spine.truncated for spine in branches.spines.values())
     assert all(len(samples) == 2 for samples in branches.continued.values())
     # A finished run needs no engine: the command may be given again with the other one.
     assert branch_viability.main(command(tmp_path, engine="hf", num_problems=2)) == 0
 
 
-def test_the_scoring_copy_is_dropped_beside_vllm():
-    config = BranchConfig(model_name_or_path=str(BASE), dataset="", output_dir="", engine="hf", top_k=1)
+def test_one_context_for_both_roles_and_a_copy_that_is_freed_beside_vllm():
+    """One prompt for both roles gives KL 0 and equal probabilities; only hf samples from the scoring copy."""
+    config = BranchConfig(model_name_or_path=str(BASE), dataset="", output_dir="", engine="hf", top_k=2)
     backend = ModelBackend(config, load_tokenizer(str(BASE)), longest=64)
-    problem = BranchProblem(0, "", "", [5, 6], [7, 8, 9])
-    backend.score([problem], [[5, 6, 7]], [[0, 2]])
+    ids = encode_student(backend.tokenizer, "Compute 31+18-13+41+20.")
+    ((fork, _),) = backend.score([BranchProblem(0, "", "", ids, ids)], [[5, 6, 7, 8]], [[1, 3]])
+    assert fork.kl == 0.0
+    assert fork.student_entropy == fork.teacher_entropy
+    assert all(a.student_probability == a.teacher_probability for a in fork.alternatives)
     backend.scoring_done()
-    assert backend._model is not None  # hf samples from the same copy
+    assert backend._model is not None
     backend.config = dataclasses.replace(config, engine="vllm")
     backend.scoring_done()
     assert backend._model is None
@@ -556,56 +527,33 @@ def test_the_scoring_copy_is_dropped_beside_vllm():
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("name", "value", "message"),
     [
-        ({"num_problems": 0}, "--num_problems is 0, but must be at least 1"),
-        ({"num_positions": -1}, "--num_positions is -1"),
-        ({"top_k": 0}, "--top_k is 0"),
-        ({"continuations": 0}, "--continuations is 0"),
-        ({"hf_batch_size": 0}, "--hf_batch_size is 0"),
-        ({"grading_workers": 0}, "--grading_workers is 0"),
-        ({"seed": -1}, "--seed is -1"),
-        ({"resamples": 19}, "--resamples is 19"),
-        ({"score_temperature": 0}, "--score_temperature is 0.0"),
-        ({"score_temperature": "nan"}, "--score_temperature is nan"),
-        ({"viable_share": 0}, r"--viable_share is 0.0, but must be in \(0, 1\]"),
-        ({"viable_share": 1.5}, "--viable_share is 1.5"),
-        ({"gpu_memory_utilization": 0}, "--gpu_memory_utilization is 0.0"),
-        ({"engine": "onnx"}, "--engine is 'onnx', but must be one of hf, vllm"),
-        ({"dtype": "int8"}, "--dtype is 'int8'"),
-        ({"tensor_parallel_size": 2}, "--tensor_parallel_size needs --engine vllm"),
-        ({"rollout_top_p": 0}, "top_p is 0.0"),
-        ({"rollout_temperature": -1}, "temperature is -1.0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"continuations": "many"}, "invalid int value"),
-        ({"nonsense": 1}, "unrecognized arguments"),
-        ({"max_new_tokens": 100000}, "lower --max_new_tokens"),
+        ("num_positions", -1, "--num_positions is -1, but must be at least 1"),
+        ("seed", -1, "--seed is -1"),
+        ("resamples", 19, "--resamples is 19"),
+        ("score_temperature", "nan", "--score_temperature is nan"),
+        ("viable_share", 0, r"--viable_share is 0.0, but must be in \(0, 1\]"),
+        ("engine", "onnx", "--engine is 'onnx', but must be one of hf, vllm"),
+        ("tensor_parallel_size", 2, "--tensor_parallel_size needs --engine vllm"),
+        ("rollout_top_p", 0, "top_p is 0.0"),
+        ("max_new_tokens", 0, "max_new_tokens is 0"),
+        ("max_new_tokens", 100000, "lower --max_new_tokens"),
     ],
 )
-def test_wrong_flags_are_told_before_anything_is_loaded(tmp_path, monkeypatch, flags, message):
+def test_wrong_flags_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, name, value, message):
     monkeypatch.setattr(branch_run, "ModelBackend", None)
     with pytest.raises(UsageError, match=message):
-        branch_viability.main(command(tmp_path / "new", **flags))
+        branch_viability.main(command(tmp_path / "new", **{name: value}))
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"model_name_or_path": "./nowhere"}, "./nowhere does not exist"),
-        ({"dataset": "./nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"adapter": "./nowhere"}, "no checkpoint at nowhere; train first"),
-    ],
-)
-def test_missing_files_exit_with_3(tmp_path, capsys, flags, message):
-    assert run_cli(lambda: branch_viability.main(command(tmp_path, **flags))) == 3
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
+def test_a_missing_adapter(tmp_path, capsys):
+    assert run_cli(lambda: branch_viability.main(command(tmp_path, adapter="./nowhere"))) == 3
+    assert "no checkpoint at nowhere; train first" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    config = BranchConfig(model_name_or_path="m", dataset="d", output_dir=str(tmp_path / "file" / "x"))
     with pytest.raises(UsageError, match="is a file"):
-        check_config(config)
+        branch_viability.main(command(tmp_path / "file" / "x"))

@@ -12,15 +12,13 @@ from opsd.diagnostic.schedule import (
     SHOWN_AT,
     TAUS,
     WIDTHS,
-    Parameter,
     ScheduleFit,
     _bin_sums,
-    _columns,
     _solve,
     fit_schedule,
     schedule,
 )
-from opsd.diagnostic.statistics import MIN_CLUSTERS, resample_weights
+from opsd.diagnostic.statistics import MIN_CLUSTERS, Estimate, resample_weights
 from opsd.objectives import Hyperparameters, position_weights
 
 MODERATE = {"w_min": 0.25, "tau": 0.30, "s": 0.10}
@@ -45,7 +43,7 @@ def world(seed: int, *, problems: int, forks: int = 12, curve=None, control=None
 def fitted(columns, *, relative: bool = False, resamples: int = 60) -> ScheduleFit | None:
     position, success, codes, control = columns
     weights = resample_weights(int(codes.max()) + 1, resamples=resamples, seed=0)
-    return fit_schedule(position, success, codes, weights, control=control if relative else None)
+    return fit_schedule(position, success, codes, weights, control=control if relative else 1.0)
 
 
 def moderate(f):
@@ -74,7 +72,7 @@ def test_a_known_schedule_comes_back():
     fit = moderate_fit()
     assert fit.undetermined() == []
     for name, true in MODERATE.items():
-        parameter: Parameter = getattr(fit, name)
+        parameter: Estimate = getattr(fit, name)
         assert parameter.low - 0.02 <= true <= parameter.high + 0.02, name
     assert fit.tau.value == pytest.approx(0.30, abs=0.05)
     assert fit.w_min.value == pytest.approx(0.25, abs=0.08)
@@ -124,7 +122,7 @@ def test_few_noisy_problems_are_undetermined():
 def test_fewer_problems_than_an_interval_needs():
     fit = fitted(world(6, problems=MIN_CLUSTERS - 1, curve=moderate))
     assert fit.undetermined() == [f"{MIN_CLUSTERS - 1} problems are too few for any interval"]
-    assert fit.tau.text().endswith("[–]")
+    assert fit.tau.text(unknown="–").endswith("[–]")
 
 
 def test_nothing_to_fit():
@@ -151,7 +149,8 @@ def test_the_fit_is_the_best_on_the_whole_grid():
     """Against non-negative least squares at every (τ, s): no better residual exists."""
     scipy_optimize = pytest.importorskip("scipy.optimize")
     position, success, codes, _ = world(9, problems=12, curve=moderate)
-    sums = _bin_sums(_columns(position, success, None, None), codes, 12).sum(axis=1)
+    ones = np.ones_like(position)
+    sums = _bin_sums(np.stack([ones, position, success, ones]), codes, 12).sum(axis=1)
     (found,), (residual,) = _solve(sums[:, None])
     size, f, y = sums[0], sums[1] / sums[0], sums[2] / sums[0]
     best = np.inf
@@ -168,7 +167,7 @@ def test_the_fit_is_the_best_on_the_whole_grid():
 
 def test_parameters_at_the_edge_of_their_range_are_called_so():
     fit = moderate_fit()
-    at_edge = ScheduleFit(**{**vars(fit), "s": Parameter(float(WIDTHS[0]), WIDTHS[0], WIDTHS[0])})
+    at_edge = ScheduleFit(**{**vars(fit), "s": Estimate(float(WIDTHS[0]), WIDTHS[0], WIDTHS[0])})
     assert any(phrase.startswith("s: the best fit lies at the end") for phrase in at_edge.undetermined())
-    wide = ScheduleFit(**{**vars(fit), "w_min": Parameter(0.4, 0.0, 0.9), "tau": Parameter(0.5, 0.1, 0.9)})
+    wide = ScheduleFit(**{**vars(fit), "w_min": Estimate(0.4, 0.0, 0.9), "tau": Estimate(0.5, 0.1, 0.9)})
     assert [phrase.split(":")[0] for phrase in wide.undetermined()] == ["w_min", "τ"]

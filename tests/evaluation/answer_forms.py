@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+
+def plain_equivalent(gold: str, predicted: str, *, limit_s: int = 120) -> bool:
+    """Return the protocol's verdict (section 5): parse both, verify, compare the strings when that raises.
+
+    The limit is math_verify's own and counts wall clock, which a busy machine uses up.
+    """
+    from math_verify import parse, verify
+
+    texts = [text if "$" in text else f"${text}$" for text in (gold, predicted)]
+    try:
+        trees = [parse(t, fallback_mode="no_fallback", parsing_timeout=limit_s) for t in texts]
+        return verify(*trees, timeout_seconds=limit_s)
+    except Exception:
+        strip = str.maketrans("", "", "$ ")
+        return gold.translate(strip).lower() == predicted.translate(strip).lower()
+
+
 # (gold answer, forms that count as equal)
 SAME_PAIRS: list[tuple[str, list[str]]] = [
     ("204", ["204.0", " 204", "204\\text{ minutes}", "\\text{}204"]),

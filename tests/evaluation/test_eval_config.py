@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import evaluate_math
 from opsd.errors import UsageError, run_cli
-from opsd.evaluation.config import EvalConfig, parse_config, parser
+from opsd.evaluation.config import EvalConfig, check_output, parse_config
 
 NEEDED = ["--base_model", "m", "--dataset", "aime25", "--output", "r.json"]
 
@@ -31,11 +30,6 @@ def test_the_defaults_are_the_papers():
     assert (config.num_samples, config.adapter, config.seed) == (None, None, 0)
 
 
-def test_every_setting_has_a_flag_and_every_flag_a_setting():
-    flags = {action.dest for action in parser()._actions} - {"help", "replace"}
-    assert flags == {field.name for field in fields(EvalConfig)}
-
-
 def test_flags_reach_the_settings():
     config = parsed(
         *("--adapter", "a", "--num_samples", "5", "--engine", "vllm", "--tensor_parallel_size", "2"),
@@ -53,35 +47,35 @@ def test_flags_reach_the_settings():
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--val_n", "0"], "--val_n is 0"),
-        (["--val_n", "many"], "--val_n"),
-        (["--num_samples", "0"], "--num_samples is 0"),
-        (["--seed", "-1"], "--seed is -1"),
-        (["--temperature", "-0.1"], "temperature"),
-        (["--temperature", "nan"], "temperature"),
-        (["--top_p", "0"], "top_p"),
-        (["--top_p", "1.5"], "top_p"),
-        (["--top_k", "-2"], "top_k"),
-        (["--min_p", "1.5"], "min_p"),
-        (["--max_new_tokens", "0"], "max_new_tokens"),
-        (["--max_model_len", "0"], "--max_model_len is 0"),
-        (["--tensor_parallel_size", "0"], "--tensor_parallel_size is 0"),
-        (["--data_parallel_size", "2"], "unrecognized arguments: --data_parallel_size"),
-        (["--gpu_memory_utilization", "0"], "--gpu_memory_utilization is 0"),
-        (["--gpu_memory_utilization", "1.1"], "--gpu_memory_utilization is 1.1"),
-        (["--time_limit", "0"], "--time_limit is 0"),
-        (["--time_limit", "inf"], "--time_limit is inf"),
-        (["--time_limit", "nan"], "--time_limit is nan"),
-        (["--grading_workers", "0"], "--grading_workers is 0"),
-        (["--engine", "tgi"], "--engine is 'tgi'"),
-        (["--engine", "hf", "--tensor_parallel_size", "2"], "--tensor_parallel_size is 2, but --engine hf"),
-        (["--output", "r.txt"], "must end in .json"),
-        (["--temp", "1"], "--temp"),
-        (["--unknown"], "--unknown"),
+        ("--val_n 0", "--val_n is 0"),
+        ("--val_n many", "--val_n"),
+        ("--num_samples 0", "--num_samples is 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--temperature -0.1", "temperature"),
+        ("--temperature nan", "temperature"),
+        ("--top_p 0", "top_p"),
+        ("--top_p 1.5", "top_p"),
+        ("--top_k -2", "top_k"),
+        ("--min_p 1.5", "min_p"),
+        ("--max_new_tokens 0", "max_new_tokens"),
+        ("--max_model_len 0", "--max_model_len is 0"),
+        ("--tensor_parallel_size 0", "--tensor_parallel_size is 0"),
+        ("--gpu_memory_utilization 0", "--gpu_memory_utilization is 0"),
+        ("--gpu_memory_utilization 1.1", "--gpu_memory_utilization is 1.1"),
+        ("--time_limit 0", "--time_limit is 0"),
+        ("--time_limit inf", "--time_limit is inf"),
+        ("--time_limit nan", "--time_limit is nan"),
+        ("--grading_workers 0", "--grading_workers is 0"),
+        ("--engine tgi", "--engine is 'tgi'"),
+        ("--engine hf --tensor_parallel_size 2", "--tensor_parallel_size is 2, but --engine hf"),
+        ("--output r.txt", "must end in .json"),
+        ("--dataset aime26", "unknown benchmark 'aime26'"),
+        ("--temp 1", "--temp"),
+        ("--data_parallel_size 2", "unrecognized arguments: --data_parallel_size"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_2(flags, named, capsys):
-    assert run_cli(lambda: evaluate_math.main([*NEEDED, *flags])) == 2
+    assert run_cli(lambda: evaluate_math.main([*NEEDED, *flags.split()])) == 2
     error = capsys.readouterr().err
     assert named in error
     assert len(error.splitlines()) == 1
@@ -98,6 +92,6 @@ def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UsageError, match="is a file"):
-        parsed("--output", str(tmp_path / "file" / "r.json"))
+        check_output(parsed("--output", str(tmp_path / "file" / "r.json")))
     with pytest.raises(UsageError, match="is a folder"):
-        parsed("--output", str(tmp_path / "folder.json"))
+        check_output(parsed("--output", str(tmp_path / "folder.json")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -15,16 +15,15 @@ PROBLEMS = [Problem(0, "1+1?", "2"), Problem(1, "1+2?", "3")]
 
 
 class EqualStrings:
-    """Grades as the grader does, by equality of strings."""
+    """Grades as the grader does, by equality of strings; fails on the answer `x`."""
+
+    workers = 2
 
     def grade(self, problems: Sequence[tuple[str, Sequence[str | None]]]) -> list[ProblemGrade]:
+        if any("x" in answers for _, answers in problems):
+            raise RuntimeError("no grading today")
         verdicts = [[answer == gold for answer in answers] for gold, answers in problems]
         return [ProblemGrade(row, [list(range(len(row)))], 0, row[0]) for row in verdicts]
-
-
-class Broken:
-    def grade(self, problems: object) -> list[ProblemGrade]:
-        raise RuntimeError("no grading today")
 
 
 def sample(problem: int, number: int, answer: str, *, truncated: bool = False) -> dict:
@@ -32,20 +31,18 @@ def sample(problem: int, number: int, answer: str, *, truncated: bool = False) -
     return {"problem": problem, "sample": number, "text": text, "tokens": 3, "truncated": truncated}
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.005)
-
-
 def test_running_figures_by_hand():
     with Scoreboard(PROBLEMS, val_n=3, grader=EqualStrings()) as board:
         for number, answer in enumerate(["2", "5", "2"]):
             board.add(sample(0, number, answer, truncated=number == 1))
+        # One problem is complete, 2 of its 3 samples right; one of the 3 samples so far was cut.
+        while "Avg@3 66.7 % on 1 problems, truncated 33.3 %" not in str(board._bar):
+            time.sleep(0.005)
         board.add(sample(1, 2, "3"))
-        # One problem is complete, 2 of its 3 samples right; one of the 4 samples so far was cut.
-        wait_for(lambda: "Avg@3 66.7 % on 1 problems, truncated 25.0 %" in str(board._bar))
         assert "| 4/6 [" in str(board._bar)
         assert board.missing() == [(1, 0), (1, 1)]
+        with pytest.raises(ValueError, match="2 samples are missing"):
+            board.finish()
         board.add(sample(1, 0, "3"))
         board.add(sample(1, 1, "4"))
         records = board.finish()
@@ -55,20 +52,17 @@ def test_running_figures_by_hand():
     assert [r["num_correct"] for r in records] == [2, 2]
 
 
-def test_a_sample_counts_once_and_a_resumed_one_is_no_speed():
-    with Scoreboard(PROBLEMS, val_n=3, grader=EqualStrings()) as board:
-        assert board.add(sample(0, 0, "2"), resumed=True)
-        assert board.add(sample(0, 1, "2"), resumed=True)
-        assert not board.add(sample(0, 1, "7"))
-        assert board.add(sample(0, 2, "2"))
+def test_a_resumed_sample_counts_once_and_is_no_speed():
+    resumed = [sample(0, number, "2") for number in (0, 1, 1)] + [sample(1, n, "3") for n in range(3)]
+    with Scoreboard(PROBLEMS, val_n=3, grader=EqualStrings(), resumed=resumed) as board:
+        board.add(sample(0, 2, "2"))
         # The estimate divides what is left by (n - initial) / seconds.
-        assert (board._bar.initial, board._bar.n) == (2, 3)
-        with pytest.raises(ValueError, match="3 samples are missing"):
-            board.finish()
+        assert (board.resumed, board._bar.initial, board._bar.n) == (5, 5, 6)
+        assert [record["num_correct"] for record in board.finish()] == [3, 3]
 
 
-def test_an_error_of_the_grading_thread_is_raised_where_the_grades_are_asked_for():
-    with Scoreboard(PROBLEMS[:1], val_n=1, grader=Broken(), show=False) as board:
-        board.add(sample(0, 0, "2"))
+def test_an_error_of_the_grading_is_raised_where_the_grades_are_asked_for():
+    with Scoreboard(PROBLEMS[:1], val_n=1, grader=EqualStrings(), show=False) as board:
+        board.add(sample(0, 0, "x"))
         with pytest.raises(RuntimeError, match="no grading today"):
             board.finish()

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+import evaluate_math
+import merge_lora
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation import run as evaluation
 from opsd.evaluation.config import EvalConfig
@@ -24,32 +26,10 @@ from opsd.evaluation.journal import Journal, read_lines
 from opsd.evaluation.results import load_result
 from opsd.evaluation.run import evaluate
 from tests.evaluation import eval_world
+from tests.test_merge_lora import train_nothing
 
 ROOT = Path(__file__).resolve().parents[2]
-PROTOCOL_KEYS = {
-    "base_model",
-    "dataset",
-    "enable_thinking",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "max_new_tokens",
-    "val_n",
-    "seed",
-    "num_problems",
-    "total_solutions",
-    "pass_at_n",
-    "pass_at_n_pct",
-    "average_at_n",
-    "average_at_n_pct",
-    "majority_vote_at_n",
-    "majority_vote_at_n_pct",
-    "formatted_count",
-    "format_rate",
-    "results",
-}
+Result = dict[str, Any]
 GENERATION_KEYS = {"predicted_answer", "full_generation", "correct", "formatted", "truncated", "tokens"}
 
 
@@ -62,41 +42,32 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(world: Path, output: Path, **changes: Any) -> EvalConfig:
-    settings = {
-        "base_model": str(world / "model"),
-        "dataset": "toy",
-        "dataset_path": str(world / "problems.jsonl"),
-        "output": str(output),
-        "engine": "hf",
-        "val_n": 4,
-        "max_new_tokens": 12,
-        "hf_batch_size": 4,
-        "grading_workers": 1,
-    }
-    return EvalConfig(**{**settings, **changes})
+    places = {"base_model": str(world / "model"), "dataset_path": str(world / "problems.jsonl")}
+    settings = {"dataset": "toy", "engine": "hf", "val_n": 4, "max_new_tokens": 12, "hf_batch_size": 4}
+    return EvalConfig(**(places | settings | {"output": str(output), "grading_workers": 1} | changes))
 
 
 def command_of(config: EvalConfig) -> list[str]:
     flags = [sys.executable, str(ROOT / "evaluate_math.py")]
-    for name, value in config.as_dict().items():
+    for name, value in vars(config).items():
         if value is not None and name not in ("enable_thinking", "trust_remote_code"):
             flags += [f"--{name}", str(value)]
     return flags
 
 
-def run_config(config: EvalConfig) -> dict[str, Any]:
-    return evaluate(config, show=False)
+def run(world: Path, output: Path, *, replacing: bool = False, **changes: Any) -> Result:
+    return evaluate(config_of(world, output, **changes), replace=replacing, show=False)
 
 
-def without_timing(result: dict[str, Any]) -> dict[str, Any]:
+def without_timing(result: Result) -> Result:
     """All of a result that must not depend on when, and in how many runs, it was made."""
     return {name: value for name, value in result.items() if name not in ("date", "timing")}
 
 
 @pytest.fixture(scope="module")
-def reference(world: Path) -> dict[str, Any]:
+def reference(world: Path) -> Result:
     """The result of one uninterrupted run."""
-    return run_config(config_of(world, world / "reference.json"))
+    return run(world, world / "reference.json")
 
 
 def only_file(folder: Path) -> Path:
@@ -131,7 +102,7 @@ def naive_generations(world: Path, *, seed: int = 0) -> list[list[str]]:
     return texts
 
 
-def test_the_result_is_what_the_protocol_defines(world: Path, reference: dict[str, Any]) -> None:
+def test_the_result_is_what_the_protocol_defines(world: Path, reference: Result) -> None:
     texts = naive_generations(world)
     assert [[g["full_generation"] for g in r["generations"]] for r in reference["results"]] == texts
     correct, passed, formatted = 0, 0, 0
@@ -153,9 +124,8 @@ def test_the_result_is_what_the_protocol_defines(world: Path, reference: dict[st
     assert reference["truncation_share"] == pytest.approx(sum(cut) / 24)
 
 
-def test_the_file_holds_every_key_and_reads_back(world: Path, reference: dict[str, Any]) -> None:
+def test_the_file_holds_every_key_and_reads_back(world: Path, reference: Result) -> None:
     assert load_result(world / "reference.json") == reference
-    assert set(reference) >= PROTOCOL_KEYS
     for name in ("versions", "date", "engine", "grading", "model_identity", "dataset_fingerprint", "timing"):
         assert reference[name], name
     assert (reference["num_problems"], reference["total_solutions"], reference["val_n"]) == (6, 24, 4)
@@ -163,27 +133,24 @@ def test_the_file_holds_every_key_and_reads_back(world: Path, reference: dict[st
     assert not (world / "reference.json.journal.jsonl").exists()
 
 
-def test_seeds_are_independent(world: Path, reference: dict[str, Any], tmp_path: Path) -> None:
-    other = run_config(config_of(world, tmp_path / "r.json", seed=1))
-    for ours, theirs in zip(reference["results"], other["results"], strict=True):
-        texts = {generation["full_generation"] for generation in ours["generations"]}
-        assert not texts & {generation["full_generation"] for generation in theirs["generations"]}
-    assert other["seed"] == 1
+def test_seeds_are_independent_and_thinking_reaches_the_template(
+    world: Path, reference: Result, tmp_path: Path
+) -> None:
+    for change in ({"seed": 1}, {"enable_thinking": False}):
+        other = run(world, tmp_path / f"{next(iter(change))}.json", **change)
+        assert other.items() >= change.items()
+        for ours, theirs in zip(reference["results"], other["results"], strict=True):
+            texts = {generation["full_generation"] for generation in ours["generations"]}
+            assert not texts & {generation["full_generation"] for generation in theirs["generations"]}
 
 
 def test_batch_size_and_problem_count_change_no_sample(
-    world: Path, reference: dict[str, Any], tmp_path: Path
+    world: Path, reference: Result, tmp_path: Path
 ) -> None:
-    few = run_config(config_of(world, tmp_path / "r.json", num_samples=2, hf_batch_size=7, val_n=3))
+    few = run(world, tmp_path / "r.json", num_samples=2, hf_batch_size=7, val_n=3)
     assert few["num_problems"] == 2
     for ours, theirs in zip(few["results"], reference["results"], strict=False):
         assert ours["generations"] == theirs["generations"][:3]
-
-
-def test_thinking_reaches_the_template(world: Path, reference: dict[str, Any], tmp_path: Path) -> None:
-    quiet = run_config(config_of(world, tmp_path / "r.json", enable_thinking=False))
-    assert quiet["enable_thinking"] is False
-    assert quiet["results"] != reference["results"]
 
 
 # -- kills ---------------------------------------------------------------------------------------------------
@@ -231,18 +198,9 @@ if __name__ == "__main__":  # grading processes import this file too, and need n
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (moment, status)
 """
 # Line 1 of the journal is its header; 24 samples follow.
-MOMENTS = (
-    "before line 1",
-    "inside line 1",
-    "after line 1",
-    "inside line 2",
-    "after line 6",
-    "inside line 14",
-    "after line 25",
-    "before the result",
-    "inside the result",
-    "after the result",
-)
+MOMENTS = [f"{when} line 1" for when in ("before", "inside", "after")]
+MOMENTS += ["inside line 2", "after line 6", "inside line 14", "after line 25"]
+MOMENTS += [f"{when} the result" for when in ("before", "inside", "after")]
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +209,7 @@ def killed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     driver = folder / "driver.py"
     driver.write_text(KILL_DRIVER)
-    settings = config_of(world, Path("replaced.json")).as_dict()
+    settings = vars(config_of(world, Path("replaced.json")))
     subprocess.run(
         [sys.executable, str(driver), repr(settings), repr(MOMENTS), str(folder)],
         check=True,
@@ -264,15 +222,11 @@ def killed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_is_finished_as_if_never_killed(
-    world: Path,
-    killed: Path,
-    reference: dict[str, Any],
-    moment: str,
-    monkeypatch: pytest.MonkeyPatch,
+    world: Path, killed: Path, reference: Result, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = killed / str(MOMENTS.index(moment)) / "r.json"
     drawn = count_draws(monkeypatch)
-    result = run_config(config_of(world, output))
+    result = run(world, output)
     assert without_timing(result) == without_timing(reference)
     assert load_result(output) == result
     assert only_file(output.parent) == output, "no journal and no partial file is left"
@@ -321,10 +275,10 @@ def test_the_command_killed_from_outside_continues(
     kept = lines_in(config.journal_path) - 1
     assert not Path(config.output).exists()
     drawn = count_draws(monkeypatch)
-    result = run_config(config)
+    result = evaluate(config, show=False)
     assert kept <= result["timing"]["resumed_samples"] < 120
     assert len(drawn) == 120 - result["timing"]["resumed_samples"]
-    whole = run_config(replace(config, output=str(tmp_path / "whole.json"), hf_batch_size=32))
+    whole = evaluate(replace(config, output=str(tmp_path / "whole.json"), hf_batch_size=32), show=False)
     assert without_timing(whole) == without_timing(result)
 
 
@@ -338,34 +292,49 @@ def forbid_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "build_engine", refuse)
 
 
+def test_the_closing_line_names_what_grading_killed(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, gold = tmp_path / "rows.jsonl", "100000000!"
+    path.write_text(json.dumps({"problem": "what is 1+1?", "answer": gold}))
+    config = config_of(world, tmp_path / "r.json", dataset_path=str(path), time_limit=0.5)
+    assert evaluate_math.main(command_of(config)[2:]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    killed = load_result(config.output)["grading"]["killed"]
+    assert killed > 0
+    assert f"{killed} killed in grading and counted as not equal (" in line
+
+
 def test_a_finished_run_is_not_repeated(
-    world: Path, reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    world: Path, reference: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_sampling(monkeypatch)
-    assert run_config(config_of(world, world / "reference.json")) == reference
+    assert run(world, world / "reference.json") == reference
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("temperature", 0.9), ("seed", 4), ("val_n", 5), ("enable_thinking", False), ("num_samples", 5)],
+    ("change", "named"),
+    [
+        ({"temperature": 0.9}, "temperature: 1.0 there, 0.9 now"),
+        ({"seed": 4}, "seed: 0 there, 4 now"),
+        ({"val_n": 5}, "val_n: 4 there, 5 now"),
+        ({"enable_thinking": False}, "enable_thinking"),
+        ({"num_samples": 5}, "num_problems"),
+        ({"num_samples": 5, "replacing": True}, "has 6 problems, which a run of 5 does not replace"),
+    ],
 )
 def test_another_runs_result_is_refused_by_field(
-    world: Path,
-    reference: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    field: str,
-    value: Any,
+    world: Path, reference: Result, monkeypatch: pytest.MonkeyPatch, change: Result, named: str
 ) -> None:
     forbid_sampling(monkeypatch)
-    named = "num_problems" if field == "num_samples" else field
     with pytest.raises(UsageError, match=named):
-        run_config(config_of(world, world / "reference.json", **{field: value}))
+        run(world, world / "reference.json", **change)
     assert load_result(world / "reference.json") == reference
     assert not (world / "reference.json.journal.jsonl").exists()
 
 
 def test_a_moved_checkout_does_not_turn_a_finished_run_or_its_journal_into_another(
-    world: Path, reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, reference: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unfinished = interrupted(world, tmp_path / "journal.json")
     shutil.copytree(world, tmp_path / "moved")
@@ -373,56 +342,38 @@ def test_a_moved_checkout_does_not_turn_a_finished_run_or_its_journal_into_anoth
         "base_model": str(tmp_path / "moved" / "model"),
         "dataset_path": str(tmp_path / "moved" / "problems.jsonl"),
     }
-    resumed = run_config(replace(unfinished, **elsewhere))
+    resumed = evaluate(replace(unfinished, **elsewhere), show=False)
     assert resumed["timing"]["resumed_samples"] == 9
     assert resumed["results"] == reference["results"]
     forbid_sampling(monkeypatch)
-    assert run_config(config_of(world, world / "reference.json", **elsewhere)) == reference
-
-
-def test_a_part_never_replaces_a_whole_result(
-    world: Path, reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forbid_sampling(monkeypatch)
-    output = tmp_path / "r.json"
-    shutil.copy(world / "reference.json", output)
-    with pytest.raises(UsageError, match="has 6 problems, which a run of 5 does not replace"):
-        evaluate(config_of(world, output, num_samples=5), replace=True, show=False)
-    assert load_result(output) == reference
+    assert run(world, world / "reference.json", **elsewhere) == reference
 
 
 def test_other_weights_in_the_same_folder_are_another_run(world: Path, tmp_path: Path) -> None:
     eval_world.make_model(tmp_path / "model", seed=1)
     config = replace(config_of(world, tmp_path / "r.json", val_n=1), base_model=str(tmp_path / "model"))
-    run_config(config)
+    evaluate(config, show=False)
     eval_world.make_model(tmp_path / "model", seed=2)
     with pytest.raises(UsageError, match="model_identity"):
-        run_config(config)
+        evaluate(config, show=False)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"results": [', b"[]", b'{"val_n": 4}'])
-def test_a_damaged_result_is_refused_and_set_aside_on_request(
-    world: Path, reference: dict[str, Any], tmp_path: Path, content: bytes
+@pytest.mark.parametrize("content", [b"", b'{"val_n": 4}', None])
+def test_a_damaged_result_is_refused_and_renamed_on_request(
+    world: Path, reference: Result, tmp_path: Path, content: bytes | None
 ) -> None:
     output = tmp_path / "r.json"
+    if content is None:  # a result that does not state all of its regime
+        content = json.dumps({k: v for k, v in reference.items() if k != "model_identity"}).encode()
     output.write_bytes(content)
-    with pytest.raises(UsageError, match="--replace"):
-        run_config(config_of(world, output))
+    with pytest.raises(UsageError, match=r"(damaged|lacks|model_identity: \(absent\)).*--replace"):
+        run(world, output)
     assert output.read_bytes() == content
-    result = evaluate(config_of(world, output), replace=True, show=False)
+    result = run(world, output, replacing=True)
     assert without_timing(result) == without_timing(reference)
     (aside,) = (file for file in tmp_path.iterdir() if file != output)
     assert aside.read_bytes() == content
     assert aside.suffix != ".json", "no reader of results takes it for one"
-
-
-def test_a_result_without_part_of_the_regime_is_not_accepted(
-    world: Path, reference: dict[str, Any], tmp_path: Path
-) -> None:
-    output = tmp_path / "r.json"
-    output.write_text(json.dumps({k: v for k, v in reference.items() if k != "model_identity"}))
-    with pytest.raises(UsageError, match=r"model_identity: \(absent\)"):
-        run_config(config_of(world, output))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, samples: int, error: BaseException) -> None:
@@ -447,22 +398,18 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, samples: int, error: BaseExcepti
 
 @pytest.mark.parametrize("error", [ArtefactError("out of memory; lower X"), KeyboardInterrupt()])
 def test_an_engine_that_fails_keeps_what_was_finished(
-    world: Path,
-    reference: dict[str, Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    error: BaseException,
+    world: Path, reference: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: BaseException
 ) -> None:
     config = config_of(world, tmp_path / "r.json")
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 9, error)
         with pytest.raises(type(error)):
-            run_config(config)
+            evaluate(config, show=False)
     assert "9 of 24 samples are finished and kept in" in capsys.readouterr().err
     assert not Path(config.output).exists()
     with pytest.MonkeyPatch.context() as patch:
         drawn = count_draws(patch)
-        result = run_config(config)
+        result = evaluate(config, show=False)
     assert len(drawn) == 15
     assert without_timing(result) == without_timing(reference)
 
@@ -473,7 +420,7 @@ def interrupted(world: Path, output: Path) -> EvalConfig:
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 9, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            run_config(config)
+            evaluate(config, show=False)
     return config
 
 
@@ -481,14 +428,14 @@ def test_the_journal_of_another_regime_is_refused(world: Path, tmp_path: Path) -
     config = interrupted(world, tmp_path / "r.json")
     before = config.journal_path.read_bytes()
     with pytest.raises(UsageError) as caught:
-        run_config(replace(config, temperature=0.7, val_n=6))
+        evaluate(replace(config, temperature=0.7, val_n=6), show=False)
     assert "temperature: 1.0 there, 0.7 now" in str(caught.value)
     assert "val_n: 4 there, 6 now" in str(caught.value)
     assert config.journal_path.read_bytes() == before
 
 
 def test_a_torn_last_line_is_drawn_again_and_a_damaged_one_is_an_error(
-    world: Path, reference: dict[str, Any], tmp_path: Path
+    world: Path, reference: Result, tmp_path: Path
 ) -> None:
     config = interrupted(world, tmp_path / "r.json")
     whole = config.journal_path.read_bytes()
@@ -496,9 +443,9 @@ def test_a_torn_last_line_is_drawn_again_and_a_damaged_one_is_an_error(
     damaged[whole.index(b'"text"') + 8] ^= 1
     config.journal_path.write_bytes(damaged)
     with pytest.raises(ArtefactError, match="line 2 of the journal"):
-        run_config(config)
+        evaluate(config, show=False)
     config.journal_path.write_bytes(whole[:-5])
-    result = run_config(config)
+    result = evaluate(config, show=False)
     assert result["timing"]["resumed_samples"] == 8
     assert without_timing(result) == without_timing(reference)
 
@@ -512,7 +459,7 @@ def test_another_engine_may_continue_and_is_recorded(
     with Journal(config.journal_path, header["regime"]) as journal:
         for record in records:
             journal.append({**record, "engine": "vllm"})
-    result = run_config(config)
+    result = evaluate(config, show=False)
     assert result["engine"] == "hf+vllm"
     assert "continued with hf" in caplog.text
 
@@ -521,70 +468,21 @@ def test_a_second_run_on_the_same_output_is_refused(world: Path, tmp_path: Path)
     config = interrupted(world, tmp_path / "r.json")
     regime = read_lines(config.journal_path)[0][0]["regime"]
     with Journal(config.journal_path, regime), pytest.raises(UsageError, match="another process"):
-        run_config(config)
+        evaluate(config, show=False)
 
 
 # -- adapters and merged folders -----------------------------------------------------------------------------
 
 
-def make_adapter(world: Path, folder: Path) -> Path:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(world / "model")
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
-    merged = model.merge_and_unload()
-    merged.save_pretrained(folder.with_name("merged"))
-    eval_world.make_tokenizer().save_pretrained(folder.with_name("merged"))
-    return folder
-
-
 def test_an_adapter_is_evaluated_as_its_merged_model_is(
-    world: Path, reference: dict[str, Any], tmp_path: Path
+    world: Path, reference: Result, tmp_path: Path
 ) -> None:
-    from opsd.run_identity import file_list, write_manifest, write_sentinel
-    from tests.test_run_identity import a_manifest
-
-    adapter = make_adapter(world, tmp_path / "adapter")
-    adapted = run_config(config_of(world, tmp_path / "a.json", adapter=str(adapter)))
-    merged_folder = tmp_path / "merged"
-    write_manifest(
-        merged_folder,
-        a_manifest(run_name="toy_pwopsd"),
-    )
-    write_sentinel(
-        merged_folder,
-        base_model="toy",
-        adapter=str(adapter),
-        adapter_step=100,
-        files=file_list(merged_folder),
-    )
-    merged = run_config(config_of(world, tmp_path / "m.json", base_model=str(merged_folder)))
+    adapter = train_nothing(world / "model", tmp_path / "toy_pwopsd")
+    merge_lora.merge(str(world / "model"), adapter, tmp_path / "merged")
+    adapted = run(world, tmp_path / "a.json", adapter=str(adapter))
+    merged = run(world, tmp_path / "m.json", base_model=str(tmp_path / "merged"))
     assert adapted["results"] == merged["results"] != reference["results"]
-    identities = {r["model_identity"] for r in (adapted, merged, reference)}
-    assert len(identities) == 3
+    assert len({result["model_identity"] for result in (adapted, merged, reference)}) == 3
     assert merged["training_run"]["run_name"] == "toy_pwopsd"
     assert merged["training_run"]["adapter_step"] == 100
     assert reference["training_run"] is None
-
-
-def test_a_cut_merged_folder_is_refused(world: Path, tmp_path: Path) -> None:
-    from opsd.run_identity import write_sentinel
-
-    folder = eval_world.make_model(tmp_path / "merged")
-    write_sentinel(
-        folder,
-        base_model="toy",
-        adapter="a",
-        adapter_step=1,
-        files={"model.safetensors": {"bytes": 10**6, "sha256": "0"}},
-    )
-    with pytest.raises(ArtefactError, match="not complete"):
-        run_config(config_of(world, tmp_path / "r.json", base_model=str(folder)))

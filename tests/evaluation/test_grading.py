@@ -16,7 +16,8 @@ import pytest
 from opsd.errors import UsageError
 from opsd.evaluation.grading import Grader, ProblemGrade, extract_boxed
 from opsd.evaluation.grading_worker import group, walk
-from tests.evaluation.answer_forms import DIFFERENT_PAIRS, HOSTILE, SAME_PAIRS
+from tests.evaluation.answer_forms import DIFFERENT_PAIRS, HOSTILE, SAME_PAIRS, plain_equivalent
+from tests.programs import fuzz_grading
 
 BOXES = [
     ("The answer is \\boxed{42}.", "42"),
@@ -61,16 +62,6 @@ def grader():
         yield grader
 
 
-def plain(gold: str, predicted: str) -> bool:
-    """The protocol's equivalence read off, with math_verify's own time limit."""
-    from math_verify import parse, verify
-
-    trees = [
-        parse(text if "$" in text else f"${text}$", fallback_mode="no_fallback") for text in (gold, predicted)
-    ]
-    return verify(*trees, timeout_seconds=5)
-
-
 def test_real_answers_equal_their_rewritten_forms(grader):
     pairs = [(gold, form) for gold, forms in SAME_PAIRS for form in (gold, *forms)]
     wrong = [pair for pair, verdict in zip(pairs, grader.equivalent(pairs), strict=True) if not verdict]
@@ -102,10 +93,18 @@ def test_verdicts_are_math_verifys_own(grader):
     rng = random.Random(5)
     pairs = [(a, b) for a in odd for b in odd] + [tuple(rng.sample(forms, 2)) for _ in range(120)]
     verdicts = grader.equivalent(pairs)
-    differing = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != plain(*pair)]
+    differing = [
+        pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != plain_equivalent(*pair)
+    ]
     assert differing == []
     # The table exercises both outcomes.
     assert 10 < sum(verdicts) < len(pairs) - 10
+
+
+def test_random_pairs_get_math_verifys_verdicts():
+    differing, killed, equal = fuzz_grading.differences(300, seed=11)
+    assert (differing, killed) == ([], 0)
+    assert equal > 10
 
 
 def test_known_oddities(grader):
@@ -176,7 +175,10 @@ def test_a_slow_text_leaves_other_problems_and_pairs_alone():
         assert grader.grade_problem("100000000!", ["0.5", "3"]).correct == [False, False]
         killed = len(grader.killed)
         # `0.5` met the slow gold answer; that says nothing about 0.5 with another partner.
-        assert grader.grade_problem("0.5", ["\\frac{1}{2}", "50\\%"]).correct == [True, plain("0.5", "50\\%")]
+        assert grader.grade_problem("0.5", ["\\frac{1}{2}", "50\\%"]).correct == [
+            True,
+            plain_equivalent("0.5", "50\\%"),
+        ]
         assert len(grader.killed) == killed > 0
         assert grader.limits()["killed_items"][0] == {"gold": "100000000!", "predicted": "0.5"}
 

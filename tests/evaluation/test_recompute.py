@@ -12,7 +12,7 @@ from opsd import files
 from opsd.errors import run_cli
 from opsd.evaluation.grading import NO_ANSWER, ProblemGrade
 from opsd.evaluation.results import load_result
-from recompute_majn import BEFORE, PROBLEM_BEFORE, apply_recount
+from recompute_majn import BEFORE, PROBLEM_BEFORE, apply_votes
 
 # (gold, answers with None for an unformatted one, the vote): the winner's first member is graded.
 VOTES = [
@@ -38,7 +38,7 @@ def stored(votes: list[bool], *, key: str = "ground_truth", formatted: bool = Tr
         for answer in answers:
             generation = {
                 "predicted_answer": NO_ANSWER if answer is None else answer,
-                "full_generation": f"so \\boxed{{{answer}}}",
+                "full_generation": "so what" if answer is None else f"so \\boxed{{{answer}}}",
                 "correct": answer == gold or answer in ("0.5", "\\frac12"),
             }
             if formatted:
@@ -80,7 +80,7 @@ def recompute(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, l
     """Exit code, the cells of each row of the table, standard error."""
     code = run_cli(lambda: recompute_majn.main([*map(str, argv), "--workers", "1"]))
     captured = capsys.readouterr()
-    lines = captured.out.splitlines()[2:]
+    lines = [line for line in captured.out.splitlines()[2:] if line.startswith("|")]
     return code, [[c.strip() for c in line.strip("|").split("|")] for line in lines], captured.err
 
 
@@ -158,46 +158,107 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, capsys, monkeypatch):
     assert BEFORE in load_result(path)
 
 
-def test_killed_comparisons_are_counted(tmp_path, capsys):
+def test_killed_items_are_counted_and_shown(tmp_path, capsys):
     result = stored([vote for *_, vote in VOTES])
     for generation in result["results"][1]["generations"][3:]:
         generation["predicted_answer"], generation["formatted"] = "100000000!", True
     path = write(tmp_path / "a.json", result)
-    code, rows, _ = recompute(capsys, path, "--time_limit_s", 2)
-    assert code == 0
+    assert recompute_majn.main([str(path), "--time_limit_s", "1", "--workers", "1"]) == 0
+    *_, row, closing = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
     # 100000000! does not even equal itself when it is killed: two clusters of one, and 8 still wins.
-    assert rows[0][2:5] == ["60.00", "60.00", "0"]
-    assert int(rows[0][6]) > 0
-
-
-def grades(votes: list[bool]) -> list[ProblemGrade]:
-    return [ProblemGrade([vote], [[0]], 0, vote) for vote in votes]
-
-
-def test_a_changed_vote_with_an_equal_share_keeps_the_problems_values():
-    result = stored([True, True, False, False, True])
-    assert apply_recount(result, grades([vote for *_, vote in VOTES]))
-    assert BEFORE not in result
-    assert [r.get(PROBLEM_BEFORE) for r in result["results"]] == [None, True, None, False, None]
-    assert not apply_recount(result, grades([vote for *_, vote in VOTES]))
+    assert cells[2:5] == ["60.00", "60.00", "0"]
+    assert int(cells[6]) > 0
+    assert closing.startswith(f"{cells[6]} killed at 1 s of CPU time")
+    assert "100000000!" in closing
 
 
 def test_the_first_value_is_the_one_that_is_kept():
+    def grades(votes: list[bool]) -> list[ProblemGrade]:
+        return [ProblemGrade([vote], [[0]], 0, vote) for vote in votes]
+
     result = stored([True] * 5)
-    apply_recount(result, grades([True, True, True, False, False]))
+    del result["results"][0]["majority_vote_correct"]
+    apply_votes(result, grades([True, True, True, False, False]))
     # The fourth vote changes back: what is kept is still what the file held at first.
-    apply_recount(result, grades([True, False, False, True, False]))
+    assert apply_votes(result, grades([True, False, False, True, False]))
     assert result[BEFORE]["majority_vote_at_n"] == 5
     assert result["majority_vote_at_n"] == 2
     assert [r.get(PROBLEM_BEFORE) for r in result["results"]] == [None, True, True, True, True]
+    # Other votes with an equal share change the problems alone.
+    del result[BEFORE]
+    assert apply_votes(result, grades([True, False, False, False, True]))
+    assert BEFORE not in result
+    assert not apply_votes(result, grades([True, False, False, False, True]))
 
 
-def test_a_missing_vote_is_filled_in():
+# The grade of VOTES by hand: correct samples, problems passed, votes, formatted samples.
+REGRADED = {"average_at_n": 11, "pass_at_n": 5, "majority_vote_at_n": 3, "formatted_count": 21}
+
+
+@pytest.mark.parametrize("kind", ["schema 2", "authors", "shares"])
+def test_regrade_corrects_verdicts_and_keeps_the_old_values(tmp_path, capsys, kind):
+    result = stored([True] * 5, key="answer" if kind == "authors" else "ground_truth")
+    result |= {"average_at_n": 1, "average_at_n_pct": 4.0, "pass_at_n": 4, "pass_at_n_pct": 80.0}
+    result |= {"formatted_count": 20, "format_rate": 80.0}
+    first, second = result["results"][:2]
+    first["generations"][0] |= {"correct": False, "predicted_answer": NO_ANSWER, "formatted": False}
+    second["generations"][3]["correct"] = True
+    if kind == "schema 2":
+        result |= {"schema_version": 2, "grading": {"math_verify": "0.1", "killed": 7}}
+    if kind == "shares":
+        result |= {"truncation_share": 0.0, "average_at_n": 0.04, "pass_at_n": 0.8}
+        result |= {"majority_vote_at_n": 1.0, "format_rate": 0.8}
+    path = write(tmp_path / "a.json", result)
+    old = load_result(path)
+
+    # Without --regrade the verdicts stay as they are; without --apply the file does.
+    assert recompute(capsys, "--apply", path)[1][0][5] == "1"
+    voted = path.read_bytes()
+    assert [g["correct"] for g in load_result(path)["results"][0]["generations"]] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    code, rows, _ = recompute(capsys, "--regrade", path)
+    assert (code, rows[0][2:]) == (0, ["60.00", "60.00", "0", "2", "0", "4.00", "44.00"])
+    assert path.read_bytes() == voted
+
+    recompute(capsys, "--regrade", "--apply", path)
+    new = load_result(path)
+    assert {name: new[name] for name in REGRADED} == REGRADED
+    percents = [new[f"{name}_at_n_pct"] for name in ("average", "pass", "majority_vote")]
+    assert [*percents, new["format_rate"]] == [44.0, 100.0, 60.0, 84.0]
+    samples = [g for record in new["results"] for g in record["generations"]]
+    kept = [{k: v for k, v in g.items() if k.endswith("_before_regrade")} for g in samples]
+    lost = {"predicted_answer": NO_ANSWER, "formatted": False, "correct": False}
+    assert kept[0] == {f"{name}_before_regrade": value for name, value in lost.items()}
+    assert samples[0]["predicted_answer"] == "0.5"
+    assert samples[0]["correct"] is samples[0]["formatted"] is True
+    assert kept[8] == {"correct_before_regrade": True}
+    assert sum(map(bool, kept)) == 2
+    assert [r["num_correct"] for r in new["results"]] == [3, 1, 2, 3, 2]
+    assert new["regraded"]["before"]["average_at_n"] == old["average_at_n"]
+    assert new["regraded"]["before"]["grading"] == old.get("grading")
+    assert new["grading"].items() <= new["regraded"].items()
+    assert new["grading"]["killed"] == 0
+
+    applied = (path.read_bytes(), path.stat().st_ino)
+    recompute(capsys, "--regrade", "--apply", path)
+    assert (path.read_bytes(), path.stat().st_ino) == applied, "a second time writes nothing"
+
+
+def test_regrade_refuses_a_file_without_generations(tmp_path, capsys):
     result = stored([True] * 5)
-    for record in result["results"]:
-        del record["majority_vote_correct"]
-    assert apply_recount(result, grades([True] * 5))
-    assert all(r["majority_vote_correct"] is True and r[PROBLEM_BEFORE] is None for r in result["results"])
+    del result["results"][2]["generations"][1]["full_generation"]
+    path = write(tmp_path / "a.json", result)
+    before = path.read_bytes()
+    code, rows, error = recompute(capsys, "--regrade", "--apply", path)
+    assert (code, rows) == (1, [])
+    assert "problem 2 has a generation without `full_generation`" in error
+    assert path.read_bytes() == before
 
 
 def test_no_file_is_a_wrong_pattern(tmp_path, capsys):

@@ -12,7 +12,6 @@ from opsd.evaluation import results
 from opsd.evaluation.grading import NO_ANSWER, ProblemGrade
 from opsd.evaluation.names import parse_name, result_path
 from opsd.evaluation.results import (
-    aggregate,
     build_result,
     ground_truth,
     load_result,
@@ -130,23 +129,10 @@ def test_the_schema_of_the_protocol(result):
 
 def test_written_and_read_back(tmp_path, result):
     path = tmp_path / "a" / "x_small_38k.json"
+    result["results"][0]["generations"][0]["full_generation"] = "\ud800 a lone surrogate"
     write_result(path, result)
     assert load_result(path) == result
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_a_lone_surrogate_survives(tmp_path, result):
-    result["results"][0]["generations"][0]["full_generation"] = "\ud800 torn"
-    write_result(tmp_path / "x.json", result)
-    assert load_result(tmp_path / "x.json") == result
-
-
-def test_regime_must_be_whole_and_extras_hide_nothing(result):
-    with pytest.raises(ValueError, match="regime"):
-        build_result(regime={**REGIME, "oops": 1}, results=[])
-    with pytest.raises(ValueError, match="seed"):
-        build_result(regime=REGIME, results=[], seed=7)
-    assert aggregate([])["average_at_n_pct"] == 0.0
 
 
 def cut_generations(text: str) -> str:
@@ -171,7 +157,10 @@ def cut_generations(text: str) -> str:
         (lambda text: text.replace('"generations": [', '"gens": [', 1), "entry 0"),
         (lambda text: text.replace("1.0", "1" * 6000, 1), "damaged"),
         (lambda text: text.replace("1.0", "1e999", 1), "1e999 is not a JSON value"),
-        (lambda text: text.replace("1.0", '"hot"', 1), "temperature is 'hot', but must be of type float"),
+        (
+            lambda text: text.replace("1.0", '"hot"', 1),
+            r"temperature is 'hot', but must be of type int \| float",
+        ),
         (lambda text: text.replace('"val_n": 3', '"val_n": true', 1), "val_n is 'True'"),
         (lambda text: text.replace('"val_n": 3', '"val_n": [3]', 1), "val_n is "),
         (lambda text: text.replace('"seed": 1', '"seed": {}'), "seed is "),
@@ -265,16 +254,13 @@ def test_a_name_says_its_own_length(tokens, tag):
     path = result_path("a", "aime24", 3, max_new_tokens=tokens, num_samples=5)
     assert path.name == f"a_aime24_{tag}_first5_seed3.json"
     assert parse_name(path, "aime24") == ("a", 5)
+    assert parse_name("notes.json", "aime24") is None
 
 
 @pytest.mark.parametrize("bad", [("../x", "aime24"), ("x", "a/b"), ("", "aime24"), ("x", "aime24", -1)])
 def test_result_names_are_plain(bad):
     with pytest.raises(UsageError):
         result_path(*bad)
-
-
-def test_foreign_names_have_no_method():
-    assert parse_name("notes.json", "aime24") is None
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,27 @@
-"""Kill training, merging and evaluation at random moments and see that nothing comes of it:
+"""Kill training, merging and evaluation at random moments and compare with undisturbed runs.
 
     python tests/programs/kill_runs.py [--kills 20] [--seed 0]
 
-Each of the three is killed `--kills` times (SIGKILL to its whole process group), at moments drawn uniformly
-over the time that an undisturbed run takes behind its imports, and started again until it finishes; the
-restart may be killed too. Then its artefacts must equal the undisturbed run's, and nothing temporary may be
-left. After every single kill nothing may pass for finished that is not: a sentinel stands in a whole merged
-folder only, a result file is whole, a checkpoint that counts is whole. Prints a report in Markdown; exit code
-1 for any difference.
+Each of the three is killed `--kills` times (SIGKILL to its process group), at moments drawn uniformly over
+the time that an undisturbed run takes after its imports, and started again until it finishes; the restart may
+be killed too. Then its artefacts must equal the undisturbed run's, and nothing temporary may be left. After
+every kill nothing may pass for finished that is not: only a complete merged folder has a sentinel, and every
+result file and every checkpoint with a marker is complete. Prints a report in Markdown; exit code 1 for any
+difference.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,36 +31,28 @@ from opsd.checkpoints import checkpoints, incompleteness
 from opsd.errors import ArtefactError
 from opsd.evaluation.results import load_result
 from opsd.files import PARTIAL_MARK
+from opsd.provenance import file_sha256
 from opsd.run_identity import SENTINEL_NAME, check_merged
-from tests.programs.forked_runs import Job, import_everything, run, train_argv
+from tests.programs import forked_runs
+from tests.programs.forked_runs import BASE, Job, run
 
-ROOT = Path(__file__).resolve().parents[2]
-BASE = ROOT / "testbed" / "base_model"
 STEPS = 3
-# A restart is killed again this often, so that some runs are killed several times.
+# A restart is killed again with this probability.
 AGAIN = 0.3
 
 
 @dataclass(frozen=True)
 class Program:
-    """One of the three.
-
-    Attributes:
-        name: as in the report.
-        job: folder -> the command that works in it.
-        contents: folder -> what must be equal, by name.
-        faults: folder -> what passes for finished there and is not.
-    """
+    """One of the three: its name, folder -> its command, folder -> what passes for finished and is not."""
 
     name: str
     job: Callable[[Path], Job]
-    contents: Callable[[Path], dict[str, object]]
     faults: Callable[[Path], list[str]]
 
 
 @dataclass
 class Tally:
-    """What one program's kills came to."""
+    """The outcome of one program's kills."""
 
     seconds: float
     runs: int = 0
@@ -74,143 +66,114 @@ class Tally:
 
 
 def files_below(folder: Path) -> dict[str, Path]:
-    """Every file of a run by its name relative to `folder`, the log of its output left out."""
+    """Return every file of a run but its log by its name relative to `folder`."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "output.log")
     return {str(path.relative_to(folder)): path for path in paths}
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def without(value: object, *names: str) -> object:
-    """`value` with the keys `names` left out wherever they stand."""
+def without_times(value: object) -> object:
+    """Return a JSON value without its times, and without the commit, as somebody may commit meanwhile."""
+    left_out = ("created", "resumed", "git", "merged", "date", "timing")
     if isinstance(value, dict):
-        return {key: without(inner, *names) for key, inner in value.items() if key not in names}
-    return [without(inner, *names) for inner in value] if isinstance(value, list) else value
+        kept = {k: v for k, v in value.items() if k not in left_out and not k.startswith("time/")}
+        return {key: without_times(inner) for key, inner in kept.items()}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
 def comparable(path: Path, folder: Path) -> object:
-    """A file's content without its times and its folder's name; the bytes' hash where it has neither."""
-    if path.name == "manifest.json":
-        text = path.read_text().replace(str(folder), "FOLDER")
-        # The code's commit is that of the start, and somebody may commit while this runs.
-        return without(json.loads(text), "created", "resumed", "git")
-    if path.name == SENTINEL_NAME:
-        sentinel = without(json.loads(path.read_text()), "merged")
-        sentinel["files"]["manifest.json"] = None  # it has the times of the training in it
-        return sentinel
+    """Return a file's content without its times and its folder's name; its hash where it has neither."""
     if path.name == "metrics.jsonl":
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
-    if path.name == "trainer_state.json":
-        state = json.loads(path.read_text())
-        state["log_history"] = [
-            {key: value for key, value in row.items() if not key.startswith("time/")}
-            for row in state["log_history"]
-        ]
-        return state
-    return digest(path)
+        return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.name in ("manifest.json", "trainer_state.json", "result.json", SENTINEL_NAME):
+        value = without_times(json.loads(path.read_text().replace(str(folder), "FOLDER")))
+        if path.name == SENTINEL_NAME:
+            value["files"]["manifest.json"] = None  # its hash is over the training's times
+        return value
+    return file_sha256(path)
 
 
 def contents_of(folder: Path) -> dict[str, object]:
-    """All files of a run. A checkpoint's marker holds sizes, and the times in trainer_state.json vary in
-    length; the Trainer's pickled arguments are read by nobody."""
+    """Return the content of every file of a run that has to be equal, by name."""
+    # The marker has hashes of files with times in them; nothing reads the Trainer's pickled arguments.
     skipped = (".complete", "training_args.bin")
-    files = files_below(folder)
-    return {name: comparable(path, folder) for name, path in files.items() if path.name not in skipped}
-
-
-def result_of(folder: Path) -> dict[str, object]:
-    files = files_below(folder)
-    return {name: without(json.loads(path.read_text()), "date", "timing") for name, path in files.items()}
+    return {n: comparable(p, folder) for n, p in files_below(folder).items() if p.name not in skipped}
 
 
 # -- what must not pass for finished -------------------------------------------------------------------------
 
 
 def training_faults(folder: Path) -> list[str]:
-    whole = [path for _, path in checkpoints(folder / "run") if incompleteness(path) is None]
-    return [
-        f"{path.name} counts as whole without {name}"
-        for path in whole
-        for name in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
-        if not (path / name).is_file()
-    ]
+    complete = [path for _, path in checkpoints(folder / "run") if incompleteness(path, hashes=True) is None]
+    needed = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
+    lacking = [(path.name, name) for path in complete for name in needed if not (path / name).is_file()]
+    return [f"{checkpoint} counts as complete without {name}" for checkpoint, name in lacking]
+
+
+def refusals(paths: Iterable[Path], check: Callable[[Path], object]) -> list[str]:
+    """Return the reasons for which `check` refuses some of `paths`."""
+    found = []
+    for path in paths:
+        try:
+            check(path)
+        except ArtefactError as error:
+            found.append(f"{path.name} passes for finished: {error}")
+    return found
 
 
 def merging_faults(folder: Path) -> list[str]:
-    faults = []
-    for sentinel in folder.rglob(SENTINEL_NAME):
-        if PARTIAL_MARK in sentinel.parent.name:
-            faults.append(f"a sentinel in {sentinel.parent.name}")
-            continue
-        try:
-            check_merged(sentinel.parent, hashes=True)
-        except ArtefactError as error:
-            faults.append(f"a sentinel in a folder that is not whole: {error}")
-    return faults
+    marked = [sentinel.parent for sentinel in folder.rglob(SENTINEL_NAME)]
+    temporary = [f"a sentinel in {path.name}" for path in marked if PARTIAL_MARK in path.name]
+    finished = [path for path in marked if PARTIAL_MARK not in path.name]
+    return temporary + refusals(finished, lambda path: check_merged(path, hashes=True))
 
 
 def evaluation_faults(folder: Path) -> list[str]:
-    faults = []
-    for path in folder.glob("*.json"):
-        try:
-            load_result(path)
-        except ArtefactError as error:
-            faults.append(f"{path.name} passes for a result: {error}")
-    return faults
+    return refusals(folder.glob("*.json"), load_result)
 
 
 # -- the programs --------------------------------------------------------------------------------------------
 
 
 def programs(world: Path) -> list[Program]:
-    """The three, on the small world's model; merging and evaluation take the undisturbed training's run."""
-    rows = world / "rows.jsonl"
-    with open(ROOT / "testbed" / "data" / "train.jsonl", encoding="utf-8") as file:
-        rows.write_text("".join(next(file) for _ in range(12)), encoding="utf-8")
-    adapter = world / "training" / "run" / f"checkpoint-{STEPS}"
+    """Return the three on the small world; merging and evaluation take the undisturbed training's run."""
+    rows = forked_runs.write_rows(world / "rows.jsonl", 12)
+    adapter, merged = world / "training" / "run" / f"checkpoint-{STEPS}", world / "merging" / "run_merged"
 
     def train(folder: Path) -> Job:
-        argv = train_argv(BASE, rows, folder / "run", max_steps=STEPS, run_name="small_pwopsd")
+        argv = forked_runs.train_argv(BASE, rows, folder / "run", max_steps=STEPS, run_name="small_pwopsd")
         return Job("ea_opsd_train", argv, str(folder / "output.log"))
 
     def merge(folder: Path) -> Job:
-        argv = ["--base_model", str(BASE), "--adapter", str(adapter), "--output", str(folder / "run_merged")]
-        return Job("merge_lora", argv, str(folder / "output.log"))
+        return Job(
+            "merge_lora", forked_runs.merge_argv(adapter, folder / "run_merged"), str(folder / "output.log")
+        )
 
     def evaluate(folder: Path) -> Job:
-        flags = {
-            "base_model": world / "merging" / "run_merged", "dataset": "sums", "dataset_path": rows,
-            "output": folder / "result.json", "engine": "hf", "val_n": 2, "num_samples": 6,
-            "max_new_tokens": 24, "hf_batch_size": 1, "grading_workers": 1,
-        }  # fmt: skip
-        argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        argv = forked_runs.evaluate_argv(merged, rows, folder / "result.json", num_samples=6, hf_batch_size=1)
         return Job("evaluate_math", argv, str(folder / "output.log"))
 
     return [
-        Program("training", train, contents_of, training_faults),
-        Program("merging", merge, contents_of, merging_faults),
-        Program("evaluation", evaluate, result_of, evaluation_faults),
+        Program("training", train, training_faults),
+        Program("merging", merge, merging_faults),
+        Program("evaluation", evaluate, evaluation_faults),
     ]
 
 
 def undisturbed(program: Program, folder: Path) -> tuple[float, dict[str, object]]:
-    """(seconds, contents) of a run that nobody kills; it must finish."""
+    """Return (seconds, contents) of a run that is not killed; it must finish."""
     folder.mkdir()
     started = time.monotonic()
     code = run(program.job(folder))
     seconds = time.monotonic() - started
     if code:
         raise SystemExit(f"{program.name} ended with {code}:\n{(folder / 'output.log').read_text()[-3000:]}")
-    return seconds, program.contents(folder)
+    return seconds, contents_of(folder)
 
 
 def kill_until_done(
     program: Program, folder: Path, tally: Tally, expected: dict, rng: random.Random, most: int
 ) -> None:
-    """One run: killed at least once where it lives long enough, at most `most` times, then finished."""
+    """Kill one run at least once where it lives long enough, at most `most` times, and finish it."""
     folder.mkdir()
     code, kills = None, 0
     while code != 0:
@@ -228,18 +191,13 @@ def kill_until_done(
             return
     tally.kills += kills
     tally.runs += kills > 0
-    found = program.contents(folder)
-    differing = [
-        name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)
-    ]
-    tally.differences += [f"{folder.name}: {name} differs after {kills} kills" for name in differing]
-    tally.differences += [
-        f"{folder.name}: {name} is left" for name in files_below(folder) if PARTIAL_MARK in name
-    ]
+    found = contents_of(folder)
+    names = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+    tally.differences += [f"{folder.name}: {name} differs after {kills} kills" for name in sorted(names)]
 
 
 def report(tallies: dict[str, Tally], seconds: float) -> str:
-    """The Markdown table."""
+    """Return the Markdown table."""
     lines = [
         "| program | kills | runs | undisturbed run, s | kill moments, s | kills that left a temporary file "
         "| differences |",
@@ -254,6 +212,7 @@ def report(tallies: dict[str, Tally], seconds: float) -> str:
     kills = sum(tally.kills for tally in tallies.values())
     differences = [words for tally in tallies.values() for words in tally.differences]
     lines += ["", f"{kills} kills, {len(differences)} differences, {seconds / 60:.1f} minutes."]
+    lines += [f"Load average of the last 15 minutes: {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores."]
     return "\n".join([*lines, *(f"- {words}" for words in differences)])
 
 
@@ -262,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="of each program (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args(argv)
-    import_everything()
+    forked_runs.import_everything()
     rng, started = random.Random(args.seed), time.monotonic()
     tallies: dict[str, Tally] = {}
     world = Path(tempfile.mkdtemp(prefix="kill_runs-"))
@@ -276,10 +235,7 @@ def main(argv: list[str] | None = None) -> int:
                 folder = world / f"{program.name}-{number}"
                 kill_until_done(program, folder, tally, expected, rng, args.kills - tally.kills)
                 shutil.rmtree(folder)
-                print(
-                    f"{program.name}: {tally.kills} kills, {len(tally.differences)} differences",
-                    file=sys.stderr,
-                )
+                print(f"{program.name}: {tally.kills} of {args.kills} kills", file=sys.stderr)
     finally:
         shutil.rmtree(world)
     print(report(tallies, time.monotonic() - started))

@@ -34,14 +34,7 @@ OBJECTIVES, STATS = "opsd/objectives.py", "opsd/token_stats.py"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One altered formula.
-
-    Attributes:
-        name: in words, what is wrong in it.
-        path: the altered file.
-        old: text that occurs exactly once.
-        new: what takes its place.
-    """
+    """One altered formula: what is wrong in it, the file, the text in it and the replacement."""
 
     name: str
     path: str
@@ -49,187 +42,117 @@ class Mutant:
     new: str
 
 
-MUTANTS = (
-    Mutant(
-        "clip after the sum",
-        STATS,
+# Name of a mutant: (text that occurs exactly once in the file, what replaces it).
+IN_STATS = {
+    "clip after the sum": (
         'values["clipped_divergence"] = entries.clamp_(max=clip).sum(-1)',
         'values["clipped_divergence"] = entries.sum(-1).clamp(max=clip)',
     ),
-    Mutant(
-        "a clipped entry keeps its gradient",
-        STATS,
+    "a clipped entry keeps its gradient": (
         "teacher_probs.addcmul_(teacher_probs, cut, value=-1.0)",
         "teacher_probs.addcmul_(teacher_probs, cut, value=-0.0)",
     ),
-    Mutant(
-        "reverse instead of forward divergence",
-        STATS,
+    "reverse instead of forward divergence": (
         "torch.sub(teacher_log, student_log, out=teacher_log)",
         "torch.sub(student_log, teacher_log, out=teacher_log)",
     ),
-    Mutant(
-        "the teacher without temperature",
-        STATS,
+    "the teacher without temperature": (
         "space.log_softmax(teacher_logits.mul_(inverse_temperature)",
         "space.log_softmax(teacher_logits.mul_(1.0)",
     ),
-    Mutant(
-        "no 1/T in the gradient",
-        STATS,
-        "student_probs.mul_(inverse_temperature)",
-        "student_probs.mul_(1.0)",
-    ),
-    Mutant(
-        "no slope of the soft cap",
-        STATS,
-        "student_probs.mul_(slope)",
-        "student_probs.mul_(1.0)",
-    ),
-    Mutant(
-        "top k not renormalised",
-        STATS,
+    "no 1/T in the gradient": ("student_probs.mul_(inverse_temperature)", "student_probs.mul_(1.0)"),
+    "no slope of the soft cap": ("student_probs.mul_(slope)", "student_probs.mul_(1.0)"),
+    "top k not renormalised": (
         "top_log = torch.log_softmax(top_log, dim=-1)  # renormalised over the teacher's own top k",
         "top_log = top_log * 1.0",
     ),
-    Mutant(
-        "one token fewer in the top k",
-        STATS,
+    "one token fewer in the top k": (
         "_largest(teacher_log, config.top_k)",
         "_largest(teacher_log, config.top_k - 1)",
     ),
-    Mutant(
-        "sampled log-probability pushed the wrong way",
-        STATS,
+    "sampled log-probability pushed the wrong way": (
         'student_probs.scatter_add_(1, picked, slopes["student_logprob"].unsqueeze(1))',
         'student_probs.scatter_add_(1, picked, -slopes["student_logprob"].unsqueeze(1))',
     ),
-    Mutant(
-        "weights start at w_min = 0",
-        OBJECTIVES,
+}
+IN_OBJECTIVES = {
+    "weights start at w_min = 0": (
         "return hyper.position_w_min + (1.0 - hyper.position_w_min) * gate",
         "return (1.0 - hyper.position_w_min) * gate",
     ),
-    Mutant(
-        "weights exceed 1",
-        OBJECTIVES,
+    "weights exceed 1": (
         "return hyper.position_w_min + (1.0 - hyper.position_w_min) * gate",
         "return hyper.position_w_min + gate",
     ),
-    Mutant(
-        "tau with the wrong sign",
-        OBJECTIVES,
+    "tau with the wrong sign": (
         "- hyper.position_tau) / hyper.position_s",
         "+ hyper.position_tau) / hyper.position_s",
     ),
-    Mutant(
-        "s multiplies",
-        OBJECTIVES,
-        "- hyper.position_tau) / hyper.position_s",
-        "- hyper.position_tau) * hyper.position_s",
-    ),
-    Mutant(
-        "f_t = i / L without the half",
-        OBJECTIVES,
-        "(index.double() - 0.5)",
-        "index.double()",
-    ),
-    Mutant(
-        "pwopsd as a mean over all tokens",
-        OBJECTIVES,
+    "s multiplies": ("- hyper.position_tau) / hyper.position_s", "- hyper.position_tau) * hyper.position_s"),
+    "f_t = i / L without the half": ("(index.double() - 0.5)", "index.double()"),
+    "pwopsd as a mean over all tokens": (
         "    if not hyper.position_global_reduction:\n        weighted",
         "    if False:\n        weighted",
     ),
-    Mutant(
-        "sequences without a token counted",
-        OBJECTIVES,
-        "(lengths > 0).sum()",
-        "(lengths >= 0).sum()",
-    ),
-    Mutant(
-        "global reduction ignored in the count",
-        OBJECTIVES,
+    "sequences without a token counted": ("(lengths > 0).sum()", "(lengths >= 0).sum()"),
+    "global reduction ignored in the count": (
         "return lengths.sum() if hyper.position_global_reduction else (lengths > 0).sum()",
         "return (lengths > 0).sum()",
     ),
-    Mutant(
-        "token mean becomes a sum",
-        OBJECTIVES,
+    "token mean becomes a sum": (
         "return Reduction(batch.stats.term.sum(), _count_tokens(batch.lengths, hyper))",
         "return Reduction(batch.stats.term.sum(), _count_tokens(batch.lengths, hyper) * 0)",
     ),
-    Mutant(
-        "advantage with the wrong sign",
-        OBJECTIVES,
+    "advantage with the wrong sign": (
         "advantage = (stats.teacher_logprob - stats.student_logprob).detach()",
         "advantage = (stats.student_logprob - stats.teacher_logprob).detach()",
     ),
-    Mutant(
-        "gradient through the advantage",
-        OBJECTIVES,
+    "gradient through the advantage": (
         "advantage = (stats.teacher_logprob - stats.student_logprob).detach()",
         "advantage = stats.teacher_logprob - stats.student_logprob",
     ),
-    Mutant(
-        "gate below the entropy threshold",
-        OBJECTIVES,
+    "gate below the entropy threshold": (
         "gate = (stats.teacher_entropy > hyper.eopd_entropy_threshold)",
         "gate = (stats.teacher_entropy < hyper.eopd_entropy_threshold)",
     ),
-    Mutant(
-        "gate on the student's entropy",
-        OBJECTIVES,
+    "gate on the student's entropy": (
         "gate = (stats.teacher_entropy > hyper.eopd_entropy_threshold)",
         "gate = (stats.student_entropy > hyper.eopd_entropy_threshold)",
     ),
-    Mutant(
-        "floor log(λ / (1 − λ))",
-        OBJECTIVES,
+    "floor log(λ / (1 − λ))": (
         "return math.log(self.reopold_lambda) / (1.0 - self.reopold_lambda)",
         "return math.log(self.reopold_lambda / (1.0 - self.reopold_lambda))",
     ),
-    Mutant(
-        "reward not raised to the floor",
-        OBJECTIVES,
-        ".detach().clamp(min=hyper.reward_floor)",
-        ".detach()",
-    ),
-    Mutant(
-        "the β-quantile instead of the (1 − β)-quantile",
-        OBJECTIVES,
+    "reward not raised to the floor": (".detach().clamp(min=hyper.reward_floor)", ".detach()"),
+    "the β-quantile instead of the (1 − β)-quantile": (
         "place = (1.0 - hyper.reopold_beta) * (ordered.numel() - 1)",
         "place = hyper.reopold_beta * (ordered.numel() - 1)",
     ),
-    Mutant(
-        "quantile without interpolation",
-        OBJECTIVES,
+    "quantile without interpolation": (
         "return ordered[low].lerp(ordered[high], place - low)",
         "return ordered[low]",
     ),
-    Mutant(
-        "refinement begins one step late",
-        OBJECTIVES,
+    "refinement begins one step late": (
         "    if batch.step < hyper.reopold_t_switch:\n        return",
         "    if batch.step <= hyper.reopold_t_switch:\n        return",
     ),
-    Mutant(
-        "refinement keeps the certain tokens",
-        OBJECTIVES,
+    "refinement keeps the certain tokens": (
         "return stats.student_entropy >= threshold",
         "return stats.student_entropy <= threshold",
     ),
-    Mutant(
-        "reopold divides by all tokens",
-        OBJECTIVES,
+    "reopold divides by all tokens": (
         "return Reduction(stats.term.where(keep, 0.0).sum(), keep.sum(), metrics)",
         "return Reduction(stats.term.where(keep, 0.0).sum(), keep.sum() * 0 + keep.numel(), metrics)",
     ),
-    Mutant(
-        "no protection from a count of 0",
-        OBJECTIVES,
+    "no protection from a count of 0": (
         "divisor.to(self.total.device).clamp(min=1)",
         "divisor.to(self.total.device)",
     ),
+}
+MUTANTS = tuple(
+    Mutant(name, path, old, new)
+    for path, mutants in ((STATS, IN_STATS), (OBJECTIVES, IN_OBJECTIVES))
+    for name, (old, new) in mutants.items()
 )
 
 

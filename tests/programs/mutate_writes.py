@@ -2,8 +2,8 @@
 
     python -m tests.programs.mutate_writes
 
-Each mutant is a copy of opsd/ and tests/ in which one statement is `pass`. Prints a line a
-mutant; exit code 1 where the tests pass without a statement.
+Each mutant is a copy of the repository in which one statement is `pass`. Prints a line a mutant; exit code 1
+where the tests pass without a statement.
 """
 
 from __future__ import annotations
@@ -21,23 +21,20 @@ CALLS = {
     "_fsync", "fsync", "fsync_tree", "flush", "replace", "rmtree", "unlink", "sync", "truncate",
     "remove_partials",
 }  # fmt: skip
-FILES = ("files.py", "checkpoints.py", "journal.py")
+FILES = ("files.py", "checkpoints.py", "evaluation/journal.py")
 TESTS = ("tests/test_files.py", "tests/evaluation/test_journal.py")
 
 
 def statements(source: str) -> list[ast.Expr]:
-    """The statements of `source` that are a call of CALLS."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            name = node.value.func
-            if getattr(name, "attr", getattr(name, "id", None)) in CALLS:
-                found.append(node)
+    """Return the statements of `source` that are a call of CALLS."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr))
+    calls = [(node, node.value.func) for node in nodes if isinstance(node.value, ast.Call)]
+    found = [node for node, name in calls if getattr(name, "attr", getattr(name, "id", None)) in CALLS]
     return sorted(found, key=lambda node: node.lineno)
 
 
 def without(source: str, node: ast.Expr) -> str:
-    """`source` with `pass` in the place of `node`."""
+    """Return `source` with `pass` in the place of `node`."""
     lines = source.splitlines(keepends=True)
     first, last = lines[node.lineno - 1], lines[node.end_lineno - 1]
     lines[node.lineno - 1 : node.end_lineno] = [
@@ -47,7 +44,7 @@ def without(source: str, node: ast.Expr) -> str:
 
 
 def passes(copy: Path) -> bool:
-    """Whether the tests pass in `copy`."""
+    """Return whether the tests pass in `copy`."""
     command = [sys.executable, "-m", "pytest", *TESTS, "-q", "-x", "-n", "0"]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
@@ -59,10 +56,9 @@ def passes(copy: Path) -> bool:
 def main() -> int:
     survivors, count = [], 0
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for name in ("opsd", "tests"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        copy = Path(folder) / "copy"
+        skipped = shutil.ignore_patterns(".*", "__pycache__", "outputs", "eval_results", "docs", "golden")
+        shutil.copytree(ROOT, copy, ignore=skipped)
         if not passes(copy):
             raise SystemExit("the tests fail without a mutation")
         for name in FILES:

@@ -1,4 +1,4 @@
-"""ea_opsd_train.py whose ranks write down what each step saw: problems, completions, digests of the weights.
+"""Run ea_opsd_train.py with each rank recording its problems, completions and digests of the weights.
 
 Used within a process by `recording`, and on several ranks as the script that the launcher starts:
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def digest(model: Any, *, adapter: bool) -> str:
-    """SHA-256 over the bytes of the adapter's parameters, or of all the others."""
+    """Return the SHA-256 over the bytes of the adapter's parameters, or of all the others."""
     found = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if ("lora_" in name) == adapter:
@@ -30,7 +30,7 @@ def digest(model: Any, *, adapter: bool) -> str:
 
 @contextlib.contextmanager
 def recording(folder: Path) -> Iterator[list[Any]]:
-    """Within it every training writes `folder`/rankN.jsonl; gives the list that trainers are appended to."""
+    """Let every training write `folder`/rankN.jsonl; yield the list that trainers are appended to."""
     from opsd.trainer import OPSDTrainer
 
     roll_out, train, trainers = OPSDTrainer._roll_out, OPSDTrainer.train, []
@@ -62,7 +62,7 @@ def recording(folder: Path) -> Iterator[list[Any]]:
 
 
 def records(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    """What one rank wrote: a row a rollout, and one after the last step."""
+    """Return what one rank wrote: a row a rollout, and one after the last step."""
     return [json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text("utf-8").splitlines()]
 
 

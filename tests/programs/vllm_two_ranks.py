@@ -21,7 +21,7 @@ LENGTH = 16
 
 
 def sample(folder: str, tensor_parallel: int) -> str:
-    """What this rank's own requests gave, after a push, against the merged model."""
+    """Compare the completions of this rank's requests after a push with the merged model's."""
     base = AutoModelForCausalLM.from_pretrained(folder).eval()
     adapted = with_adapter(copy.deepcopy(base), SEVEN, seed=2)
     merged = naive_merged(base, adapted)

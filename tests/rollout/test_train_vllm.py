@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import ea_opsd_train
 from opsd import training
 from opsd.arguments import RolloutArguments
-from opsd.errors import UsageError, run_cli
+from opsd.errors import run_cli
 from opsd.records import read_metrics
 from opsd.rollout import vllm_setup
 from tests.programs.train_recorder import recording, records
@@ -75,11 +75,16 @@ class Run:
     output: Path
     rows: list[dict[str, Any]]  # of train_recorder
     metrics: list[dict[str, Any]]
-    engine: dict[str, Any] = field(default_factory=dict)
-    base: dict[str, torch.Tensor] = field(default_factory=dict)  # base weights after the last step
+    base: dict[str, torch.Tensor]  # base weights after the last step
+    longest_prompt: int
+    vllm_config: Any = None
 
-    def column(self, name: str) -> list[float]:
-        return [row[name] for row in self.metrics]
+    def audits(self) -> tuple[list[float], list[float]]:
+        """Each step's share of tokens outside the trainer's support and difference of log-probabilities."""
+        names = ("rollout/outside_support_share", "rollout/logprob_difference")
+        outside, difference = ([row[name] for row in self.metrics] for name in names)
+        assert len(outside) == len(difference) == STEPS
+        return outside, difference
 
 
 def run(output: Path, arguments: list[str]) -> Run:
@@ -88,9 +93,9 @@ def run(output: Path, arguments: list[str]) -> Run:
 
     def look(*args: Any) -> Any:
         engine = build(*args)
-        found.update(vars(engine), problems=args[2])
-        if "_llm" in found:
-            found["config"] = engine._llm.llm_engine.vllm_config
+        found["longest_prompt"] = args[2].longest_student_prompt
+        if hasattr(engine, "_llm"):
+            found["vllm_config"] = engine._llm.llm_engine.vllm_config
         return engine
 
     training._build_engine = look
@@ -100,14 +105,13 @@ def run(output: Path, arguments: list[str]) -> Run:
     finally:
         training._build_engine = build
         torch.set_num_threads(threads)
-    (trainer,) = trainers
     base = {
         name.replace(".base_layer.", "."): value.detach().clone()
-        for name, value in trainer.model.get_base_model().state_dict().items()
+        for name, value in trainers[0].model.get_base_model().state_dict().items()
         if "lora_" not in name
     }
     rows = records(output.parent / f"{output.name}_records")
-    return Run(output, rows, read_metrics(output), found, base)
+    return Run(output, rows, read_metrics(output), base, **found)
 
 
 @pytest.fixture(scope="module")
@@ -116,22 +120,17 @@ def vllm_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(output, flags(dataset, output, "vllm"))
 
 
-def mismatch(found: Run) -> tuple[list[float], list[float]]:
-    return found.column("rollout/outside_support_share"), found.column("rollout/logprob_difference")
-
-
 @needs_vllm
 def test_the_engine_samples_from_the_student_of_the_moment(vllm_run: Run) -> None:
     """Every step's tokens lie in the trainer's own top-k/top-p support, at its own log-probabilities."""
-    outside, difference = mismatch(vllm_run)
-    assert len(outside) == len(difference) == STEPS
+    outside, difference = vllm_run.audits()
     assert max(outside) < AT_MOST_ONE
     assert max(difference) < 1e-4
     assert len({row["adapter"] for row in vllm_run.rows}) == STEPS + 1, "every step moves the weights"
 
 
 def test_so_does_transformers(dataset: Path, tmp_path: Path) -> None:
-    outside, difference = mismatch(run(tmp_path / "hf", flags(dataset, tmp_path / "hf", "hf")))
+    outside, difference = run(tmp_path / "hf", flags(dataset, tmp_path / "hf", "hf")).audits()
     assert max(outside) < AT_MOST_ONE
     assert max(difference) < 1e-4
 
@@ -143,7 +142,7 @@ def test_an_engine_that_missed_a_push_shows(
     from opsd.rollout.vllm import VLLMEngine
 
     monkeypatch.setattr(VLLMEngine, "push_weights", lambda self, model: None)
-    outside, difference = mismatch(run(tmp_path / "stale", flags(dataset, tmp_path / "stale", "vllm")))
+    outside, difference = run(tmp_path / "stale", flags(dataset, tmp_path / "stale", "vllm")).audits()
     # The adapter starts at zero: at the first step the engine's weights are the student's anyway.
     assert difference[0] < 1e-4
     assert outside[0] < AT_MOST_ONE
@@ -176,17 +175,13 @@ def test_a_resumed_run_ends_bit_for_bit_like_the_uninterrupted_one(
 
 @needs_vllm
 def test_the_engine_holds_the_longest_prompt_and_completion_in_the_models_dtype(vllm_run: Run) -> None:
-    config, longest = vllm_run.engine["config"], vllm_run.engine["problems"].longest_student_prompt
-    assert config.model_config.max_model_len == longest + NEW_TOKENS
+    config = vllm_run.vllm_config
+    assert config.model_config.max_model_len == vllm_run.longest_prompt + NEW_TOKENS
     assert config.model_config.dtype == torch.float32
     assert config.scheduler_config.max_num_seqs == 64
     assert config.model_config.seed == 42
     assert not config.model_config.enable_sleep_mode
-
-
-def test_graphs_and_no_sleep_are_the_defaults() -> None:
-    defaults = RolloutArguments()
-    assert (defaults.vllm_enforce_eager, defaults.vllm_enable_sleep_mode) == (False, False)
+    assert not RolloutArguments().vllm_enforce_eager, "graphs are the default; a CPU has none"
 
 
 @pytest.mark.slow
@@ -220,43 +215,18 @@ def test_two_ranks_with_an_engine_each(dataset: Path, tmp_path: Path) -> None:
     assert max(row["rollout/logprob_difference"] for row in metrics) < 1e-4
 
 
-# -- refusals, before a model is loaded ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loads(*_: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(training, "_load_model", loads)
-
-
 @needs_vllm
 def test_an_engine_needs_as_many_ranks_as_it_is_split_over(
-    dataset: Path, tmp_path: Path, capsys: Any, no_model: None
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(training, "_load_model", None)  # the refusal comes before the model is loaded
     arguments = flags(dataset, tmp_path / "run", "vllm", vllm_tensor_parallel_size=2)
     assert run_cli(lambda: ea_opsd_train.main(arguments)) == 2
     said = capsys.readouterr().err
     assert "--vllm_tensor_parallel_size 2 does not divide the 1 processes" in said
     assert "Start a multiple of 2 processes" in said
     assert not (tmp_path / "run").exists()
-    rollout = RolloutArguments(vllm_tensor_parallel_size=3)
-    training._check_engine(rollout, 6)
-    with pytest.raises(UsageError, match="3 does not divide the 4 processes"):
-        training._check_engine(rollout, 4)
-
-
-def test_a_missing_engine_is_said_with_its_remedy(
-    dataset: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, no_model: None
-) -> None:
-    monkeypatch.setattr(vllm_setup.importlib.util, "find_spec", lambda name: None)
-    assert run_cli(lambda: ea_opsd_train.main(flags(dataset, tmp_path / "run", "vllm"))) == 2
-    said = capsys.readouterr().err
-    for remedy in ("requirements.txt", "launchers/install.py --with-vllm", "--rollout hf"):
-        assert remedy in said
-    assert (ROOT / "requirements.txt").is_file()
-    assert (ROOT / "launchers" / "install.py").is_file()
+    training._check_engine(RolloutArguments(vllm_tensor_parallel_size=3), 6)
 
 
 def test_a_hub_revision_reaches_the_engine_as_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:

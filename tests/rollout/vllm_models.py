@@ -67,7 +67,8 @@ def with_adapter(model, targets: list[str], seed: int, **options):
     """`model` under a random rank-4 LoRA of strong effect; the model itself is not copied."""
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options))
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": targets, **options}
+    adapted = get_peft_model(model, LoraConfig(**settings))
     randomise(adapted, seed)
     return adapted
 

@@ -1,10 +1,9 @@
-"""The small world: its problems are right, its files are what the generator writes, its model is usable."""
+"""The small world: correct problems, reproducible files, a usable model."""
 
 from __future__ import annotations
 
-import ast
+import itertools
 import json
-import operator
 import random
 import re
 from pathlib import Path
@@ -13,36 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsd.prompts import (
-    INSTRUCTION,
-    encode_evaluation,
-    encode_student,
-    encode_teacher,
-    render_evaluation,
-    render_student,
-    render_teacher,
-)
+from opsd.errors import ArtefactError, UsageError
+from opsd.prompts import INSTRUCTION, encode_teacher, render_evaluation, render_student, render_teacher
 from testbed import problems as world
 
 BASE = Path(world.__file__).resolve().parent / "base_model"
 SPLITS = {split.name: split for split in (world.TRAIN, world.HELDOUT, world.HELDOUT_HARD)}
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub}
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (world.DATA / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
-def evaluated(expression: str) -> list[int]:
-    """The running totals of a chain of sums, worked out from Python's own parse of it: start first."""
-
-    def walk(node: ast.expr) -> list[int]:
-        if isinstance(node, ast.Constant):
-            return [node.value]
-        totals = walk(node.left)
-        return [*totals, OPERATIONS[type(node.op)](totals[-1], node.right.value)]
-
-    return walk(ast.parse(expression, mode="eval").body)
+def running_totals(expression: str) -> list[int]:
+    """Return the running totals of a chain of sums, its start first."""
+    return list(itertools.accumulate(map(int, re.findall(r"[+-]?\d+", expression))))
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -53,7 +37,7 @@ def test_rows_state_right_problems_answers_and_solutions(name):
     for row in rows:
         assert list(row) == ["problem", "answer", "solution"]
         expression = re.fullmatch(r"Compute ([\d+-]+)\.", row["problem"]).group(1)
-        totals = evaluated(expression)
+        totals = running_totals(expression)
         lengths.add(len(totals) - 1)
         assert all(15 <= total <= 99 for total in totals)
         assert row["answer"] == str(totals[-1])
@@ -78,12 +62,6 @@ def test_the_files_regenerate_byte_for_byte(tmp_path):
         written = (tmp_path / f"{name}.jsonl").read_bytes()
         assert written == (world.DATA / f"{name}.jsonl").read_bytes()
     assert world.main(["--check", "--output", str(tmp_path)]) == 0
-
-
-def test_check_refuses_a_changed_file(tmp_path):
-    from opsd.errors import ArtefactError
-
-    world.main(["--output", str(tmp_path)])
     path = tmp_path / "heldout.jsonl"
     path.write_bytes(path.read_bytes().replace(b"Compute", b"compute", 1))
     with pytest.raises(ArtefactError, match=r"heldout\.jsonl"):
@@ -101,12 +79,12 @@ def test_check_refuses_a_changed_file(tmp_path):
         (26, 13, (-1,)),  # 39: one more would change the tens
     ],
 )
-def test_slips_are_forgotten_carries_or_units_off_by_one(total, term, amounts):
+def test_mistakes_are_forgotten_carries_or_units_off_by_one(total, term, amounts):
     assert world.slip_amounts(total, term) == amounts
 
 
 @given(seed=st.integers(0, 10**6), operations=st.integers(1, 12))
-def test_a_slip_changes_one_digit_and_is_built_upon(seed, operations):
+def test_a_mistake_changes_one_digit_and_later_totals_follow(seed, operations):
     rng = random.Random(seed)
     problem = world.draw_problem(rng, operations)
     totals, slips = world.slipped_totals(problem, rng, first=0.5, last=0.9)
@@ -118,7 +96,7 @@ def test_a_slip_changes_one_digit_and_is_built_upon(seed, operations):
         before = total
 
 
-def test_slips_come_at_the_rates_asked_for():
+def test_mistakes_have_the_given_rates():
     rng = random.Random(5)
     counts = [0, 0, 0]
     for _ in range(4000):
@@ -129,24 +107,6 @@ def test_slips_come_at_the_rates_asked_for():
     assert [count / 4000 for count in counts] == pytest.approx([0.1, 0.2, 0.3], abs=0.037)
     assert world.slipped_totals(problem, rng, first=0, last=0) == (problem.totals, (False,) * 3)
     assert world.slipped_totals(problem, rng, first=1, last=1)[1] == (True,) * 3
-
-
-@given(seed=st.integers(0, 10**6), operations=st.integers(1, 12))
-def test_spans_point_at_the_totals(seed, operations):
-    rng = random.Random(seed)
-    problem = world.draw_problem(rng, operations)
-    totals = tuple(total + 100 for total in problem.totals)
-    solution = world.write_solution(problem, rng, totals)
-    assert [solution.text[start:end] for start, end in solution.total_spans] == [str(t) for t in totals]
-    assert all(solution.text[start - 1] == "=" for start, _ in solution.total_spans)
-
-
-def test_connectives_vary():
-    openings = {row["solution"].split("=")[0].rstrip("0123456789+-") for row in rows_of("heldout")}
-    assert openings == set(world.FIRST)
-
-
-# --- tokenizer and chat template ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -161,39 +121,21 @@ def test_the_shipped_tokenizer_is_the_one_the_code_builds(tokenizer):
 
     built = build_tokenizer()
     assert built.get_vocab() == tokenizer.get_vocab()
-    text = render_teacher(tokenizer, "Compute 1+2.", rows_of("train")[0]["solution"])
-    assert built(text)["input_ids"] == tokenizer(text)["input_ids"]
+    row = ("Compute 1+2.", rows_of("train")[0]["solution"])
+    text = render_teacher(tokenizer, *row)
+    assert built(text)["input_ids"] == tokenizer(text)["input_ids"] == encode_teacher(tokenizer, *row)
+    assert tokenizer.decode(encode_teacher(tokenizer, *row)) == text
     assert built.chat_template == tokenizer.chat_template
-
-
-def test_pad_and_end_of_sequence_differ(tokenizer):
-    assert tokenizer.pad_token == "<|endoftext|>"
-    assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") in tokenizer.all_special_ids
 
 
 @given(text=st.text(max_size=60))
-def test_any_text_survives_the_tokenizer(text):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == text
+def test_any_text_is_encoded_without_loss(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_prompts_survive_the_tokenizer(tokenizer):
-    for row in rows_of("heldout")[:20]:
-        problem, solution = row["problem"], row["solution"]
-        for ids, text in (
-            (encode_student(tokenizer, problem), render_student(tokenizer, problem)),
-            (encode_teacher(tokenizer, problem, solution), render_teacher(tokenizer, problem, solution)),
-            (encode_evaluation(tokenizer, problem), render_evaluation(tokenizer, problem)),
-        ):
-            assert tokenizer.decode(ids) == text
-
-
-def test_digits_and_signs_stand_alone(tokenizer):
+def test_digits_and_signs_are_single_tokens(tokenizer):
     tokens = tokenizer.tokenize("First, 36+35=71. Then, 71-45=26.")
     arithmetic = [token for token in tokens if any(char in "0123456789+-=" for char in token)]
     assert arithmetic == list("36+35=7171-45=26")
@@ -209,18 +151,6 @@ def test_the_chat_template_follows_qwen3(tokenizer):
     assert tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True) == front
     whole = tokenizer.apply_chat_template(chat, tokenize=False)
     assert whole == f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
-
-
-def test_the_three_prompts_end_as_the_protocol_has_them(tokenizer):
-    problem, solution = "Compute 20+30.", "First, 20+30=50. The answer is \\boxed{50}."
-    assert render_student(tokenizer, problem).endswith("assistant\n<think>\n\n</think>\n\n")
-    teacher = render_teacher(tokenizer, problem, solution)
-    assert f"Begin ===\n{solution}\n=== Reference" in teacher
-    assert teacher.endswith("<|im_start|>assistant\n")
-    assert solution in tokenizer.decode(encode_teacher(tokenizer, problem, solution))
-
-
-# --- base model --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -261,87 +191,66 @@ def test_the_base_is_fallible_alone_and_reliable_with_the_reference(model, token
     assert max(prompt["tokens"] for prompt in result.values()) <= 80
 
 
-# --- pretraining -------------------------------------------------------------------------------------------
+def learned_text(tokenizer, prompt: str, completion: str, **spans: list[tuple[int, int]]) -> str:
+    """Return the text that is learned from an example, and check its complete text."""
+    from testbed.pretrain_base import IGNORED, join
 
-
-def learned_text(tokenizer, example) -> str:
-    from testbed.pretrain_base import IGNORED
-
+    example = join(tokenizer, prompt, completion, **spans)
+    assert tokenizer.decode(example.ids) == f"{prompt}{completion}<|im_end|>"
     return tokenizer.decode([label for label in example.labels if label != IGNORED])
 
 
-def test_the_student_learns_its_completion_and_nothing_of_the_prompt(tokenizer):
-    from testbed.pretrain_base import join
-
+def test_forced_mistakes_are_masked_and_reference_totals_learned(tokenizer):
     prompt = render_student(tokenizer, "Compute 20+30.")
-    example = join(tokenizer, prompt, "First, 20+30=50.", learned=[], masked=[])
-    assert tokenizer.decode(example.ids) == f"{prompt}First, 20+30=50.<|im_end|>"
-    assert learned_text(tokenizer, example) == "First, 20+30=50.<|im_end|>"
+    learned = learned_text(tokenizer, prompt, "First, 20+30=50.", learned=[], masked=[])
+    assert learned == "First, 20+30=50.<|im_end|>", "nothing of the student's prompt"
+    spans = {"learned": [(17, 19)], "masked": [(9, 11)]}
+    learned = learned_text(tokenizer, "Reference: 36+35=71.", "So 36+35=61. And 61-10=51.", **spans)
+    assert learned == "71So 36+35=. And 61-10=51.<|im_end|>"
 
 
-def test_forced_slips_are_masked_and_reference_totals_learned(tokenizer):
-    from testbed.pretrain_base import join
-
-    prompt = "Reference: 36+35=71."
-    example = join(tokenizer, prompt, "So 36+35=61. And 61-10=51.", learned=[(17, 19)], masked=[(9, 11)])
-    assert learned_text(tokenizer, example) == "71So 36+35=. And 61-10=51.<|im_end|>"
+def mistakes(solution: str) -> int:
+    """Count the wrong sums of a solution."""
+    sums = re.findall(r"(\d+)([+-]\d+)=(\d+)\.", solution)
+    return sum(int(before) + int(term) != int(after) for before, term, after in sums)
 
 
-def test_teacher_examples_hold_a_right_reference_and_only_masked_slips(tokenizer):
+def test_teacher_examples_hold_a_correct_reference_and_only_masked_mistakes(tokenizer):
     from testbed.pretrain_base import IGNORED, Recipe, draw_example
 
     recipe, rng = Recipe(forced_share=1.0, first_slip=0.5, last_slip=0.5), random.Random(3)
-    masked = 0
+    wrong = []
     for _ in range(40):
         example = draw_example(tokenizer, "teacher", 5, rng, recipe, frozenset())
         text = tokenizer.decode(example.ids)
         reference, completion = text.split("=== Reference Solution End ===")
-        for before, term, after in re.findall(r"(\d+)([+-]\d+)=(\d+)\.", reference):
-            assert int(before) + int(term) == int(after)
-        wrong = sum(
-            int(before) + int(term) != int(after)
-            for before, term, after in re.findall(r"(\d+)([+-]\d+)=(\d+)\.", completion)
-        )
-        answer = text.index("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")
-        start = len(tokenizer(text[:answer], add_special_tokens=False)["input_ids"])
-        hidden = sum(label == IGNORED for label in example.labels[start:])
-        assert hidden == 2 * wrong
-        masked += wrong
-    assert masked > 40
+        assert mistakes(reference) == 0
+        wrong.append(mistakes(completion))
+        prompt, mark, _ = text.partition("<|im_start|>assistant\n")
+        start = len(tokenizer(prompt + mark, add_special_tokens=False)["input_ids"])
+        # A total has two digits, a token each.
+        assert example.labels[start:].count(IGNORED) == 2 * wrong[-1]
+    assert sum(wrong) > 40
 
 
 def test_no_held_out_problem_is_pretrained_on(tokenizer):
     from testbed.pretrain_base import Recipe, draw_example
 
-    rng, recipe = random.Random(1), Recipe()
     wanted = world.draw_problem(random.Random(1), 4)
-    assert wanted.text in tokenizer.decode(
-        draw_example(tokenizer, "student", 4, random.Random(1), recipe, frozenset()).ids
-    )
-    example = draw_example(tokenizer, "student", 4, rng, recipe, frozenset([wanted]))
-    assert wanted.text not in tokenizer.decode(example.ids)
+    for forbidden in (frozenset(), frozenset([wanted])):
+        example = draw_example(tokenizer, "student", 4, random.Random(1), Recipe(), forbidden)
+        assert (wanted.text in tokenizer.decode(example.ids)) == (not forbidden)
 
 
-def test_muon_orthogonalises():
-    import torch
-
-    from testbed.muon import orthogonalised
-
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((3, 16, 40), (3, 40, 16), (2, 24, 60)):
-        values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=generator)))
-        assert values.min() > 0.3
-        assert values.max() < 1.3
-
-
-def test_muon_takes_torchs_steps():
+@pytest.mark.parametrize("shape", [(12, 8), (8, 20)])
+def test_muon_takes_torchs_steps(shape):
     import torch
 
     from testbed.muon import Muon
 
     generator = torch.Generator().manual_seed(1)
-    start = torch.randn(12, 8, generator=generator)
-    gradients = [torch.randn(12, 8, generator=generator) for _ in range(3)]
+    start = torch.randn(shape, generator=generator)
+    gradients = [torch.randn(shape, generator=generator) for _ in range(3)]
     results = []
     for kind in (Muon, torch.optim.Muon):
         weight = torch.nn.Parameter(start.clone())
@@ -350,9 +259,8 @@ def test_muon_takes_torchs_steps():
             weight.grad = gradient.clone()
             optimizer.step()
         results.append(weight.detach())
-    # torch iterates in bfloat16, whose rounding is all that sets the two apart.
-    moved = (results[1] - start).norm()
-    assert (results[0] - results[1]).norm() < 0.02 * moved
+    # torch iterates in bfloat16; the two differ by its rounding.
+    assert (results[0] - results[1]).norm() < 0.02 * (results[1] - start).norm()
 
 
 def test_pretraining_is_seeded_and_lowers_the_loss(tokenizer):
@@ -369,7 +277,6 @@ def test_pretraining_is_seeded_and_lowers_the_loss(tokenizer):
 
 
 def test_steps_below_one_are_refused():
-    from opsd.errors import UsageError
     from testbed.pretrain_base import main
 
     with pytest.raises(UsageError, match="--steps is 0"):
