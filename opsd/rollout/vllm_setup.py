@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from opsd.adapter import CONFIG_NAME, read_adapter
+from opsd.checkpoints import CONFIG_NAME, read_adapter
 from opsd.errors import ArtefactError, UsageError
 from opsd.run_identity import read_json_object
 
@@ -65,7 +65,7 @@ def lora_rank(folder: str) -> int:
             raise ArtefactError(
                 f"{folder} sets {key}, which vLLM does not apply; evaluate the merged checkpoint"
             )
-    rank = max(sides["A"][0] for sides in adapter.rank_shapes.values())
+    rank = config["r"]
     if rank > _LORA_RANKS[-1]:
         raise ArtefactError(
             f"{folder} has rank {rank}, but vLLM takes {_LORA_RANKS[-1]} at most; evaluate the merged model"
