@@ -58,7 +58,7 @@ def lora_rank(folder: str) -> int:
         ArtefactError: the folder holds no complete LoRA adapter, or one that vLLM would apply wrongly.
     """
     adapter = read_adapter(folder)
-    config = read_json_object(adapter.path / CONFIG_NAME, what="adapter configuration")
+    config = read_json_object(adapter.path / CONFIG_NAME, what="adapter configuration", fields={"r": int})
     # vLLM reads one rank and one alpha from the configuration and ignores those of single modules.
     for key in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
         if config.get(key):
