@@ -20,8 +20,8 @@ tags: [on-policy-self-distillation, math, {method}]
 
 # {title}
 
-LoRA adapter merged into its base model: W + (alpha / r) B A, formed in float32 and cast once. Loads with
-`AutoModelForCausalLM.from_pretrained` and with vLLM. The base model's licence applies.
+LoRA adapter merged into its base model: W + (alpha / r) B A, formed in float32 and cast once. Loads in
+transformers (AutoModelForCausalLM) and vLLM. The base model's licence applies.
 
 | | |
 | --- | --- |

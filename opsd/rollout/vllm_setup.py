@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from opsd.adapter import CONFIG_NAME, read_adapter
+from opsd.checkpoints import CONFIG_NAME, read_adapter
 from opsd.errors import ArtefactError, UsageError
 from opsd.run_identity import read_json_object
 
@@ -55,14 +55,14 @@ def lora_rank(folder: str) -> int:
         ArtefactError: the folder holds no complete LoRA adapter, or one that vLLM would apply wrongly.
     """
     adapter = read_adapter(folder)
-    config = read_json_object(adapter.path / CONFIG_NAME, what="adapter configuration")
+    config = read_json_object(adapter.path / CONFIG_NAME, what="adapter configuration", fields={"r": int})
     # vLLM reads one rank and one alpha from the configuration and ignores those of single modules.
     for key in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
         if config.get(key):
             raise ArtefactError(
                 f"{folder} sets {key}, which vLLM does not apply; evaluate the merged checkpoint"
             )
-    rank = max(sides["A"][0] for sides in adapter.rank_shapes.values())
+    rank = config["r"]
     if rank > _LORA_RANKS[-1]:
         raise ArtefactError(
             f"{folder} has rank {rank}, but vLLM takes {_LORA_RANKS[-1]} at most; evaluate the merged model"
