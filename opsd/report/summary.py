@@ -31,7 +31,7 @@ BENCHMARK_TITLES = dict(
     zip(PAPER_BENCHMARKS, ("MATH-500", "AIME 2024", "AIME 2025", "HMMT 2025"), strict=True),
     small_hard="small, hard",
 )
-_HUB_NAMES = {row.hub_id: row.name for row in BENCHMARKS.values() if row.hub_id}
+_HUB_NAMES = {row.hub_id: name for name, row in BENCHMARKS.items() if row.hub_id}
 
 
 def model_tags() -> list[str]:
