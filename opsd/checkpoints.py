@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -121,10 +122,17 @@ def _remove(checkpoint: Path) -> None:
 
 
 def remove_incomplete(run_folder: Path) -> list[Path]:
-    """Delete the incomplete and damaged checkpoints and return them."""
+    """Delete the checkpoints without a marker, rename the damaged ones, and return both by their old names.
+
+    A checkpoint with a marker was complete once (or is an earlier version's): its files stay, as
+    `damaged-checkpoint-N-<time>`.
+    """
     removed = [path for _, path in checkpoints(run_folder) if incompleteness(path, hashes=True) is not None]
     for path in removed:
-        _remove(path)
+        if (path / MARKER).is_file():
+            path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+        else:
+            _remove(path)
     return removed
 
 

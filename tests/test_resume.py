@@ -222,8 +222,10 @@ def test_a_damaged_checkpoint_is_left_out_with_a_reason(
     assert said in caplog.text
     with pytest.raises(ArtefactError, match=f"{said}|it does not exist"):
         checkpoints.resolve_resume(run, str(run / "checkpoint-10"))
+    once_complete = (run / "checkpoint-10" / checkpoints.MARKER).is_file()
     assert checkpoints.remove_incomplete(run) == [run / "checkpoint-10"]
     assert checkpoints.remove_incomplete(run) == []
+    assert len(list(run.glob("damaged-checkpoint-10-*"))) == once_complete, "nothing computed is deleted"
 
 
 def test_rotation_counts_complete_checkpoints_and_spares_the_one_to_merge(tmp_path: Path) -> None:
