@@ -325,7 +325,7 @@ def test_one_fork_in_each_equal_stretch(length, count, seed, problem):
     assert offsets == fork_offsets(length, count, seed=seed, problem=problem)
     count = min(length, count)
     edges = [length * k // count for k in range(count + 1)]
-    assert all(low <= o < high for o, low, high in zip(offsets, edges, edges[1:], strict=True))
+    assert all(low <= o < high for o, low, high in zip(offsets, edges[:-1], edges[1:], strict=True))
 
 
 def test_forks_reach_every_place_of_a_spine():
