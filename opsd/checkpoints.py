@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
 import shutil
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
