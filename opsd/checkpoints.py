@@ -122,7 +122,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def remove_incomplete(run_folder: Path) -> list[Path]:
-    """Delete the checkpoints without a marker, rename the damaged ones, and return both by their old names.
+    """Delete the checkpoints without a marker, rename the damaged ones, log and return both.
 
     A checkpoint with a marker was complete once (or is an earlier version's): its files stay, as
     `damaged-checkpoint-N-<time>`.
@@ -130,9 +130,11 @@ def remove_incomplete(run_folder: Path) -> list[Path]:
     removed = [path for _, path in checkpoints(run_folder) if incompleteness(path, hashes=True) is not None]
     for path in removed:
         if (path / MARKER).is_file():
-            path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+            renamed = path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+            logger.warning("%s is damaged; it is now %s", path, renamed.name)
         else:
             _remove(path)
+            logger.warning("%s was incomplete when a run was killed; deleted", path)
     return removed
 
 

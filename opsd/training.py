@@ -98,8 +98,7 @@ def _train(
         logger.info("%s is already the last step of %d; nothing to train", resume, training.max_steps)
         return 0
     if training.process_index == 0:
-        for path in remove_incomplete(output_dir):
-            logger.warning("%s is incomplete or damaged; deleted without a marker, else renamed", path)
+        remove_incomplete(output_dir)
         remove_all_partials(output_dir)
         write_manifest(output_dir, manifest if resume is None else _resumed(output_dir, manifest, resume))
         _identify_wandb_run(training, output_dir)

@@ -109,7 +109,7 @@ def test_the_resumed_run_is_the_uninterrupted_one(world: Path, method: str) -> N
         if number and moments[number - 1].startswith(("save", "mark")):
             half = resumed / f"checkpoint-{moments[number - 1].split()[1]}"
             assert f"{half} is left out: it has no .complete marker: saving it was interrupted" in log
-            assert f"{half} was half-written when a run was killed; removed" in log
+            assert f"{half} was incomplete when a run was killed; deleted" in log
     if method == "reopold":
         refined = [row["method/refinement"] for row in rows]
         assert refined == [0, 0, 0, 1], "optimizer steps are counted over the complete run"
