@@ -106,15 +106,32 @@ def _training_notes(run: Run) -> list[str]:
     return notes
 
 
-def table_notes(table: Table) -> dict[tuple[Row, str], list[str]]:
-    """Return what a reader must know of each cell, a sentence each, by row and column."""
-    mixed = len(_gradings(table.runs)) > 1
-    notes = {}
-    for row in table.rows:
-        for name, cell in row.cells.items():
-            graded = [f"graded with {'; '.join(_gradings(cell.runs))}"] if mixed else []
-            notes[row, name] = list(dict.fromkeys(_cell_notes(row, name) + graded))
-    return notes
+class Notes:
+    """What a reader must know of the cells of tables: `texts`, numbered by their first occurrence."""
+
+    def __init__(self, *tables: Table) -> None:
+        self._cells: dict[tuple[Row, str], list[str]] = {}
+        for table in tables:
+            mixed = len(_gradings(table.runs)) > 1
+            for row in table.rows:
+                for name, cell in row.cells.items():
+                    graded = [f"graded with {'; '.join(_gradings(cell.runs))}"] if mixed else []
+                    self._cells[row, name] = _cell_notes(row, name) + graded
+        self.texts = list(dict.fromkeys(text for texts in self._cells.values() for text in texts))
+
+    def of(self, row: Row, columns: Sequence[str]) -> list[str]:
+        """Return the notes of the row's cells in `columns`."""
+        found = {text for name in columns for text in self._cells.get((row, name), [])}
+        return [text for text in self.texts if text in found]
+
+    def mark(self, row: Row, columns: Sequence[str]) -> str:
+        """Return ` [1, 3]`, nothing for cells without notes."""
+        numbers = ", ".join(str(self.texts.index(text) + 1) for text in self.of(row, columns))
+        return f" [{numbers}]" if numbers else ""
+
+    def numbered(self) -> list[str]:
+        """Return the texts, each behind its number."""
+        return [f"[{number}] {text}" for number, text in enumerate(self.texts, 1)]
 
 
 def missing_commands(table: Table, seeds: Sequence[int] | None = None) -> list[str]:

@@ -19,7 +19,7 @@ import branch_viability
 from opsd.diagnostic import run as branch_run
 from opsd.diagnostic.analysis import PREDICTORS
 from opsd.diagnostic.config import BranchConfig
-from opsd.diagnostic.model import ForkScorer, ModelBackend
+from opsd.diagnostic.model import ModelBackend
 from opsd.diagnostic.run import carry_out
 from opsd.diagnostic.sampling import CONTROL, Branches, Plan
 from opsd.diagnostic.spines import Alternative, BranchProblem, Fork, fork_offsets, load_problems
@@ -476,8 +476,11 @@ def test_with_an_adapter_the_teacher_is_the_base():
     )
     adapted = with_adapter(load_causal_lm(str(BASE), dtype=torch.float32), SEVEN, seed=3)
     spine = tokenizer.encode("First, 31+18=49.", add_special_tokens=False)
-    scorer = ForkScorer(adapted, pad_id=0, temperature=1.0, top_k=2)
-    ((fork,),) = scorer.score([problem], [spine], [[2]])
+    settings = {"engine": "hf", "score_temperature": 1.0, "top_k": 2}
+    config = BranchConfig(model_name_or_path="", dataset="", output_dir="", **settings)
+    backend = ModelBackend(config, tokenizer, longest=64)
+    backend._model = adapted
+    ((fork,),) = backend.score([problem], [spine], [[2]])
 
     def entropy(model, ids):
         log = torch.log_softmax(model(torch.tensor([[*ids, *spine[:2]]])).logits[0, -1], dim=-1)
