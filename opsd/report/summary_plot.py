@@ -32,8 +32,6 @@ def draw(tables: Sequence[Table], numbers: Mapping[str, Any], path: Path) -> Non
     ± sample standard deviation, the thin line the 95 % bootstrap interval over problems, an open diamond the
     paper's mean. A number in brackets is a note's, which is below.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     wide = max(len(table.figures) for table in tables)
@@ -41,9 +39,7 @@ def draw(tables: Sequence[Table], numbers: Mapping[str, Any], path: Path) -> Non
     heights = [ROW_INCHES * max(len(_drawn(table)), 2) + 0.9 for table in tables]
     notes = Notes(*tables)
     below = [line for text in notes.numbered() for line in textwrap.wrap(text, int(NOTE_CHARACTERS * width))]
-    height = sum(heights) + 0.5 + NOTE_INCHES * len(below)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.new_figure(width, sum(heights) + 0.5 + NOTE_INCHES * len(below))
     figure.supxlabel(plots.plain("\n".join(below), 10_000), fontsize=6, x=0.01, ha="left")
     grid = figure.subplots(len(tables), wide, squeeze=False, gridspec_kw={"height_ratios": heights})
     for table, line in zip(tables, grid, strict=True):

@@ -99,9 +99,6 @@ def section(text: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in cells]
 
 
-# -- figures by hand -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hand(tmp_path: Path) -> Path:
     """Three seeds of one method on the four benchmarks; correct of 8 samples in each seed."""
@@ -164,9 +161,6 @@ def test_the_interval_over_problems(tmp_path):
     alike = tmp_path / "small_opsd_small_38k_seed1.json"
     write_result(alike, result("small", 1, [[True, False]] * 4))
     assert Cell([load_run(alike)]).statistic("average").interval == (50.0, 50.0)
-
-
-# -- rows ----------------------------------------------------------------------------------------------------
 
 
 NAMES = """
@@ -244,9 +238,6 @@ def test_files_of_the_authors_release(tmp_path, capsys):
     assert section(text, "qwen3_4b_base: Avg@2, mean")[1][2] == "50.00"
 
 
-# -- what is missing -----------------------------------------------------------------------------------------
-
-
 def test_the_commands_that_fill_the_table(hand, capsys):
     (hand / "qwen3_4b_base_pwopsd_aime25_38k_seed2.json").unlink()
     _, text, _ = summarize(capsys, f"{hand}/*.json")
@@ -291,9 +282,6 @@ def test_the_seeds_and_settings_are_the_launchers():
     assert re.search(r"\$\{SEEDS:-([\d ]+)\}", script)[1].split() == list(map(str, PAPER_SEEDS))
     small = (ROOT / "launchers" / "models" / "small.sh").read_text()
     assert f"EVAL_FLAGS=(--max_new_tokens {SMALL_MAX_NEW_TOKENS})" in small
-
-
-# -- what is refused -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,9 +342,6 @@ def test_one_run_twice_is_left_out(tmp_path, capsys):
     code, text, error = summarize(capsys, f"{tmp_path}/*.json")
     assert (code, text) == (1, "")
     assert "twice" in error
-
-
-# -- what is not the paper's ---------------------------------------------------------------------------------
 
 
 def marked(text: str, method: str, column: int) -> list[str]:
@@ -470,9 +455,6 @@ def test_an_output_that_cannot_be_written(hand, capsys):
     code, _, error = summarize(capsys, f"{hand}/*_38k*.json", "--output", hand / "file" / "table.md")
     assert code == 2
     assert "cannot be written" in error
-
-
-# -- formats -------------------------------------------------------------------------------------------------
 
 
 def test_csv_holds_every_figure(hand, capsys, tmp_path):
