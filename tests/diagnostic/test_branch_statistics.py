@@ -104,16 +104,6 @@ def test_the_mean_is_resampled_by_problem_too():
     assert clustered_mean([], [], weights).text() == "–"
 
 
-def test_each_resample_draws_as_many_problems_as_there_are():
-    weights = resample_weights(12, resamples=2000, seed=4)
-    assert weights.shape == (2000, 12)
-    assert (weights.sum(axis=1) == 12).all()
-    # With replacement: a problem is missing from a resample with probability (1 − 1/12)^12 = 0.352.
-    assert (weights == 0).mean() == pytest.approx(0.352, abs=0.02)
-    assert np.array_equal(weights, resample_weights(12, resamples=2000, seed=4))
-    assert not np.array_equal(weights, resample_weights(12, resamples=2000, seed=5))
-
-
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     """150 worlds of true AUROC 0.5, score and label each the problem's: 95 % of the intervals hold it."""
     weights = resample_weights(30, resamples=200, seed=0)
