@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from opsd.errors import ArtefactError
+from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.results import regime_differences
 from opsd.report.intervals import components, detectable, resolving_factors
-from opsd.report.summary import MODEL_FIELDS, Cell, Row, Table, method_stem, row_title
+from opsd.report.summary import BENCHMARK_TITLES, MODEL_FIELDS, Cell, Row, Table, method_stem, row_title
 
-METHOD_LINE = (
+METHOD_NOTE = (
     "Differences are paired by problem. The 95 % intervals add the variances over problems, samples and, "
     "with several training seeds, training seeds (components of the crossed layout, Satterthwaite's degrees "
     "of freedom, each method with its own variance over training seeds). Each holds for its own comparison "
     "alone: of 20 without a difference, one is expected to seem resolved. Detectable: the true difference "
     "that the same design would resolve in 80 % of its repetitions."
 )
-HEADER = ["benchmark", "difference, points", "95 % interval", "verdict", "detectable"]
+HEADER = ["comparison", "benchmark", "difference, points", "95 % interval", "verdict", "detectable"]
 HEADER += ["would resolve this difference", "variance that samples do not remove"]
+UNRESOLVED = "not resolved"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference first − second on one benchmark or the mean of several, in points of Avg@n.
+    """The difference first - second on one benchmark or the mean of several, in points of Avg@n.
 
     Attributes:
-        shares: share of the squared standard error by source; `samples` is NaN with one sample a problem.
-        samples_needed: samples a problem and training seed; math.inf where no number is enough, NaN where
-            unknown.
-        problems_factor: how many times the problems; math.inf where no number is enough.
-        unknown_training: methods whose variance over training seeds is not in the interval.
+        interval: 95 %.
+        detectable: true difference that this design resolves with a probability of 80 %.
+        variance_shares: share of the squared standard error by source; None where one sample a problem
+            leaves it unknown.
+        samples_needed: samples a problem and training seed that would resolve this difference with a
+            probability of 80 %, problems_needed: problems; None where no number is enough, or unknown.
+        single_seed: methods whose variance over training seeds is unknown and not in the interval.
     """
 
     first: str
@@ -44,70 +47,87 @@ class Comparison:
     degrees_of_freedom: float
     interval: tuple[float, float]
     detectable: float
-    problems: int
-    shares: dict[str, float]
-    samples_needed: float
-    problems_factor: float
-    unknown_training: tuple[str, ...]
+    variance_shares: dict[str, float] | None
+    samples_needed: int | None
+    problems_needed: int | None
+    single_seed: list[str]
 
     @property
     def verdict(self) -> str:
         """Which method is better, in words."""
         low, high = self.interval
-        better = self.first if low > 0 else self.second if high < 0 else None
-        return f"{better} is better" if better else "not resolved"
+        return f"{self.first if low > 0 else self.second} is better" if low > 0 or high < 0 else UNRESOLVED
 
     @property
     def remedy(self) -> str:
-        """What would resolve the observed difference, in words."""
-        if self.verdict != "not resolved" or not self.difference:
+        """What would resolve an observed difference that is not resolved, in words."""
+        if self.verdict != UNRESOLVED or not self.difference:
             return "—"
-        samples = "" if math.isnan(self.samples_needed) else "no number of samples"
-        if math.isfinite(self.samples_needed):
-            samples = f"{self.samples_needed:,.0f} samples a problem"
-        problems = "no number of problems"
-        if math.isfinite(self.problems_factor):
-            problems = f"{math.ceil(self.problems_factor * self.problems):,} problems"
-        if not math.isfinite(self.samples_needed) and not math.isfinite(self.problems_factor):
-            return "more training seeds"
-        return " or ".join(filter(None, (samples, problems)))
+        wanted = [(self.samples_needed, "samples a problem"), (self.problems_needed, "problems")]
+        enough = [f"{number:,} {what}" for number, what in wanted if number is not None]
+        return " or ".join(enough) or "more training seeds"
 
     @property
-    def cells(self) -> list[str]:
-        """The texts of this comparison under HEADER."""
+    def line(self) -> list[str]:
+        """The texts under HEADER."""
         low, high = self.interval
-        kept = 1 - self.shares["samples"]
-        return [
-            self.benchmark,
-            f"{self.difference:+.2f}",
-            f"[{low:+.2f}, {high:+.2f}]",
-            self.verdict,
-            f"{self.detectable:.2f}",
-            self.remedy,
-            "—" if math.isnan(kept) else f"{100 * kept:.0f} %",
-        ]
+        kept = "—" if self.variance_shares is None else f"{100 * (1 - self.variance_shares['samples']):.0f} %"
+        figures = [f"{self.difference:+.2f}", f"[{low:+.2f}, {high:+.2f}]", self.verdict]
+        name = BENCHMARK_TITLES.get(self.benchmark, self.benchmark)
+        pair = f"{self.first} against {self.second}"
+        return [pair, name, *figures, f"{self.detectable:.2f}", self.remedy, kept]
 
 
-def compare(one: Row, other: Row, columns: Sequence[str], benchmark: str) -> Comparison | None:
-    """Return the paired difference of two rows over `columns`; None where one lacks a cell.
+def find_pairs(table: Table, compared: Sequence[str], reference: str | None) -> list[tuple[Row, Row]]:
+    """Return the two rows `compared`, then every other row against `reference`; a row is named by its method.
 
-    Raises:
-        ArtefactError: the cells are of different problems or samplings, or hold fewer than two problems, or
-            share no training seed over the columns.
+    None where the table lacks one. UsageError where a name fits several rows and none has it as its title.
     """
-    if any(name not in row.cells for row in (one, other) for name in columns):
-        return None
+
+    def find(name: str) -> Row | None:
+        rows = [row for row in table.rows if row.cells and name in (row.method, row_title(row))]
+        exact = [row for row in rows if row_title(row) == name] or rows
+        if len(exact) > 1:
+            titles = ", ".join(repr(row_title(row)) for row in exact)
+            raise UsageError(f"{name!r} fits several rows of {table.model}; give one of {titles}")
+        return exact[0] if exact else None
+
+    chosen = [row for name in compared if (row := find(name))]
+    pairs = [(chosen[0], chosen[1])] if len(chosen) == 2 else []
+    if reference and (second := find(reference)):
+        pairs += [(row, second) for row in table.rows if row.cells and row is not second]
+    return list(dict.fromkeys(pairs))
+
+
+def comparisons(
+    table: Table, pairs: Sequence[tuple[Row, Row]], on_skip: Callable[[str], None]
+) -> list[Comparison]:
+    """Return each pair's difference on each benchmark that both have, and on their mean.
+
+    A pair of cells with other problems or another sampling, with one problem, or without a common training
+    seed is left out, with a message to `on_skip`.
+    """
+    found = []
+    for (one, other), (title, columns) in ((pair, figure) for pair in pairs for figure in table.figures):
+        if all(name in row.cells for row in (one, other) for name in columns):
+            try:
+                found.append(_compare(one, other, columns, title))
+            except ArtefactError as error:
+                on_skip(f"{error}; the comparison is left out")
+    return found
+
+
+def _compare(one: Row, other: Row, columns: Sequence[str], benchmark: str) -> Comparison:
     for name in columns:
         _check_pair(one.cells[name], other.cells[name])
     (first, first_samples), (second, second_samples) = _shares(one, columns), _shares(other, columns)
     found = components(first, second, (first_samples, second_samples))
+    difference, variance, half = 100 * float(found.difference), float(found.variance), float(found.half_width)
+    samples, training = float(found.samples), float(found.training)
+    parts = {"problems": variance - samples - training, "samples": samples, "training seeds": training}
     more_samples, more_problems = resolving_factors(found)
-    half = 100 * float(found.half_width)
-    difference, variance = 100 * float(found.difference), float(found.variance)
-    parts = {"samples": float(found.samples), "training seeds": float(found.training)}
-    parts["problems"] = variance - sum(parts.values())
-    trained = ((one, found.seed_counts[0]), (other, found.seed_counts[1]))
-    needed = math.inf if more_samples is None else more_samples * max(first_samples, second_samples)
+    problems = sum(array.shape[-1] for array in first)
+    trained = [row for row in (one, other) if method_stem(row.method) != "base"]
     return Comparison(
         first=row_title(one),
         second=row_title(other),
@@ -115,63 +135,46 @@ def compare(one: Row, other: Row, columns: Sequence[str], benchmark: str) -> Com
         difference=difference,
         standard_error=100 * math.sqrt(variance),
         degrees_of_freedom=float(found.df),
-        interval=(difference - half, difference + half),
+        interval=(difference - 100 * half, difference + 100 * half),
         detectable=100 * detectable(found),
-        problems=sum(array.shape[-1] for array in first),
-        shares={name: part / variance if variance else 0.0 for name, part in parts.items()},
-        samples_needed=math.nan
-        if math.isnan(found.samples)
-        else math.ceil(needed)
-        if more_samples
-        else needed,
-        problems_factor=math.inf if more_problems is None else more_problems,
-        unknown_training=tuple(
-            row_title(row) for row, seeds in trained if seeds == 1 and method_stem(row.method) != "base"
-        ),
+        variance_shares=None
+        if math.isnan(samples)
+        else {name: part / (variance or 1) for name, part in parts.items()},
+        samples_needed=more_samples and math.ceil(more_samples * max(first_samples, second_samples)),
+        problems_needed=more_problems and math.ceil(more_problems * problems),
+        single_seed=[row_title(row) for row in trained if len(row.training_seeds) < 2],
     )
 
 
 def _check_pair(one: Cell, other: Cell) -> None:
     ours, theirs = one.runs[0], other.runs[0]
     different = regime_differences(ours.facts, theirs.facts, ignore=("seed", *MODEL_FIELDS))
-    if not different and ours.problem_texts != theirs.problem_texts:
-        different = ["the texts of their problems"]
+    if not different and ours.samples.problems != theirs.samples.problems:
+        different = ["their problems differ"]
     if different:
-        raise ArtefactError(f"{ours.path} and {theirs.path} are not compared: {'; '.join(different)}")
-    if len(ours.samples.correct) < 2:
-        raise ArtefactError(f"{ours.path} holds one problem; a comparison needs at least two")
+        raise ArtefactError(f"{ours.path} and {theirs.path} are not compared, {'; '.join(different)}")
+    if len(ours.samples.problems) < 2:
+        raise ArtefactError(f"{ours.path} holds one problem, but a comparison needs at least two")
 
 
 def _shares(row: Row, columns: Sequence[str]) -> tuple[list[np.ndarray], float]:
     """Return a [training seeds, P] share of right samples for each column, and samples a problem and seed."""
-    groups = [
-        {group[0].training_seed: group for group in row.cells[name].by_training_seed} for name in columns
+    cells = [{group[0].training_seed: group for group in row.cells[n].by_training_seed} for n in columns]
+    seeds = [seed for seed in cells[0] if all(seed in cell for cell in cells)]
+    if not seeds:
+        raise ArtefactError(f"{row_title(row)} has no training seed that is in all of {', '.join(columns)}")
+    means = [
+        [np.mean([run.shares["average"] for run in cell[seed]], axis=0) for seed in seeds] for cell in cells
     ]
-    common = [seed for seed in groups[0] if all(seed in group for group in groups)]
-    if not common:
-        names = ", ".join(columns)
-        raise ArtefactError(f"{row_title(row)} has no training seed with results on all of {names}")
-    arrays = [
-        np.array([np.mean([run.samples.correct.mean(1) for run in group[seed]], axis=0) for seed in common])
-        for group in groups
-    ]
-    counts = [
-        len(group[seed]) * group[seed][0].samples.correct.shape[1] for group in groups for seed in common
-    ]
-    return arrays, float(np.mean(counts))
+    counts = [sum(run.samples.correct.shape[1] for run in cell[seed]) for cell in cells for seed in seeds]
+    return [np.array(mean) for mean in means], float(np.mean(counts))
 
 
-def comparisons(table: Table, pairs: Sequence[tuple[Row, Row]]) -> list[Comparison]:
-    """Return the comparison of each pair on each benchmark and their mean; see `compare` for its errors."""
-    found = [compare(*pair, columns, title) for pair in pairs for title, columns in table.figures]
-    return [comparison for comparison in found if comparison]
-
-
-def notes(found: Sequence[Comparison]) -> list[str]:
+def comparison_notes(found: Sequence[Comparison]) -> list[str]:
     """Return what a reader must know of these comparisons, a paragraph each."""
-    single = sorted({title for comparison in found for title in comparison.unknown_training})
+    single = sorted({title for comparison in found for title in comparison.single_seed})
     conditional = (
         f"{', '.join(single)}: one training seed, so the intervals are about these checkpoints; another "
         "training run of the same method would differ by an unknown amount."
     )
-    return [METHOD_LINE, *([conditional] if single else [])]
+    return [METHOD_NOTE, *([conditional] if single else [])]

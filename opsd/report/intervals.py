@@ -166,7 +166,7 @@ def resolving_factors(found: Components) -> tuple[float | None, float | None]:
     """Return by how much samples a problem, and problems, must grow to resolve the observed difference.
 
     Resolve means with probability POWER, if the true difference is the observed one; None where no number is
-    enough.
+    enough, or one sample a problem leaves it unknown.
     """
     reach = detectable(found)
     if not found.difference or not reach:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +16,18 @@ import numpy as np
 
 from opsd.errors import printable
 from opsd.evaluation.results import ground_truth, load_result, predicted_answer
-from opsd.report.summary import BENCHMARK_TITLES, Row, Run, Table, row_title
+from opsd.report.summary import BENCHMARK_TITLES, Row, Table, row_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TEMPLATE = "page.html.j2"
 SHOWN_PROBLEMS = 10
 # Of a longer text the beginning and the end are shown, half of this each.
 SHOWN_CHARACTERS = 3000
 
 
-def render_page(**values: Any) -> str:
-    """Return the page; `page.html.j2` names the values that it needs."""
+def render_page(tables: Sequence[dict[str, Any]]) -> str:
+    """Return the page of the `page_values` of each table."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -39,7 +38,26 @@ def render_page(**values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"line": printable, "text": _text}
-    return environment.get_template(TEMPLATE).render(values)
+    return environment.get_template("page.html.j2").render(tables=tables)
+
+
+def page_values(
+    table: Table,
+    pairs: Sequence[tuple[Row, Row]],
+    pictures: Mapping[str, Figure],
+    sections: Sequence[tuple[str, list[list[str]], list[str]]],
+) -> dict[str, Any]:
+    """Return what the template needs of one table; `sections` are (title, lines, notes)."""
+    return {
+        "model": table.model,
+        "sections": sections,
+        "pictures": {name: _data_uri(figure) for name, figure in pictures.items()},
+        "provenance": _provenance(table),
+        "differing": [
+            (f"{row_title(one)} and {row_title(other)}", _differing_problems(one, other))
+            for one, other in pairs
+        ],
+    }
 
 
 def _text(value: str) -> str:
@@ -50,79 +68,63 @@ def _text(value: str) -> str:
     return "\n".join(printable(line, len(line)) for line in value.splitlines())
 
 
-def picture(figure: Figure) -> str:
+def _data_uri(figure: Figure) -> str:
     """Return a figure as the data URI of an SVG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def provenance(table: Table) -> tuple[list[str], list[list[Any]]]:
-    """Return header and rows that say where each result of a table comes from."""
-    header = ["method", "benchmark", "file", "seed", "date", "model", "trained by", "problems", "grader"]
-
-    def row_of(row: Row, run: Run) -> list[Any]:
-        facts = run.facts
-        training, grading = facts.get("training_run") or {}, facts.get("grading") or {}
-        trained = [training.get("run_name"), training.get("method"), training.get("adapter_step")]
-        return [
-            row_title(row),
-            BENCHMARK_TITLES.get(run.dataset, run.dataset),
-            run.path.name,
-            run.seed,
-            facts.get("date"),
-            str(facts.get("model_identity") or facts["base_model"])[:16],
-            ", step ".join(str(part) for part in trained[::2] if part is not None) or trained[1],
-            f"{facts['num_problems']}, {facts.get('dataset_fingerprint')}",
-            grading.get("math_verify"),
-        ]
-
-    lines = [row_of(row, run) for row in table.rows for cell in row.cells.values() for run in cell.runs]
-    return header, [["—" if value is None else value for value in line] for line in lines]
+def _provenance(table: Table) -> list[list[Any]]:
+    """Return header and lines that say where each result of a table comes from."""
+    lines = [["method", "benchmark", "file", "seed", "date", "model", "trained by", "problems", "grader"]]
+    placed = [(row, run) for row in table.rows for cell in row.cells.values() for run in cell.runs]
+    for row, run in placed:
+        facts, training = run.facts, run.facts.get("training_run") or {}
+        trained = [training.get("run_name") or training.get("method"), training.get("adapter_step")]
+        line = [row_title(row), BENCHMARK_TITLES.get(run.dataset, run.dataset), run.path.name, run.seed]
+        line += [facts.get("date"), str(facts.get("model_identity") or facts["base_model"])[:16]]
+        line += [", step ".join(str(part) for part in trained if part is not None) or None]
+        line += [f"{facts['num_problems']}, {facts.get('dataset_fingerprint') or 'no fingerprint'}"]
+        line += [(facts.get("grading") or {}).get("math_verify")]
+        lines.append(["—" if value is None else value for value in line])
+    return lines
 
 
-def differing_problems(one: Row, other: Row) -> list[dict[str, Any]]:
-    """Return the SHOWN_PROBLEMS problems whose share of right samples differs most between two rows.
-
-    Each has benchmark, problem, gold answer and, for both rows, title, share over all runs (percent) and the
-    samples of the first run.
-    """
-    found = []
+def _differing_problems(one: Row, other: Row) -> list[dict[str, Any]]:
+    """Return the SHOWN_PROBLEMS problems whose share of right samples differs most between two rows."""
+    gaps: list[tuple[float, str, int]] = []
+    shares: dict[tuple[str, int], np.ndarray] = {}
     for name in (name for name in one.cells if name in other.cells):
-        shares = [
-            100 * np.mean([run.samples.correct.mean(1) for run in row.cells[name].runs], axis=0)
-            for row in (one, other)
-        ]
-        if len(shares[0]) == len(shares[1]):
-            gaps = np.abs(shares[0] - shares[1])
-            found += [(gap, name, index, [s[index] for s in shares]) for index, gap in enumerate(gaps) if gap]
-    chosen = sorted(found, key=lambda item: -item[0])[:SHOWN_PROBLEMS]
-    problems: dict[tuple[str, int], dict[str, Any]] = {}
-    for side, row in enumerate((one, other)):
-        for name in dict.fromkeys(item[1] for item in chosen):
-            records = load_result(row.cells[name].runs[0].path)["results"]
-            for _, _, index, shares in (item for item in chosen if item[1] == name):
-                record = records[index]
-                problem = problems.setdefault(
-                    (name, index),
-                    {
-                        "benchmark": BENCHMARK_TITLES.get(name, name),
-                        "problem": str(record.get("problem", "")),
-                        "gold": ground_truth(record),
-                        "sides": [],
-                    },
-                )
-                side_of = {"title": row_title(row), "share": shares[side], "samples": list(_samples(record))}
-                problem["sides"].append(side_of)
-    return [problems[name, index] for _, name, index, _ in chosen]
-
-
-def _samples(record: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    for generation in record["generations"]:
-        yield {
-            "answer": predicted_answer(generation),
-            "correct": generation["correct"],
-            "tokens": generation.get("tokens"),
-            "cut": bool(generation.get("truncated")),
-            "text": str(generation.get("full_generation", "")),
+        runs = [row.cells[name].runs for row in (one, other)]
+        if runs[0][0].samples.problems == runs[1][0].samples.problems:
+            means = [np.mean([run.shares["average"] for run in some], axis=0) for some in runs]
+            gaps += [
+                (abs(a - b), name, index) for index, (a, b) in enumerate(zip(*means, strict=True)) if a != b
+            ]
+            shares |= {(name, index): np.array(pair) for index, pair in enumerate(zip(*means, strict=True))}
+    chosen = [(name, index) for _, name, index in sorted(gaps, key=lambda gap: -gap[0])[:SHOWN_PROBLEMS]]
+    records = {
+        (row, name): load_result(row.cells[name].runs[0].path)["results"]
+        for row in (one, other)
+        for name in {name for name, _ in chosen}
+    }
+    return [
+        {
+            "benchmark": BENCHMARK_TITLES.get(name, name),
+            "problem": str(records[one, name][index].get("problem", "")),
+            "gold": ground_truth(records[one, name][index]),
+            "sides": [
+                (row_title(row), 100 * share, [_sample(g) for g in records[row, name][index]["generations"]])
+                for row, share in zip((one, other), shares[name, index], strict=True)
+            ],
         }
+        for name, index in chosen
+    ]
+
+
+def _sample(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of one sample of a result file."""
+    shown = {"answer": predicted_answer(generation), "correct": generation["correct"]}
+    shown |= {"tokens": generation.get("tokens"), "cut": bool(generation.get("truncated"))}
+    return shown | {"text": str(generation.get("full_generation", ""))}
