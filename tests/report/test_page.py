@@ -1,0 +1,190 @@
+"""The page: nothing hostile gets out of its text, nothing is loaded, and a real browser opens its folds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import summarize_results
+from opsd.evaluation.grading import ProblemGrade
+from opsd.evaluation.names import result_path
+from opsd.evaluation.results import problem_record, write_result
+from tests.report.test_summarize import result
+
+HOSTILE = (
+    "</pre></details><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+)
+TAGS = set(
+    "html head meta title style body h1 h2 h3 h4 p img div table thead tbody tr th td details summary pre "
+    "code".split()
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """Two methods on four problems, with markup in everything that a model, a file or a name can hold."""
+    folder = tmp_path_factory.mktemp("page")
+    for name, right in (("small_pwopsd", [True] * 2), ("small_opsd", [False] * 2)):
+        stored = result("small", 1, [right] * 4, model_identity=HOSTILE[:30])
+        stored["results"] = [
+            problem_record(
+                problem_id=index,
+                problem=f"Problem {index} {HOSTILE}",
+                ground_truth=HOSTILE,
+                texts=[f"{HOSTILE}\x00\u202e\ud800 {'long ' * 3000}the end"] * 2,
+                predicted=[HOSTILE, None],
+                truncated=[False, True],
+                tokens=[5, 900],
+                grade=ProblemGrade(right, [[0], [1]], 0, right[0]),
+            )
+            for index in range(4)
+        ]
+        training = {"training_run": {"run_name": f"<b>{name}", "method": name[6:], "adapter_step": 100}}
+        write_result(result_path(name, "small", 1, folder=folder), stored | training)
+    path = folder / "report.html"
+    flags = ["--compare", "pwopsd", "opsd", "--html", str(path), "--output", str(folder / "table.md")]
+    assert summarize_results.main([f"{folder}/*.json", *flags]) == 0
+    return path
+
+
+class Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_no_markup_of_an_answer_is_markup_of_the_page(page):
+    text = page.read_text("utf-8")
+    reader = Reader()
+    reader.feed(text)
+    assert {tag for tag, _ in reader.tags} <= TAGS
+    for tag, attributes in reader.tags:
+        assert not [name for name in attributes if name.startswith("on") or name in ("href", "srcdoc")]
+        if tag == "img":
+            assert attributes["src"].startswith("data:image/svg+xml;base64,")
+    assert "default-src 'none'" in text
+    assert HOSTILE in reader.text, "the answer itself is shown"
+    assert not any(sign in text for sign in ("\x00", "\u202e", "http://", "https://"))
+    assert "characters left out" in reader.text
+    assert reader.text.count("the end") == 4 * 2 * 2
+    kinds = [attributes.get("class") for tag, attributes in reader.tags if tag == "details"]
+    assert (kinds.count("problem"), kinds.count("sample")) == (4, 16)
+
+
+@contextmanager
+def browser(url: str) -> Iterator[Any]:
+    """Open a page in a headless Chromium and yield a function that sends a DevTools command to it."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium is installed")
+    to_browser, from_us = os.pipe()
+    from_browser, to_us = os.pipe()
+
+    def keep_pipes() -> None:
+        # DevTools speaks on the descriptors 3 and 4.
+        spare = os.dup(to_us)
+        os.dup2(to_browser, 3)
+        os.dup2(spare, 4)
+
+    process = subprocess.Popen(
+        [program, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "about:blank"],
+        preexec_fn=keep_pipes,
+        close_fds=False,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(to_browser)
+    os.close(to_us)
+    events, count = [], 0
+
+    def send(method: str, session: str | None = None, **params: Any) -> Any:
+        nonlocal count
+        count += 1
+        message = {"id": count, "method": method, "params": params} | (
+            {"sessionId": session} if session else {}
+        )
+        os.write(from_us, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = json.loads(read())
+            if answer.get("id") == count:
+                assert "error" not in answer, answer
+                return answer["result"]
+            events.append(answer)
+
+    buffer = b""
+
+    def read() -> bytes:
+        nonlocal buffer
+        while b"\0" not in buffer:
+            part = os.read(from_browser, 65536)
+            assert part, "the browser has ended"
+            buffer += part
+        message, buffer = buffer.split(b"\0", 1)
+        return message
+
+    try:
+        target = send("Target.createTarget", url="about:blank")["targetId"]
+        session = send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        send("Network.enable", session)
+        send("Page.navigate", session, url=url)
+
+        def evaluate(expression: str) -> Any:
+            return send("Runtime.evaluate", session, expression=expression, returnByValue=True)["result"].get(
+                "value"
+            )
+
+        for _ in range(300):
+            if evaluate("document.readyState + location.protocol") == "completefile:":
+                break
+            time.sleep(0.1)
+        yield evaluate, lambda method, **params: send(method, session, **params), events
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_browser_opens_every_fold_and_runs_nothing(page):
+    with browser(page.as_uri()) as (evaluate, send, events):
+        assert evaluate("document.title") == "Results"
+        assert evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 100)")
+        assert evaluate("document.querySelectorAll('details[open]').length") == 0
+
+        def click(selector: str) -> None:
+            place = evaluate(
+                f"(() => {{ const one = document.querySelector({selector!r}); one.scrollIntoView();"
+                "const box = one.getBoundingClientRect(); return [box.x + 5, box.y + 5] })()"
+            )
+            for kind in ("mousePressed", "mouseReleased"):
+                send(
+                    "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1
+                )
+
+        click("details.problem > summary")
+        click("details.problem details.sample > summary")
+        shown = evaluate("document.querySelector('details.sample[open] pre').innerText")
+        assert shown.startswith(HOSTILE)
+        assert evaluate("document.querySelectorAll('details[open]').length") == 2
+        assert evaluate("document.title") == "Results"
+        assert evaluate("document.scripts.length") == 0
+        asked = [
+            e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"
+        ]
+        assert {url.split(":")[0] for url in asked} <= {"file", "data"}
+        assert len([url for url in asked if url.startswith("file")]) <= 1
