@@ -125,7 +125,8 @@ def _compare(one: Row, other: Row, columns: Sequence[str], benchmark: str) -> Co
     difference, variance, half = 100 * float(found.difference), float(found.variance), float(found.half_width)
     samples, training = float(found.samples), float(found.training)
     parts = {"problems": variance - samples - training, "samples": samples, "training seeds": training}
-    more_samples, more_problems = resolving_factors(found)
+    reach = detectable(found)
+    more_samples, more_problems = resolving_factors(found, reach)
     problems = sum(array.shape[-1] for array in first)
     trained = [row for row in (one, other) if method_stem(row.method) != "base"]
     return Comparison(
@@ -136,7 +137,7 @@ def _compare(one: Row, other: Row, columns: Sequence[str], benchmark: str) -> Co
         standard_error=100 * math.sqrt(variance),
         degrees_of_freedom=float(found.df),
         interval=(difference - 100 * half, difference + 100 * half),
-        detectable=100 * detectable(found),
+        detectable=100 * reach,
         variance_shares=None
         if math.isnan(samples)
         else {name: part / (variance or 1) for name, part in parts.items()},

@@ -89,7 +89,7 @@ def test_single_training_seeds_say_nothing_of_other_training_runs():
 def test_what_would_resolve_a_difference():
     # All variance is of samples: every problem has the same chance of success.
     found = components([shares(1, 4000)], [shares(1, 4000, chance=0.58)], (12, 12))
-    more_samples, more_problems = resolving_factors(found)
+    more_samples, more_problems = resolving_factors(found, detectable(found))
     wanted = (detectable(found) / found.difference) ** 2
     assert more_samples == pytest.approx(wanted, rel=0.15)
     assert more_problems == pytest.approx(wanted)
@@ -100,10 +100,12 @@ def test_what_would_resolve_a_difference():
     assert detectable(found) == pytest.approx(
         math.sqrt(found.variance) * (t_quantile(found.df) + 0.8416), rel=0.05
     )
-    assert resolving_factors(found._replace(samples=np.float64(0), difference=np.float64(0.01)))[0] is None
+    assert (
+        resolving_factors(found._replace(samples=np.float64(0), difference=np.float64(0.01)), 0.1)[0] is None
+    )
 
 
 def test_equal_results_are_not_resolved():
     found = components([np.ones((1, 30))], [np.ones((1, 30))], (12, 12))
     assert (found.difference, found.half_width, detectable(found)) == (0, 0, 0)
-    assert resolving_factors(found) == (None, None)
+    assert resolving_factors(found, detectable(found)) == (None, None)
