@@ -292,7 +292,7 @@ def pictures(report: Report) -> dict[str, Any]:
 def write_extras(reports: Sequence[Report], numbers: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Write the pictures and the page that the flags ask for."""
     from opsd.report import plots
-    from opsd.report.page import page_values, render_page
+    from opsd.report.page import render_page
 
     if args.plot and reports:
         from opsd.report.summary_plot import draw
@@ -307,7 +307,12 @@ def write_extras(reports: Sequence[Report], numbers: Mapping[str, Any], args: ar
                 plots.save(figure, args.pictures / f"{stem}.png")
     if args.html:
         values = [
-            page_values(report.table, report.pairs, figures, sections(report, numbers))
+            {
+                "table": report.table,
+                "pairs": report.pairs,
+                "pictures": figures,
+                "sections": sections(report, numbers),
+            }
             for report, figures in zip(reports, drawn, strict=True)
         ]
         atomic_write_text(args.html, render_page(values))

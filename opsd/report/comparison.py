@@ -79,23 +79,22 @@ class Comparison:
 
 
 def find_pairs(table: Table, compared: Sequence[str], reference: str | None) -> list[tuple[Row, Row]]:
-    """Return the two rows `compared`, then every other row against `reference`; a row is named by its method.
+    """Return the two rows `compared`, then every other row against `reference`, as far as they are there.
 
-    None where the table lacks one. UsageError where a name fits several rows and none has it as its title.
+    A row is named by its method, or by its title, which UsageError asks for where a method has several rows.
     """
+    rows = [row for row in table.rows if row.cells]
 
-    def find(name: str) -> Row | None:
-        rows = [row for row in table.rows if row.cells and name in (row.method, row_title(row))]
-        exact = [row for row in rows if row_title(row) == name] or rows
-        if len(exact) > 1:
-            titles = ", ".join(repr(row_title(row)) for row in exact)
+    def find(name: str) -> list[Row]:
+        found = [row for row in rows if row_title(row) == name] or [row for row in rows if row.method == name]
+        if len(found) > 1:
+            titles = ", ".join(repr(row_title(row)) for row in found)
             raise UsageError(f"{name!r} fits several rows of {table.model}; give one of {titles}")
-        return exact[0] if exact else None
+        return found
 
-    chosen = [row for name in compared if (row := find(name))]
-    pairs = [(chosen[0], chosen[1])] if len(chosen) == 2 else []
-    if reference and (second := find(reference)):
-        pairs += [(row, second) for row in table.rows if row.cells and row is not second]
+    pairs = [pair for pair in [tuple(row for name in compared for row in find(name))] if len(pair) == 2]
+    for other in find(reference) if reference else []:
+        pairs += [(row, other) for row in rows if row is not other]
     return list(dict.fromkeys(pairs))
 
 
