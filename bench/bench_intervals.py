@@ -30,7 +30,7 @@ from opsd.report.markdown import markdown_table
 
 SAMPLES = 12
 # Beta parameters of a problem's chance of success: two thirds of the samples right, or 95 % as in MATH-500.
-HARD, EASY = (1.0, 0.5), (1.9, 0.1)
+HARD, EASY = (0.44, 0.22), (1.9, 0.1)
 # A method's chance in a problem is Beta around the problem's, a training run's around the method's; larger
 # is closer. Of a sample's variance 1/21 and 1/41 of what is left.
 METHOD_CLOSENESS, SEED_CLOSENESS = 20.0, 40.0
@@ -47,12 +47,16 @@ def doubt(beta: tuple[float, float]) -> float:
 
 @dataclass(frozen=True)
 class World:
-    """Benchmarks as (problems, Beta parameters), training seeds, and their deviation on a hard benchmark."""
+    """Benchmarks as (problems, Beta parameters), training seeds, and their deviation on a hard benchmark.
+
+    With `shared`, the same seed moves both methods, twice as far, as a shared order of the data does.
+    """
 
     name: str
     benchmarks: tuple[tuple[int, tuple[float, float]], ...]
     seeds: int
     hard_points: float
+    shared: bool = False
 
     @property
     def scale(self) -> float:
@@ -62,18 +66,19 @@ class World:
     def draw(self, random: np.random.Generator, effect: float) -> tuple[list, list, np.ndarray]:
         """Return CHUNK worlds: counts/12 of both methods, and what their checkpoints truly differ by."""
         shifts = random.normal(0, self.hard_points / 100, (2, CHUNK, self.seeds, 1))
-        # Both methods move, so that the variance stays near that of equal methods.
-        shifts += effect / self.scale * np.array([0.5, -0.5]).reshape(2, 1, 1, 1)
+        shifts += self.shared * random.normal(0, 2 * self.hard_points / 100, (1, CHUNK, self.seeds, 1))
         methods: tuple[list, list] = ([], [])
         for problems, (a, b) in self.benchmarks:
             chance = _inside(random.beta(a, b, (CHUNK, 1, problems)))
-            for method, shift in zip(methods, shifts, strict=True):
+            for method, shift, gain in zip(methods, shifts, (effect, 0.0), strict=True):
                 own = _around(random, chance, METHOD_CLOSENESS)
                 run = _around(random, np.repeat(own, self.seeds, axis=1), SEED_CLOSENESS)
-                # A shift acts where success is in doubt; its mean over problems is known.
+                # A seed's shift acts where success is in doubt; its mean over problems is known. So is the
+                # effect, which is the same in every problem.
                 moved = np.clip(run + shift * run * (1 - run) / doubt(HARD), 0, 1)
-                method.append(random.binomial(SAMPLES, moved) / SAMPLES)
-        return *methods, self.scale * (shifts[0] - shifts[1]).mean((-2, -1))
+                method.append(random.binomial(SAMPLES, gain + (1 - effect) * moved) / SAMPLES)
+        luck = self.scale * (shifts[0] - shifts[1]).mean((-2, -1))
+        return *methods, effect + (1 - effect) * luck
 
 
 def _inside(chance: np.ndarray) -> np.ndarray:
@@ -103,7 +108,7 @@ def simulate(world: World, worlds: int, effect: float, seed: int) -> tuple[Compo
     parts, truths = [], []
     for _ in range(-(-worlds // CHUNK)):
         first, second, truth = world.draw(random, effect)
-        parts.append(components(first, second, (SAMPLES, SAMPLES)))
+        parts.append(components(first, second, (SAMPLES, SAMPLES), same_seeds=world.shared))
         truths.append(truth)
     arrays = [np.concatenate(values, axis=-1) for values in zip(*(part[:-1] for part in parts), strict=True)]
     return Components(*arrays, parts[0].seed_counts), np.concatenate(truths)
@@ -150,8 +155,9 @@ def all_worlds() -> list[World]:
         "500 problems, 95 % right": ((500, EASY),),
         "mean of 4 (500, 30, 30, 30)": ((500, EASY), (30, HARD), (30, HARD), (30, HARD)),
     }
-    seeds = [(1, 0.5), (2, 0.0), (2, 0.5), (2, 1.0), (3, 0.0), (3, 0.5), (3, 1.0)]
-    return [World(name, rows, count, points) for name, rows in sets.items() for count, points in seeds]
+    seeds = [(1, 0.5, False), (2, 0.0, False), (2, 0.5, False), (2, 1.0, False), (3, 0.0, False)]
+    seeds += [(3, 0.5, False), (3, 1.0, False), (3, 0.0, True), (3, 0.5, True), (3, 1.0, True)]
+    return [World(name, rows, *some) for name, rows in sets.items() for some in seeds]
 
 
 def wrong(figures: Figures, worlds: int) -> list[str]:
@@ -193,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rates = [figures.coverage, figures.false_first, figures.false_any, figures.power, figures.predicted]
         spread = "{:.1f} to {:.1f}".format(*figures.single_reach)
         deviation = "" if world.seeds == 1 else f"{world.scale * world.hard_points:.2f}"
-        line = [world.name, world.seeds, deviation, *(f"{rate:.1f}" for rate in rates)]
+        seeds = f"{world.seeds}, paired" if world.shared else world.seeds
+        line = [world.name, seeds, deviation, *(f"{rate:.1f}" for rate in rates)]
         line += [f"{figures.reach:.1f}", spread, f"{figures.of_methods:.1f}", ", ".join(broken)]
         lines.append(line)
         print(*line, sep=" | ", file=sys.stderr, flush=True)

@@ -14,11 +14,11 @@ from opsd.report.intervals import components, detectable, resolving_factors
 from opsd.report.summary import BENCHMARK_TITLES, MODEL_FIELDS, Cell, Row, Table, method_stem, row_title
 
 METHOD_NOTE = (
-    "Differences are paired by problem. The 95 % intervals add the variances over problems, samples and, "
-    "with several training seeds, training seeds (components of the crossed layout, Satterthwaite's degrees "
-    "of freedom, each method with its own variance over training seeds). Each holds for its own comparison "
-    "alone: of 20 without a difference, one is expected to seem resolved. Detectable: the true difference "
-    "that the same design would resolve in 80 % of its repetitions."
+    "Differences are paired by problem and, where both methods have the same three or more training seeds, "
+    "by seed. The 95 % intervals add the variances over problems, samples and, with several, training seeds "
+    "(components of the crossed layout, Satterthwaite's degrees of freedom). Each holds for its own "
+    "comparison alone: of 20 without a difference, one is expected to seem resolved. Detectable: the true "
+    "difference that the same design would resolve in 80 % of its repetitions."
 )
 HEADER = ["comparison", "benchmark", "difference, points", "95 % interval", "verdict", "detectable"]
 HEADER += ["would resolve this difference", "variance that samples do not remove"]
@@ -119,8 +119,10 @@ def comparisons(
 def _compare(one: Row, other: Row, columns: Sequence[str], benchmark: str) -> Comparison:
     for name in columns:
         _check_pair(one.cells[name], other.cells[name])
-    (first, first_samples), (second, second_samples) = _shares(one, columns), _shares(other, columns)
-    found = components(first, second, (first_samples, second_samples))
+    first, first_seeds, first_samples = _shares(one, columns)
+    second, second_seeds, second_samples = _shares(other, columns)
+    counts = (first_samples, second_samples)
+    found = components(first, second, counts, same_seeds=first_seeds == second_seeds)
     difference, variance, half = 100 * float(found.difference), float(found.variance), float(found.half_width)
     samples, training = float(found.samples), float(found.training)
     parts = {"problems": variance - samples - training, "samples": samples, "training seeds": training}
@@ -140,7 +142,7 @@ def _compare(one: Row, other: Row, columns: Sequence[str], benchmark: str) -> Co
         variance_shares=None
         if math.isnan(samples)
         else {name: part / (variance or 1) for name, part in parts.items()},
-        samples_needed=more_samples and math.ceil(more_samples * max(first_samples, second_samples)),
+        samples_needed=more_samples and math.ceil(more_samples * max(counts)),
         problems_needed=more_problems and math.ceil(more_problems * problems),
         single_seed=[row_title(row) for row in trained if len(row.training_seeds) < 2],
     )
@@ -157,8 +159,8 @@ def _check_pair(one: Cell, other: Cell) -> None:
         raise ArtefactError(f"{ours.path} holds one problem, but a comparison needs at least two")
 
 
-def _shares(row: Row, columns: Sequence[str]) -> tuple[list[np.ndarray], float]:
-    """Return a [training seeds, P] share of right samples for each column, and samples a problem and seed."""
+def _shares(row: Row, columns: Sequence[str]) -> tuple[list[np.ndarray], list[int | None], float]:
+    """Return the share of right samples [training seeds, P] of each column, the seeds, samples a problem."""
     cells = [{group[0].training_seed: group for group in row.cells[n].by_training_seed} for n in columns]
     seeds = [seed for seed in cells[0] if all(seed in cell for cell in cells)]
     if not seeds:
@@ -167,7 +169,7 @@ def _shares(row: Row, columns: Sequence[str]) -> tuple[list[np.ndarray], float]:
         [np.mean([run.shares["average"] for run in cell[seed]], axis=0) for seed in seeds] for cell in cells
     ]
     counts = [sum(run.samples.correct.shape[1] for run in cell[seed]) for cell in cells for seed in seeds]
-    return [np.array(mean) for mean in means], float(np.mean(counts))
+    return [np.array(mean) for mean in means], seeds, float(np.mean(counts))
 
 
 def comparison_notes(found: Sequence[Comparison]) -> list[str]:

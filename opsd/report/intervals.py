@@ -1,10 +1,12 @@
 """95 % intervals of a paired difference of two methods, their power, and what more data would give.
 
-Problems are crossed with methods and training seeds, seeds are nested in methods, samples in both. The
-variance is a sum of components (analysis of variance of this layout), the quantile Student's with
-Satterthwaite's degrees of freedom (Satterthwaite 1946, Biometrics Bulletin 2:110). Each method has a variance
-over training seeds of its own, as in Welch 1947, Biometrika 34:28; Hillis 2007, Statistics in Medicine 26:596
-treats readers crossed with cases like this. `bench/bench_intervals.py` measures coverage and power.
+Problems are crossed with methods and training seeds. Seeds are crossed with methods too where both have the
+same PAIRED_SEEDS or more (equal seeds share the order of their data), otherwise nested in them; samples are
+nested in all. The variance is a sum of components (analysis of variance of this layout), the quantile
+Student's with Satterthwaite's degrees of freedom (Satterthwaite 1946, Biometrics Bulletin 2:110). Unpaired
+methods each have a variance over seeds of their own, as in Welch 1947, Biometrika 34:28; Hillis 2007,
+Statistics in Medicine 26:596 treats readers crossed with cases as seeds with problems here.
+`bench/bench_intervals.py` measures coverage and power.
 
 Arrays may have leading dimensions `...`, so that many simulated worlds are one call.
 """
@@ -19,6 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL, POWER = 0.95, 0.8
+# Two pairs leave one degree of freedom, with which Satterthwaite's intervals cover less than 90 %.
+PAIRED_SEEDS = 3
 # Simulated analyses behind a power, whose standard error is then below 0.4 points.
 POWER_DRAWS = 20_000
 
@@ -50,9 +54,10 @@ class Components(NamedTuple):
         problems: [...] variance over problems, which holds samples and seeds x problems too.
         problems_df: [...] its degrees of freedom.
         samples: [...] the part of it that more samples would remove; NaN with one sample a problem.
-        seeds: [2, ...] variance over training seeds of each method's mean; 0 for a single seed.
-        overlap: [2, ...] what `problems` and `seeds` both hold.
-        seed_counts: training seeds of each method.
+        seeds: [arms, ...] variance over training seeds of the mean of each arm, which is a method or, with
+            paired seeds, the difference of both; 0 for a single seed.
+        overlap: [arms, ...] what `problems` and `seeds` both hold.
+        seed_counts: training seeds of each arm.
     """
 
     difference: np.ndarray
@@ -61,7 +66,7 @@ class Components(NamedTuple):
     samples: np.ndarray
     seeds: np.ndarray
     overlap: np.ndarray
-    seed_counts: tuple[int, int]
+    seed_counts: tuple[int, ...]
 
     @property
     def training(self) -> np.ndarray:
@@ -85,7 +90,11 @@ class Components(NamedTuple):
 
 
 def components(
-    first: Sequence[np.ndarray], second: Sequence[np.ndarray], sample_counts: tuple[float, float]
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    sample_counts: tuple[float, float],
+    *,
+    same_seeds: bool,
 ) -> Components:
     """Estimate difference and variances.
 
@@ -93,29 +102,30 @@ def components(
         first, second: of each method, the share of right samples [..., training seeds, P] for each benchmark:
             its P >= 2 problems in the same order in both, a method's seeds in the same order in all.
         sample_counts: samples a problem and training seed, of each method.
+        same_seeds: whether both methods have the same training seeds, in the same order.
     """
     gaps = [a.mean(-2) - b.mean(-2) for a, b in zip(first, second, strict=True)]
     weight = 1 / len(gaps)
     each = np.array([weight**2 * gap.var(-1, ddof=1) / gap.shape[-1] for gap in gaps])
     spread = sum(part**2 / (gap.shape[-1] - 1) for part, gap in zip(each, gaps, strict=True))
-    problems = each.sum(0)
-    samples, seeds, overlap = (
-        np.zeros_like(problems),
-        np.zeros((2, *problems.shape)),
-        np.zeros((2, *problems.shape)),
-    )
-    for method, (arrays, count) in enumerate(zip((first, second), sample_counts, strict=True)):
-        trained = arrays[0].shape[-2]
+    problems, samples = each.sum(0), np.zeros(each.shape[1:])
+    for arrays, count in zip((first, second), sample_counts, strict=True):
         for array in arrays:
-            part = weight**2 / trained / array.shape[-1]
             with np.errstate(divide="ignore", invalid="ignore"):
-                samples = samples + part * (array * (1 - array)).mean((-2, -1)) / np.float64(count - 1)
-            if trained > 1:
+                drawn = (array * (1 - array)).mean((-2, -1)) / np.float64(count - 1)
+            samples = samples + weight**2 * drawn / array.shape[-2] / array.shape[-1]
+    arms = [first, second]
+    if same_seeds and first[0].shape[-2] >= PAIRED_SEEDS:
+        arms = [[a - b for a, b in zip(first, second, strict=True)]]
+    seeds, overlap = np.zeros((2, len(arms), *problems.shape))
+    for arm, arrays in enumerate(arms):
+        if (trained := arrays[0].shape[-2]) > 1:
+            seeds[arm] = np.mean([array.mean(-1) for array in arrays], axis=0).var(-1, ddof=1) / trained
+            for array in arrays:
                 rest = array - array.mean(-1, keepdims=True)
                 rest = rest - rest.mean(-2, keepdims=True)
-                overlap[method] += part * (rest**2).sum((-2, -1)) / (trained - 1) / (array.shape[-1] - 1)
-        if trained > 1:
-            seeds[method] = np.mean([array.mean(-1) for array in arrays], axis=0).var(-1, ddof=1) / trained
+                cells = trained * (trained - 1) * array.shape[-1] * (array.shape[-1] - 1)
+                overlap[arm] += weight**2 * (rest**2).sum((-2, -1)) / cells
     return Components(
         difference=np.mean([gap.mean(-1) for gap in gaps], axis=0),
         problems=problems,
@@ -123,7 +133,7 @@ def components(
         samples=np.minimum(samples, problems),
         seeds=seeds,
         overlap=overlap,
-        seed_counts=(first[0].shape[-2], second[0].shape[-2]),
+        seed_counts=tuple(arrays[0].shape[-2] for arrays in arms),
     )
 
 

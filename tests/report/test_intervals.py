@@ -25,7 +25,7 @@ def test_the_quantiles_are_students():
 
 def test_one_training_seed_is_the_paired_t_interval():
     first, second = shares(1, 30), shares(1, 30, chance=0.5)
-    found = components([first], [second], (12, 12))
+    found = components([first], [second], (12, 12), same_seeds=False)
     interval = stats.ttest_rel(first[0], second[0]).confidence_interval(0.95)
     assert found.difference - found.half_width == pytest.approx(interval.low, rel=1e-3)
     assert found.difference + found.half_width == pytest.approx(interval.high, rel=1e-3)
@@ -34,7 +34,7 @@ def test_one_training_seed_is_the_paired_t_interval():
 def test_the_components_by_hand():
     """Two training seeds of the first method, two problems; every figure in twelfths or in halves."""
     first, second = np.array([[0.5, 1.0], [0.5, 0.5]]), np.array([[0.5, 0.5]])
-    found = components([first], [second], (3, 3))
+    found = components([first], [second], (3, 3), same_seeds=False)
     # Gaps of the problems: 0 and 0.25, so the variance is 0.03125, halved for the mean of two problems.
     assert found.difference == 0.125
     assert found.problems == pytest.approx(0.03125 / 2)
@@ -47,19 +47,21 @@ def test_the_components_by_hand():
     assert found.samples == pytest.approx(min(0.375 / 16 + 0.25 / 4, found.problems))
 
 
-def test_the_variance_of_the_crossed_layout_is_estimated_without_bias():
+@pytest.mark.parametrize("same_seeds", [False, True])
+def test_the_variance_of_the_crossed_layout_is_estimated_without_bias(same_seeds):
     """A Gaussian world with known components; two benchmarks, whose training seeds are the same."""
     worlds, problem, seed, both = 4000, 0.2, 0.2, 0.3
     random = np.random.default_rng(1)
+    shared = random.normal(0, 1.0, (worlds, 3, 1)) * same_seeds
 
     def method() -> list[np.ndarray]:
-        shift = random.normal(0, seed, (worlds, 3, 1))
+        shift = shared + random.normal(0, seed, (worlds, 3, 1))
         return [
             shift + random.normal(0, problem, (worlds, 1, size)) + random.normal(0, both, (worlds, 3, size))
             for size in (10, 40)
         ]
 
-    found = components(method(), method(), (12, 12))
+    found = components(method(), method(), (12, 12), same_seeds=same_seeds)
     over_problems = sum(2 * (problem**2 + both**2 / 3) / size for size in (10, 40)) / 4
     true = over_problems + 2 * seed**2 / 3
     assert found.variance.mean() == pytest.approx(true, rel=0.05)
@@ -71,9 +73,10 @@ def test_the_variance_of_the_crossed_layout_is_estimated_without_bias():
     [
         World("30", ((30, HARD),), 1, 0.5),
         World("500", ((500, HARD),), 3, 1.0),
+        World("30", ((30, HARD),), 3, 1.0, shared=True),
         World("mean of 4", ((500, EASY), (30, HARD), (30, HARD), (30, HARD)), 2, 0.5),
     ],
-    ids=lambda world: f"{world.name}-{world.seeds}",
+    ids=lambda world: f"{world.name}-{world.seeds}-{world.shared}",
 )
 def test_coverage_false_verdicts_and_power_in_simulated_worlds(world):
     figures = measure(world, 1000)
@@ -88,14 +91,14 @@ def test_single_training_seeds_say_nothing_of_other_training_runs():
 
 def test_what_would_resolve_a_difference():
     # All variance is of samples: every problem has the same chance of success.
-    found = components([shares(1, 4000)], [shares(1, 4000, chance=0.58)], (12, 12))
+    found = components([shares(1, 4000)], [shares(1, 4000, chance=0.58)], (12, 12), same_seeds=False)
     more_samples, more_problems = resolving_factors(found, detectable(found))
     wanted = (detectable(found) / found.difference) ** 2
     assert more_samples == pytest.approx(wanted, rel=0.15)
     assert more_problems == pytest.approx(wanted)
     # All variance is between problems: no number of samples is enough.
     first = np.repeat([[0.0, 1.0, 1.0]], 10, axis=1)
-    found = components([first], [np.repeat([[0.0, 0.0, 1.0]], 10, axis=1) * 0.9], (12, 12))
+    found = components([first], [np.repeat([[0.0, 0.0, 1.0]], 10, axis=1) * 0.9], (12, 12), same_seeds=False)
     assert found.samples < found.problems
     assert detectable(found) == pytest.approx(
         math.sqrt(found.variance) * (t_quantile(found.df) + 0.8416), rel=0.05
@@ -106,6 +109,6 @@ def test_what_would_resolve_a_difference():
 
 
 def test_equal_results_are_not_resolved():
-    found = components([np.ones((1, 30))], [np.ones((1, 30))], (12, 12))
+    found = components([np.ones((1, 30))], [np.ones((1, 30))], (12, 12), same_seeds=False)
     assert (found.difference, found.half_width, detectable(found)) == (0, 0, 0)
     assert resolving_factors(found, detectable(found)) == (None, None)
