@@ -11,7 +11,7 @@ import numpy as np
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.results import regime_differences
 from opsd.report.intervals import components, detectable, resolving_factors
-from opsd.report.summary import BENCHMARK_TITLES, MODEL_FIELDS, Cell, Row, Table, method_stem, row_title
+from opsd.report.summary import BENCHMARK_TITLES, MODEL_FIELDS, Row, Table, method_stem, row_title
 
 METHOD_NOTE = (
     "Differences are paired by problem and, where both methods have the same three or more training seeds, "
@@ -22,7 +22,7 @@ METHOD_NOTE = (
 )
 HEADER = ["comparison", "benchmark", "difference, points", "95 % interval", "verdict", "detectable"]
 HEADER += ["would resolve this difference", "variance that samples do not remove"]
-UNRESOLVED = "not resolved"
+UNRESOLVED, DASH = "not resolved", "—"
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,12 @@ class Comparison:
     """The difference first - second on one benchmark or the mean of several, in points of Avg@n.
 
     Attributes:
-        interval: 95 %.
         detectable: true difference that this design resolves with a probability of 80 %.
-        variance_shares: share of the squared standard error by source; None where one sample a problem
-            leaves it unknown.
-        samples_needed: samples a problem and training seed that would resolve this difference with a
-            probability of 80 %, problems_needed: problems; None where no number is enough, or unknown.
-        single_seed: methods whose variance over training seeds is unknown and not in the interval.
+        variance_shares: of the squared standard error, by source; None where one sample a problem leaves it
+            unknown.
+        samples_needed, problems_needed: samples a problem and training seed, or problems, that would resolve
+            this difference with a probability of 80 %; None where no number is enough, or it is unknown.
+        single_seed: methods whose variance over training seeds is unknown and not in the 95 % interval.
     """
 
     first: str
@@ -59,23 +58,25 @@ class Comparison:
         return f"{self.first if low > 0 else self.second} is better" if low > 0 or high < 0 else UNRESOLVED
 
     @property
-    def remedy(self) -> str:
-        """What would resolve an observed difference that is not resolved, in words."""
-        if self.verdict != UNRESOLVED or not self.difference:
-            return "—"
-        wanted = [(self.samples_needed, "samples a problem"), (self.problems_needed, "problems")]
-        enough = [f"{number:,} {what}" for number, what in wanted if number is not None]
-        return " or ".join(enough) or "more training seeds"
-
-    @property
     def line(self) -> list[str]:
         """The texts under HEADER."""
         low, high = self.interval
-        kept = "—" if self.variance_shares is None else f"{100 * (1 - self.variance_shares['samples']):.0f} %"
-        figures = [f"{self.difference:+.2f}", f"[{low:+.2f}, {high:+.2f}]", self.verdict]
-        name = BENCHMARK_TITLES.get(self.benchmark, self.benchmark)
-        pair = f"{self.first} against {self.second}"
-        return [pair, name, *figures, f"{self.detectable:.2f}", self.remedy, kept]
+        wanted = [(self.samples_needed, "samples a problem"), (self.problems_needed, "problems")]
+        enough = [f"{number:,} {what}" for number, what in wanted if number is not None]
+        needed = " or ".join(enough) or "more training seeds"
+        kept = (
+            DASH if self.variance_shares is None else f"{100 * (1 - self.variance_shares['samples']):.0f} %"
+        )
+        return [
+            f"{self.first} against {self.second}",
+            BENCHMARK_TITLES.get(self.benchmark, self.benchmark),
+            f"{self.difference:+.2f}",
+            f"[{low:+.2f}, {high:+.2f}]",
+            self.verdict,
+            f"{self.detectable:.2f}",
+            needed if self.verdict == UNRESOLVED and self.difference else DASH,
+            kept,
+        ]
 
 
 def find_pairs(table: Table, compared: Sequence[str], reference: str | None) -> list[tuple[Row, Row]]:
@@ -118,17 +119,26 @@ def comparisons(
 
 def _compare(one: Row, other: Row, columns: Sequence[str], benchmark: str) -> Comparison:
     for name in columns:
-        _check_pair(one.cells[name], other.cells[name])
+        ours, theirs = one.cells[name].runs[0], other.cells[name].runs[0]
+        different = regime_differences(ours.facts, theirs.facts, ignore=("seed", *MODEL_FIELDS))
+        if different or ours.samples.problems != theirs.samples.problems:
+            reason = "; ".join(different) or "their problems differ"
+            raise ArtefactError(f"{ours.path} and {theirs.path} are not compared, {reason}")
+        if len(ours.samples.problems) < 2:
+            raise ArtefactError(f"{ours.path} holds one problem, but a comparison needs at least two")
     first, first_seeds, first_samples = _shares(one, columns)
     second, second_seeds, second_samples = _shares(other, columns)
     counts = (first_samples, second_samples)
     found = components(first, second, counts, same_seeds=first_seeds == second_seeds)
-    difference, variance, half = 100 * float(found.difference), float(found.variance), float(found.half_width)
-    samples, training = float(found.samples), float(found.training)
+    difference, variance, half = (
+        100 * float(found.difference),
+        float(found.variance),
+        100 * float(found.half_width),
+    )
+    samples, training, reach = float(found.samples), float(found.training), detectable(found)
     parts = {"problems": variance - samples - training, "samples": samples, "training seeds": training}
-    reach = detectable(found)
+    shares = {name: part / (variance or 1) for name, part in parts.items()}
     more_samples, more_problems = resolving_factors(found, reach)
-    problems = sum(array.shape[-1] for array in first)
     trained = [row for row in (one, other) if method_stem(row.method) != "base"]
     return Comparison(
         first=row_title(one),
@@ -137,26 +147,13 @@ def _compare(one: Row, other: Row, columns: Sequence[str], benchmark: str) -> Co
         difference=difference,
         standard_error=100 * math.sqrt(variance),
         degrees_of_freedom=float(found.df),
-        interval=(difference - 100 * half, difference + 100 * half),
+        interval=(difference - half, difference + half),
         detectable=100 * reach,
-        variance_shares=None
-        if math.isnan(samples)
-        else {name: part / (variance or 1) for name, part in parts.items()},
+        variance_shares=None if math.isnan(samples) else shares,
         samples_needed=more_samples and math.ceil(more_samples * max(counts)),
-        problems_needed=more_problems and math.ceil(more_problems * problems),
+        problems_needed=more_problems and math.ceil(more_problems * sum(array.shape[-1] for array in first)),
         single_seed=[row_title(row) for row in trained if len(row.training_seeds) < 2],
     )
-
-
-def _check_pair(one: Cell, other: Cell) -> None:
-    ours, theirs = one.runs[0], other.runs[0]
-    different = regime_differences(ours.facts, theirs.facts, ignore=("seed", *MODEL_FIELDS))
-    if not different and ours.samples.problems != theirs.samples.problems:
-        different = ["their problems differ"]
-    if different:
-        raise ArtefactError(f"{ours.path} and {theirs.path} are not compared, {'; '.join(different)}")
-    if len(ours.samples.problems) < 2:
-        raise ArtefactError(f"{ours.path} holds one problem, but a comparison needs at least two")
 
 
 def _shares(row: Row, columns: Sequence[str]) -> tuple[list[np.ndarray], list[int | None], float]:
@@ -175,8 +172,8 @@ def _shares(row: Row, columns: Sequence[str]) -> tuple[list[np.ndarray], list[in
 def comparison_notes(found: Sequence[Comparison]) -> list[str]:
     """Return what a reader must know of these comparisons, a paragraph each."""
     single = sorted({title for comparison in found for title in comparison.single_seed})
-    conditional = (
-        f"{', '.join(single)}: one training seed, so the intervals are about these checkpoints; another "
-        "training run of the same method would differ by an unknown amount."
+    about = (
+        "one training seed, so the intervals are about these checkpoints; another training run of the same"
     )
-    return [METHOD_NOTE, *([conditional] if single else [])]
+    conditional = f"{', '.join(single)}: {about} method would differ by an unknown amount."
+    return [METHOD_NOTE, conditional] if single else [METHOD_NOTE]

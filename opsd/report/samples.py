@@ -68,9 +68,9 @@ def majority_at_k(clusters: np.ndarray, correct: np.ndarray, k: int) -> np.ndarr
     [P, n] of `vote_clusters`.
     """
     n = clusters.shape[1]
-    subsets = np.array(list(itertools.combinations(range(n), k))) if math.comb(n, k) <= MAX_SUBSETS else None
-    if subsets is None:
-        subsets = np.sort(np.random.default_rng(0).random((MAX_SUBSETS, n)).argsort(1)[:, :k], axis=1)
+    subsets = np.sort(np.random.default_rng(0).random((MAX_SUBSETS, n)).argsort(1)[:, :k], axis=1)
+    if math.comb(n, k) <= MAX_SUBSETS:
+        subsets = np.array(list(itertools.combinations(range(n), k)))
     votes = []
     for cluster, right in zip(clusters, correct, strict=True):
         drawn = cluster[subsets]

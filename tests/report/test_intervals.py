@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bench import paper_verdict
 from bench.bench_intervals import EASY, HARD, World, measure, wrong
 from opsd.report.intervals import components, detectable, resolving_factors, t_quantile
 
@@ -112,3 +113,18 @@ def test_equal_results_are_not_resolved():
     found = components([np.ones((1, 30))], [np.ones((1, 30))], (12, 12), same_seeds=False)
     assert (found.difference, found.half_width, detectable(found)) == (0, 0, 0)
     assert resolving_factors(found, detectable(found)) == (None, None)
+
+
+def test_the_papers_own_numbers_by_hand():
+    """Two methods, two benchmarks, deviations 3 and 4: pooled variances 9 and 16."""
+    rows = [
+        {"model": "m", "method": method, "title": method, "cells": [[50, 3], [50, 4]], "mean": mean}
+        for method, mean in (("opsd", 50.0), ("near", 51.0), ("far", 40.0))
+    ]
+    near, far = paper_verdict.verdicts({"rows": rows})
+    # Of a difference of means of 3: 2 · 25 / 3, over 2 benchmarks; 25² / (9²/6 + 16²/6) degrees of freedom.
+    error = math.sqrt(50 / 3) / 2
+    half = error * stats.t.ppf(0.975, 625 / (337 / 6))
+    assert near[2:5] == ["+1.00", f"[{1 - half:+.2f}, {1 + half:+.2f}]", "not resolved"]
+    assert near[5:] == [f"{half + 0.8416 * error:.2f}", str(math.ceil(3 * (half + 0.8416 * error) ** 2))]
+    assert far[4:] == ["worse", near[5], "—"]

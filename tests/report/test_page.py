@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -90,102 +91,76 @@ def test_no_markup_of_an_answer_is_markup_of_the_page(page):
 
 
 @contextmanager
-def browser(url: str) -> Iterator[Any]:
-    """Open a page in a headless Chromium and yield a function that sends a DevTools command to it."""
+def browser(url: str) -> Iterator[tuple[Callable[..., Any], list[dict]]]:
+    """Open a page in a headless Chromium; yield what sends it a DevTools command, and its events."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("no Chromium is installed")
-    to_browser, from_us = os.pipe()
-    from_browser, to_us = os.pipe()
+    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
 
-    def keep_pipes() -> None:
+    def use_pipes() -> None:
         # DevTools speaks on the descriptors 3 and 4.
-        spare = os.dup(to_us)
-        os.dup2(to_browser, 3)
-        os.dup2(spare, 4)
+        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (theirs_in, theirs_out)]
+        os.dup2(high[0], 3)
+        os.dup2(high[1], 4)
 
-    process = subprocess.Popen(
-        [program, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "about:blank"],
-        preexec_fn=keep_pipes,
-        close_fds=False,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(to_browser)
-    os.close(to_us)
-    events, count = [], 0
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "about:blank"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([program, *flags], preexec_fn=use_pipes, close_fds=False, **quiet)
+    os.close(theirs_in)
+    os.close(theirs_out)
+    events: list[dict] = []
+    numbers = itertools.count(1)
+    with os.fdopen(ours_in, "rb") as answers, os.fdopen(ours_out, "wb", buffering=0) as commands:
 
-    def send(method: str, session: str | None = None, **params: Any) -> Any:
-        nonlocal count
-        count += 1
-        message = {"id": count, "method": method, "params": params} | (
-            {"sessionId": session} if session else {}
-        )
-        os.write(from_us, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = json.loads(read())
-            if answer.get("id") == count:
-                assert "error" not in answer, answer
-                return answer["result"]
-            events.append(answer)
+        def send(method: str, **params: Any) -> Any:
+            number = next(numbers)
+            address = {"sessionId": session} if session else {}
+            command = {"id": number, "method": method, "params": params} | address
+            commands.write(json.dumps(command).encode() + b"\0")
+            while True:
+                text = b"".join(itertools.takewhile(b"\0".__ne__, iter(lambda: answers.read(1), b"")))
+                message = json.loads(text)
+                if message.get("id") == number:
+                    return message["result"]
+                events.append(message)
 
-    buffer = b""
-
-    def read() -> bytes:
-        nonlocal buffer
-        while b"\0" not in buffer:
-            part = os.read(from_browser, 65536)
-            assert part, "the browser has ended"
-            buffer += part
-        message, buffer = buffer.split(b"\0", 1)
-        return message
-
-    try:
-        target = send("Target.createTarget", url="about:blank")["targetId"]
-        session = send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        send("Network.enable", session)
-        send("Page.navigate", session, url=url)
-
-        def evaluate(expression: str) -> Any:
-            return send("Runtime.evaluate", session, expression=expression, returnByValue=True)["result"].get(
-                "value"
-            )
-
-        for _ in range(300):
-            if evaluate("document.readyState + location.protocol") == "completefile:":
-                break
-            time.sleep(0.1)
-        yield evaluate, lambda method, **params: send(method, session, **params), events
-    finally:
-        process.kill()
-        process.wait()
+        session = None
+        try:
+            target = send("Target.createTarget", url="about:blank")["targetId"]
+            session = send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            send("Network.enable")
+            send("Page.enable")
+            send("Page.navigate", url=url)
+            while not any(event.get("method") == "Page.loadEventFired" for event in events):
+                send("Page.enable")
+            yield send, events
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_a_browser_opens_every_fold_and_runs_nothing(page):
-    with browser(page.as_uri()) as (evaluate, send, events):
-        assert evaluate("document.title") == "Results"
-        assert evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 100)")
-        assert evaluate("document.querySelectorAll('details[open]').length") == 0
+    with browser(page.as_uri()) as (send, events):
+
+        def value(expression: str) -> Any:
+            return send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
         def click(selector: str) -> None:
-            place = evaluate(
+            x, y = value(
                 f"(() => {{ const one = document.querySelector({selector!r}); one.scrollIntoView();"
                 "const box = one.getBoundingClientRect(); return [box.x + 5, box.y + 5] })()"
             )
             for kind in ("mousePressed", "mouseReleased"):
-                send(
-                    "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1
-                )
+                send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+        assert value("[...document.images].every(image => image.complete && image.naturalWidth > 100)")
+        assert value("document.querySelectorAll('details[open]').length") == 0
         click("details.problem > summary")
         click("details.problem details.sample > summary")
-        shown = evaluate("document.querySelector('details.sample[open] pre').innerText")
-        assert shown.startswith(HOSTILE)
-        assert evaluate("document.querySelectorAll('details[open]').length") == 2
-        assert evaluate("document.title") == "Results"
-        assert evaluate("document.scripts.length") == 0
-        asked = [
-            e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"
-        ]
-        assert {url.split(":")[0] for url in asked} <= {"file", "data"}
-        assert len([url for url in asked if url.startswith("file")]) <= 1
+        assert value("document.querySelectorAll('details[open]').length") == 2
+        assert value("document.querySelector('details.sample[open] pre').innerText").startswith(HOSTILE)
+        assert (value("document.title"), value("document.scripts.length")) == ("Results", 0)
+        asked = [e["params"]["request"] for e in events if e.get("method") == "Network.requestWillBeSent"]
+        assert {request["url"].split(":")[0] for request in asked} == {"file", "data"}
+        assert len([request for request in asked if request["url"].startswith("file")]) == 1
