@@ -38,12 +38,10 @@ from opsd.models import (
 )
 from opsd.options import add_options, option, take
 from opsd.run_identity import (
-    FORMAT,
     MANIFEST_NAME,
     SENTINEL_NAME,
     IncompleteMergeError,
     check_merged,
-    file_list,
     read_manifest,
     read_sentinel,
     run_arguments,
@@ -111,9 +109,8 @@ def merge(
             write_manifest(temporary, manifest)
             card = model_card(manifest, adapter_step=checkpoint.step)
             (temporary / "README.md").write_text(card, encoding="utf-8")
-            files = file_list(temporary)
         return write_sentinel(
-            out, base_model=base, adapter=str(checkpoint.path), adapter_step=checkpoint.step, files=files
+            out, base_model=base, adapter=str(checkpoint.path), adapter_step=checkpoint.step
         )
 
 
@@ -183,7 +180,6 @@ def _merged_model(folder: Path, checkpoint: Adapter, *, trust_remote_code: bool)
 def _third_party_manifest(checkpoint: Adapter, base: str, out: Path) -> dict[str, Any]:
     """Return what is known of an adapter that another project trained."""
     return {
-        "format": FORMAT,
         "run_name": out.name.removesuffix("_merged"),
         "method": "unknown",
         "base_model": base,

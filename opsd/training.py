@@ -21,7 +21,6 @@ from opsd.files import atomic_write_text, lock_file, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
 from opsd.objectives import METHODS
-from opsd.provenance import weights_sha256
 from opsd.rollout.vllm_setup import local_model, require_vllm
 from opsd.run_identity import (
     MANIFEST_NAME,
@@ -30,6 +29,7 @@ from opsd.run_identity import (
     read_manifest,
     run_arguments,
     run_manifest,
+    weights_sha256,
     write_manifest,
 )
 from opsd.step_metrics import ConciseProgress, MetricsFile, TensorBoardFolder

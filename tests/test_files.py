@@ -20,13 +20,7 @@ import pytest
 
 from opsd import checkpoints, files
 from opsd.evaluation.journal import Journal
-from opsd.run_identity import (
-    SENTINEL_NAME,
-    file_list,
-    read_sentinel,
-    write_manifest,
-    write_sentinel,
-)
+from opsd.run_identity import SENTINEL_NAME, read_sentinel, write_manifest, write_sentinel
 
 ROOT = Path(__file__).resolve().parents[1]
 # Path and shutil call these through the module, so that patching the module is enough.
@@ -101,7 +95,7 @@ def _complete(folder: Path) -> list[str]:
 
 
 def _sentinel(folder: Path) -> None:
-    write_sentinel(folder, base_model="m", adapter="a", adapter_step=1, files=file_list(folder / "merged"))
+    write_sentinel(folder, base_model="m", adapter="a", adapter_step=1)
 
 
 def _read_sentinel(folder: Path) -> bool:

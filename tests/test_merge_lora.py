@@ -26,13 +26,13 @@ import opsd.files
 from opsd.arguments import parse_arguments
 from opsd.checkpoints import MARKER, mark_complete
 from opsd.errors import ArtefactError, UsageError
-from opsd.provenance import weights_sha256
 from opsd.run_identity import (
     SENTINEL_NAME,
     check_merged,
     read_manifest,
     run_arguments,
     run_manifest,
+    weights_sha256,
     write_manifest,
 )
 

@@ -17,12 +17,18 @@ import pytest
 import ea_opsd_train
 import merge_lora
 from opsd import checkpoints
-from opsd.checkpoints import run_manifest_of
+from opsd.checkpoints import read_adapter
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.results import load_result
-from opsd.provenance import dataset_fingerprint, git_state, versions
 from opsd.records import read_metrics
-from opsd.run_identity import check_merged, read_manifest, write_manifest
+from opsd.run_identity import (
+    check_merged,
+    dataset_fingerprint,
+    git_state,
+    read_manifest,
+    versions,
+    write_manifest,
+)
 from tests.launchers.test_launchers import LAUNCHERS, SETTINGS, load_install
 from tests.programs import forked_runs
 from tests.programs.forked_runs import BASE, ROOT, Job, run_elsewhere, train_argv, write_rows
@@ -301,7 +307,7 @@ def test_a_checkpoint_of_another_run_is_refused(world: Path, tmp_path: Path) -> 
     with pytest.raises(ArtefactError, match=words):
         resume(world, tmp_path / "fresh", resume_from_checkpoint=other)
     with pytest.raises(ArtefactError, match=words):
-        run_manifest_of(run / "checkpoint-3")
+        read_adapter(run / "checkpoint-3")
 
 
 @pytest.mark.slow

@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from opsd.checkpoints import checkpoints, incompleteness
 from opsd.errors import ArtefactError
 from opsd.evaluation.results import load_result
-from opsd.files import PARTIAL_MARK
-from opsd.provenance import file_sha256
+from opsd.files import PARTIAL_MARK, file_sha256
 from opsd.run_identity import SENTINEL_NAME, check_merged
 from tests.programs import forked_runs
 from tests.programs.forked_runs import BASE, Job, run
