@@ -368,7 +368,7 @@ def check_merged(
     if reason is None and not sentinel["files"].keys() & set(TOKENIZER_FILES):
         reason = "it holds no tokenizer"
     if reason is not None:
-        raise IncompleteMergeError(f"{folder} is no complete merged model: {reason}; run merge_lora.py again")
+        raise IncompleteMergeError(f"{folder} is not complete: {reason}; run merge_lora.py again")
     left_out = MAY_CHANGE["training"] | {"model_name_or_path"}
     expected = {name: value for name, value in (expected_arguments or {}).items() if name not in left_out}
     asked = {"run_name": expected_run_name, "adapter step": expected_step}
