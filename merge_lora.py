@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ from opsd.run_identity import (
     SENTINEL_NAME,
     IncompleteMergeError,
     check_merged,
+    dataset_fingerprint,
     read_manifest,
     read_sentinel,
     run_arguments,
@@ -220,14 +221,26 @@ def _expected_arguments(words: Sequence[str], folder: str) -> dict[str, Any] | N
     return run_arguments(*parse_arguments(given))
 
 
+def _data_sha256(arguments: Mapping[str, Any]) -> str | None:
+    """Return the fingerprint of a training's local data; None for a hub id: its name and revision decide."""
+    source = arguments["train_dataset"]
+    if not Path(source).exists():
+        return None
+    from opsd.tables import load_table
+
+    return dataset_fingerprint(load_table(source))
+
+
 def _check(folder: str, options: MergeOptions, training_flags: Sequence[str]) -> int:
+    arguments = _expected_arguments(training_flags, folder)
     try:
         merged = check_merged(
             folder,
             expected_run_name=options.run_name,
             expected_base_model=options.base_model,
             expected_step=options.step,
-            expected_arguments=_expected_arguments(training_flags, folder),
+            expected_arguments=arguments,
+            expected_data=_data_sha256(arguments) if arguments else None,
             hashes=options.hashes,
         )
     except IncompleteMergeError as error:

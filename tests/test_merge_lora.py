@@ -29,10 +29,10 @@ from opsd.errors import ArtefactError, UsageError
 from opsd.run_identity import (
     SENTINEL_NAME,
     check_merged,
+    model_sha256,
     read_manifest,
     run_arguments,
     run_manifest,
-    weights_sha256,
     write_manifest,
 )
 
@@ -100,12 +100,13 @@ def train_nothing(base: Path, run: Path, *flags: str, step: int = 100, targets=T
 
 def manifest_of(run_name: str, base: Path, *flags: str) -> dict:
     command = ["--method", "pwopsd", "--model_name_or_path", str(base), "--output_dir", run_name, *flags]
+    arguments = run_arguments(*parse_arguments([*command, "--use_cpu", "True"]))
     return run_manifest(
-        run_arguments(*parse_arguments([*command, "--use_cpu", "True"])),
+        arguments,
         base_revision=None,
-        base_weights=weights_sha256(base),
+        base_weights=model_sha256(base),
         dataset_rows=10,
-        dataset_sha256="0" * 64,
+        dataset_sha256=merge_lora._data_sha256(arguments) or "0" * 64,
         world_size=4,
     )
 
@@ -244,6 +245,17 @@ def test_the_weights_of_the_base_decide_and_for_third_parties_its_name(world, tm
     assert merged["adapter_step"] is None
     with pytest.raises(ArtefactError, match="method is None, expected 'pwopsd'"):
         check_merged(tmp_path / "theirs_merged", expected_arguments={"method": "pwopsd"})
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_another_configuration_or_tokenizer_is_another_base(world, tmp_path, name):
+    """A position scaling or a template that was edited since the training gives another model."""
+    base = shutil.copytree(world[0], tmp_path / "base")
+    with open(base / name, "a") as file:
+        file.write(" ")
+    refused(ArtefactError, "another base model.* SHA-256", tmp_path, base, world[1])
 
 
 def drop(*parts: str):

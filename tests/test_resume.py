@@ -328,7 +328,7 @@ def test_the_base_weights_decide_and_folders_may_be_links(world: Path, tmp_path:
     (tmp_path / "run").symlink_to(run)
     kept = (base / "model.safetensors").read_bytes()
     scale_weights(base)
-    with pytest.raises(UsageError, match=r"the base model's weights: '.*' before, '.*' now"):
+    with pytest.raises(UsageError, match=r"the base model's files: '.*' before, '.*' now"):
         resume(world, tmp_path / "run", model_name_or_path=base)
     (base / "model.safetensors").write_bytes(kept)
     assert resume(world, tmp_path / "run", model_name_or_path=base) == 0

@@ -185,6 +185,19 @@ def test_check_reads_the_launchers_complete_command_line(tmp_path, every_argumen
             merge_lora.main(check)
 
 
+def test_check_compares_the_content_of_local_data(tmp_path, every_argument):
+    data, row = tmp_path / "rows.jsonl", {"problem": "1+1", "solution": "2"}
+    data.write_text(json.dumps(row))
+    folder = merged_folder(tmp_path / "m", **every_argument | {"train_dataset": str(data)})
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace("0" * 64, m.dataset_fingerprint([row])))
+    check = ["--check", str(folder), "--", *FLAGS, "--train_dataset", str(data)]
+    assert merge_lora.main(check) == 0
+    data.write_text(json.dumps(row | {"solution": "3"}))
+    with pytest.raises(ArtefactError, match=r"data is '.*', expected '.*'"):
+        merge_lora.main(check)
+
+
 def relist(change):
     """Return a damage that changes the sentinel's list of files."""
 
@@ -282,13 +295,13 @@ def test_weights_are_hashed_once_until_they_change(tmp_path, hashed):
     shards = [folder / f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for shard in shards:
         shard.write_bytes(shard.name.encode() * 2**16)
-    first = m.weights_sha256(folder)
+    first = m.model_sha256(folder)
     by_hand = "\n".join(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in shards)
     assert first == hashlib.sha256(by_hand.encode()).hexdigest()
-    assert m.weights_sha256(folder) == first
+    assert m.model_sha256(folder) == first
     assert hashed == [shard.name for shard in shards], "the second time from the cache"
     (tmp_path / "link").symlink_to(folder)
-    assert m.weights_sha256(tmp_path / "link") == first
+    assert m.model_sha256(tmp_path / "link") == first
     assert len(hashed) == 2
     assert sorted(folder.iterdir()) == shards, "nothing is written into the model's folder"
     # One bit, the size and even the time stamp as before: the inode's change time tells.
@@ -297,9 +310,9 @@ def test_weights_are_hashed_once_until_they_change(tmp_path, hashed):
     content[-1] ^= 1
     shards[1].write_bytes(content)
     os.utime(shards[1], ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert m.weights_sha256(folder) != first
+    assert m.model_sha256(folder) != first
     with pytest.raises(ArtefactError, match=r"no model\*\.safetensors"):
-        m.weights_sha256(tmp_path)
+        m.model_sha256(tmp_path)
 
 
 @pytest.mark.parametrize("cache", ["damaged", "a file in its place", "of a file that just changed"])
@@ -309,10 +322,10 @@ def test_without_a_usable_cache_the_weights_are_hashed_again(tmp_path, hashed, m
         (tmp_path / "cache").touch()
     if cache == "of a file that just changed":
         monkeypatch.setattr(files, "_SETTLED_SECONDS", 1e9)
-    first = m.weights_sha256(tmp_path)
+    first = m.model_sha256(tmp_path)
     for entry in (tmp_path / "cache").glob("pwopsd/*"):
         entry.write_text("{")
-    assert m.weights_sha256(tmp_path) == first
+    assert m.model_sha256(tmp_path) == first
     assert len(hashed) == 2
 
 
