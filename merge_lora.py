@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.checkpoints import Adapter, check_same_base, read_adapter
+from opsd.checkpoints import Adapter, read_adapter
 from opsd.errors import ArtefactError, OneLineParser, UsageError, run_cli
 from opsd.files import PARTIAL_MARK, atomic_directory, disk_errors
 from opsd.model_card import model_card
@@ -41,6 +41,7 @@ from opsd.run_identity import (
     MANIFEST_NAME,
     SENTINEL_NAME,
     IncompleteMergeError,
+    base_differences,
     check_merged,
     dataset_fingerprint,
     read_manifest,
@@ -97,7 +98,7 @@ def merge(
     hollow = load_causal_lm(str(folder), dtype="auto", device_map="meta", trust_remote_code=trust_remote_code)
     needed = sum(weight.nbytes for weight in hollow.parameters()) + SPARE_BYTES
     load_adapter(hollow, checkpoint.path)
-    check_same_base(checkpoint, base, folder, accept_name=accept_base_name)
+    _check_base(checkpoint, base, folder, accept_name=accept_base_name)
     with disk_errors(out):
         _check_room(out, needed)
         with atomic_directory(out) as temporary:
@@ -143,6 +144,22 @@ def refuse_other_folder(out: Path, *, keep: Sequence[Path] = ()) -> None:
         raise UsageError(
             f"--output {out} holds a model without a {MANIFEST_NAME} or {SENTINEL_NAME} of this project; "
             "choose another folder, or move that one away"
+        )
+
+
+def _check_base(adapter: Adapter, base: str, folder: Path, *, accept_name: bool) -> None:
+    """Refuse a base model that is not the one the adapter was trained on.
+
+    The hash of the files in `folder` decides where the run's manifest has one, else the name, unless
+    `accept_name` takes a renamed copy.
+    """
+    recorded = adapter.manifest or {"base_model": adapter.base_model}
+    if not recorded["base_model"] or (accept_name and not recorded.get("base_weights")):
+        return
+    if wrong := base_differences(recorded, base, folder):
+        raise ArtefactError(
+            f"{adapter.path} was trained on another base model: {wrong[0]}; pass that one, or "
+            "--accept_base_name for a renamed copy, if no SHA-256 says that it is another"
         )
 
 

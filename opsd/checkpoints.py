@@ -20,7 +20,6 @@ from opsd.errors import ArtefactError
 from opsd.files import atomic_write_json, changed_file, file_list, file_sha256, fsync_tree
 from opsd.run_identity import (
     MANIFEST_NAME,
-    base_differences,
     differences,
     identity,
     read_json_object,
@@ -215,19 +214,3 @@ def read_adapter(path: Path | str) -> Adapter:
     if (folder / STATE_NAME).is_file():
         step = read_json_object(folder / STATE_NAME, what="trainer state").get("global_step")
     return Adapter(folder, str(config.get("base_model_name_or_path") or ""), step, manifest)
-
-
-def check_same_base(adapter: Adapter, base: str, folder: Path, *, accept_name: bool = False) -> None:
-    """Raise ArtefactError for a base model that is not the one the adapter was trained on.
-
-    The hash of the files in `folder` decides where the run's manifest has one, else the name, unless
-    `accept_name` takes a renamed copy.
-    """
-    recorded = adapter.manifest or {"base_model": adapter.base_model}
-    if not recorded["base_model"] or (accept_name and not recorded.get("base_weights")):
-        return
-    if wrong := base_differences(recorded, base, folder):
-        raise ArtefactError(
-            f"{adapter.path} was trained on another base model: {wrong[0]}; pass that one, or "
-            "--accept_base_name for a renamed copy, if no SHA-256 says that it is another"
-        )

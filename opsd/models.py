@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
 from opsd.checkpoints import WEIGHTS_NAME, read_adapter
 from opsd.errors import MALFORMED, ArtefactError, UsageError, printable
 from opsd.files import atomic_write_json
@@ -293,9 +296,6 @@ def first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _explained(what: str, name: str, *more: type[Exception]) -> Iterator[None]:
     """Turn what the libraries raise while they load `what` of the model `name` into one line."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
     try:
         yield
     except (OSError, RuntimeError, *MALFORMED, SafetensorError, StrictDataclassError, *more) as error:

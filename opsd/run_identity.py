@@ -141,8 +141,10 @@ def _redacted(command: Sequence[str]) -> list[str]:
     for at, word in enumerate(command):
         flag, equals, _ = word.partition("=")
         if flag.startswith("--") and _is_secret(flag):
-            place = slice(at, at + 1) if equals else slice(at + 1, at + 2)
-            shown[place] = [f"{flag}=***" if equals else "***"]
+            if equals:
+                shown[at] = f"{flag}=***"
+            else:
+                shown[at + 1 : at + 2] = ["***"]
     return shown
 
 
@@ -203,15 +205,10 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
 
 
 def read_json_object(path: Path, *, what: str, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """Read a JSON object from a file.
+    """Read a JSON object that has `fields` of these types; messages call it `what`.
 
-    Args:
-        what: the file's kind, for messages.
-        fields: entries that it must have, with their types. "files" maps names inside the file's folder to
-            `{"bytes": int, "sha256": str}`.
-
-    Raises:
-        ArtefactError: the file is missing, torn, too large, no JSON object, or lacks a field.
+    A field "files" maps names inside the file's folder to `{"bytes": int, "sha256": str}`. Raises
+    ArtefactError when the file is missing, torn, too large, no JSON object, or lacks a field.
     """
     try:
         size = path.stat().st_size
@@ -346,9 +343,7 @@ def check_merged(
     """Check that a merged folder is complete and, where expected values are given, that it is this run's.
 
     Args:
-        path: `outputs/<run_name>_merged`.
-        expected_run_name: compared with the manifest.
-        expected_base_model: a folder's weights are compared by hash, a hub id by name.
+        expected_base_model: compared by hash where it is a folder, else by name.
         expected_step: optimizer steps of the adapter that was merged.
         expected_arguments: all arguments of the expected run (`run_arguments`).
         expected_data: `dataset_fingerprint` of its data.
