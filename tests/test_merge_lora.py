@@ -36,20 +36,12 @@ from opsd.run_identity import (
     write_manifest,
 )
 
-TEMPLATE = (
-    "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+}  # fmt: skip
 KINDS = {
     "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, True),
     "qwen3-untied": (Qwen3Config, Qwen3ForCausalLM, False),
@@ -68,14 +60,9 @@ def tiny_base(folder: Path, kind: str = "qwen3-tied", *, dtype: torch.dtype = to
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<p>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<p>",
-        unk_token="<p>",
-        eos_token="<e>",
-        additional_special_tokens=["<u>", "<a>"],
-    )
-    tokenizer.chat_template = TEMPLATE
+    special = {"pad_token": "<p>", "unk_token": "<p>", "eos_token": "<e>"}
+    special["additional_special_tokens"] = ["<u>", "<a>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, **special)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -119,31 +106,26 @@ def world(tmp_path_factory) -> tuple[Path, Path]:
     return base, train_nothing(base, root / "outputs" / "tiny_pwopsd")
 
 
-def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(ids).logits.float()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_merged_logits_equal_the_adapter_models(tmp_path, kind, dtype):
     base = tiny_base(tmp_path / "base", kind, dtype=dtype)
     checkpoint = train_nothing(base, tmp_path / "run")
     merge_lora.merge(str(base), checkpoint, tmp_path / "run_merged")
-
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run_merged", dtype="auto")
+    plain, second, merged = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        for folder in (base, base, tmp_path / "run_merged")
+    )
     assert merged.dtype is dtype
     assert type(merged) is KINDS[kind][1]
     ids = torch.arange(24).view(2, 12)
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), checkpoint)
-    plain = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), ids)
-    expected = logits_of(adapted, ids)
-    found = logits_of(merged, ids)
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(second, checkpoint)
+        base_logits, expected, found = (m.eval()(ids).logits.float() for m in (plain, adapted, merged))
     # bfloat16 keeps 8 bits: one rounding of W' moves a logit by about 2^-8 of the logits' spread per layer.
-    tolerance = 1e-5 if dtype is torch.float32 else 0.04
-    spread = expected.std()
+    tolerance, spread = 1e-5 if dtype is torch.float32 else 0.04, expected.std()
     assert (found - expected).abs().max() < tolerance * spread.clamp(min=1.0) * 3
-    assert (plain - expected).abs().max() > 0.5 * spread, "the adapter changes nothing"
+    assert (base_logits - expected).abs().max() > 0.5 * spread, "the adapter changes nothing"
 
 
 def test_merged_matrices_are_float32_sums_cast_once(tmp_path):
@@ -311,8 +293,10 @@ def test_damaged_checkpoints_are_refused(world, tmp_path, ours, name, damage, wo
 
 
 def test_a_base_without_the_adapted_layers_is_refused(world, tmp_path):
-    theirs = third_party(world[1], tmp_path / "theirs")
-    shallow = tiny_base(tmp_path / "shallow", num_hidden_layers=1)
+    theirs, shallow = (
+        third_party(world[1], tmp_path / "theirs"),
+        tiny_base(tmp_path / "shallow", num_hidden_layers=1),
+    )
     words = r"layers\.1\..* belongs to no part of the model.* wrong base model"
     refused(ArtefactError, words, tmp_path, shallow, theirs, accept_base_name=True)
 
@@ -323,27 +307,6 @@ def test_a_base_without_the_adapted_layers_is_refused(world, tmp_path):
 def test_more_than_plain_lora_is_refused(tmp_path, options):
     base = tiny_base(tmp_path / "base", "qwen3-untied")
     refused(UsageError, "plain LoRA", tmp_path, base, train_nothing(base, tmp_path / "run", **options))
-
-
-def encoder(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["ViTModel"]}))
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
-        (lambda f: (f / "config.json").write_text('{"a":' * 10**5 + "1" + "}" * 10**5), "recursion"),
-        (encoder, "not a causal language model"),
-        (lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
-    ],
-)
-def test_bases_that_cannot_be_used_are_refused(world, tmp_path, damage, words):
-    """A few: tests/bad_input_cases.py has them all, for the training, which loads with the same functions."""
-    base = shutil.copytree(world[0], tmp_path / "base")
-    damage(base)
-    refused(ArtefactError, words, tmp_path, base, world[1], accept_base_name=True)
 
 
 def test_inputs_and_links_to_themselves_are_never_replaced(world, tmp_path):
@@ -410,14 +373,11 @@ def test_a_linked_checkpoint_is_its_runs_and_a_renamed_one_refused(world, tmp_pa
 @pytest.mark.parametrize("side", ["base", "adapter"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_merges_that_are_not_finite_are_refused(world, tmp_path, side, value):
-    base, checkpoint = (
-        shutil.copytree(world[0], tmp_path / "base"),
-        third_party(world[1], tmp_path / "theirs"),
-    )
-    file = base / "model.safetensors" if side == "base" else checkpoint / "adapter_model.safetensors"
+    base = shutil.copytree(world[0], tmp_path / "base")
+    checkpoint = third_party(world[1], tmp_path / "theirs")
+    file = base / "model.safetensors" if side == "base" else checkpoint / WEIGHTS
     weights = load_file(file)
-    name = next(key for key in weights if "norm" in key or "up_proj.lora_B" in key)
-    weights[name].view(-1)[3] = value
+    weights[next(key for key in weights if "norm" in key or "up_proj.lora_B" in key)].view(-1)[3] = value
     save_file(weights, file, metadata={"format": "pt"})
     words = "not finite in .*(norm|up_proj)"
     refused(ArtefactError, words, tmp_path, base, checkpoint, accept_base_name=True)
@@ -432,13 +392,11 @@ def test_command_line(world, tmp_path, capsys):
     assert merge_lora.main(["--base_model", str(base), "--adapter", str(checkpoint), "--output", out]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     check = ["--check", out, "--run_name", "tiny_pwopsd", "--step", "100", "--base_model", str(base)]
-    same = ["--method", "pwopsd", "--position_w_min=0.250", "--report_to", "tensorboard"]
-    assert merge_lora.main([*check, "--", *same]) == 0
+    assert merge_lora.main([*check, "--", "--method", "pwopsd", "--position_w_min=0.250"]) == 0
     for changed, words in (
-        ([*check, "--", *same, "--method", "opsd"], "method is 'pwopsd', expected 'opsd'"),
-        ([*check, "--", *same, "--position_w_min", "1"], "position_w_min is 0.25, expected 1"),
-        ([*check, "--run_name", "x"], "run_name is 'tiny_pwopsd', expected 'x'"),
-        ([*check, "--step", "125"], "adapter step is 100, expected 125"),
+        (["--run_name", "x"], "run_name is 'tiny_pwopsd', expected 'x'"),
+        (["--step", "125"], "adapter step is 100, expected 125"),
+        (["--", "--method", "opsd"], "method is 'pwopsd', expected 'opsd'"),
     ):
         with pytest.raises(ArtefactError, match=words):
-            merge_lora.main(changed)
+            merge_lora.main([*check, *changed])
