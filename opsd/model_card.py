@@ -33,12 +33,7 @@ transformers (AutoModelForCausalLM) and vLLM. The base model's licence applies.
 
 
 def model_card(manifest: Mapping[str, Any], *, adapter_step: int | None) -> str:
-    """Return Markdown with the front matter that model hubs read.
-
-    Args:
-        manifest: the training run's (opsd/run_identity.py).
-        adapter_step: optimizer steps behind the merged adapter.
-    """
+    """Return Markdown with the front matter that model hubs read, from the training run's manifest."""
     dataset, git = manifest["dataset"], manifest.get("git") or {}
     shown = {
         "Method": manifest["method"],

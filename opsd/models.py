@@ -123,10 +123,8 @@ def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreT
 def check_round_trip(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer | None, name: str) -> None:
     """Raise ArtefactError for a tokenizer that changes a text or disagrees with its `tokenizer.json`.
 
-    The probe has no characters that map to the unknown token, except space and digits.
-
-    Args:
-        reference: the tokenizer that `tokenizer.json` holds, None without that file.
+    The probe has no characters that map to the unknown token, except space and digits. `reference` is the
+    tokenizer that `tokenizer.json` holds, None without that file.
     """
 
     def encode(text: str) -> list[int]:

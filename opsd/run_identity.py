@@ -280,9 +280,8 @@ def same_source(recorded: Any, given: Any) -> bool:
 def base_differences(manifest: Mapping[str, Any], base: str, folder: Path | None = None) -> list[str]:
     """Return, as at most one line, how the base model `base` differs from a manifest's.
 
-    Args:
-        folder: the files of `base`; default `base` itself where it is a folder. Their hash decides where both
-            sides have one, else the name.
+    The hash of the files in `folder` (default `base`, where it is one) decides where the manifest has one,
+    else the name.
     """
     if folder is None and Path(base).is_dir():
         folder = Path(base)

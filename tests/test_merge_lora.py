@@ -22,10 +22,10 @@ from transformers import (
 )
 
 import merge_lora
-import opsd.files
 from opsd.arguments import parse_arguments
 from opsd.checkpoints import MARKER, mark_complete
 from opsd.errors import ArtefactError, UsageError
+from opsd.files import PARTIAL_MARK
 from opsd.run_identity import (
     SENTINEL_NAME,
     check_merged,
@@ -164,27 +164,18 @@ def test_merged_folder_is_complete_and_says_what_it_is(world, tmp_path):
     assert not list(tmp_path.glob(".*partial*"))
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_a_merge_killed_at_its_sentinel_is_incomplete_and_merged_again(world, tmp_path, monkeypatch, torn):
-    base, checkpoint = world
-    out, seen = tmp_path / "m", []
-
-    def killed(path, value, real=opsd.files.atomic_write_json):
-        if Path(path).name != SENTINEL_NAME:
-            return real(path, value)
-        seen.extend(p.name for p in out.iterdir())
-        if torn:
-            Path(path).with_name(f".{SENTINEL_NAME}{opsd.files.PARTIAL_MARK}1-0").write_text("{")
-        raise KeyboardInterrupt
-
+def test_a_merge_killed_at_its_sentinel_is_incomplete_and_merged_again(world, tmp_path, monkeypatch):
+    out = tmp_path / "m"
     with monkeypatch.context() as patch:
-        patch.setattr("opsd.run_identity.atomic_write_json", killed)
-        with pytest.raises(KeyboardInterrupt):
-            merge_lora.merge(str(base), checkpoint, out)
+        patch.setattr(merge_lora, "write_sentinel", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge_lora.merge(str(world[0]), world[1], out)
+    written = {path.name for path in out.iterdir()}
+    (out / f".{SENTINEL_NAME}{PARTIAL_MARK}1-0").write_text("{")
     assert merge_lora.main(["--check", str(out)]) == 1
-    merge_lora.merge(str(base), checkpoint, out)
+    merge_lora.merge(str(world[0]), world[1], out)
     assert merge_lora.main(["--check", str(out), "--hashes"]) == 0
-    assert sorted([*seen, SENTINEL_NAME]) == sorted(p.name for p in out.iterdir()), "the sentinel comes last"
+    assert {path.name for path in out.iterdir()} == written | {SENTINEL_NAME}, "the sentinel comes last"
 
 
 def scale_weights(base: Path) -> None:
@@ -267,10 +258,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
     ("ours", "name", "damage", "words"),
     [
         (True, WEIGHTS, Path.unlink, "has no adapter_model.safetensors"),
-        (True, WEIGHTS, cut, r"adapter_model.safetensors has \d+ bytes instead of"),
         (True, WEIGHTS, flip_a_bit, "SHA-256 of adapter_model.safetensors"),
         (True, CONFIG, Path.unlink, "adapter_config.json is missing"),
-        (True, CONFIG, flip_a_bit, "SHA-256 of adapter_config.json"),
         (True, "trainer_state.json", Path.unlink, "trainer_state.json is missing"),
         (True, ".complete", cut, "marker is damaged"),
         (True, "../manifest.json", Path.unlink, "no manifest.json beside it"),
@@ -293,10 +282,8 @@ def test_damaged_checkpoints_are_refused(world, tmp_path, ours, name, damage, wo
 
 
 def test_a_base_without_the_adapted_layers_is_refused(world, tmp_path):
-    theirs, shallow = (
-        third_party(world[1], tmp_path / "theirs"),
-        tiny_base(tmp_path / "shallow", num_hidden_layers=1),
-    )
+    theirs = third_party(world[1], tmp_path / "theirs")
+    shallow = tiny_base(tmp_path / "shallow", num_hidden_layers=1)
     words = r"layers\.1\..* belongs to no part of the model.* wrong base model"
     refused(ArtefactError, words, tmp_path, shallow, theirs, accept_base_name=True)
 
@@ -356,18 +343,13 @@ def test_a_linked_output_stays_a_link(world, tmp_path, target):
     assert [path.name for path in disk.glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_a_linked_checkpoint_is_its_runs_and_a_renamed_one_refused(world, tmp_path):
-    base, checkpoint = world
-    run = tmp_path / "run"
-    run.mkdir()
-    shutil.copyfile(checkpoint.parent / "manifest.json", run / "manifest.json")
-    shutil.copytree(checkpoint, tmp_path / "disk" / "hundred")
-    (tmp_path / "disk" / "hundred" / "optimizer.pt").unlink()  # a merge does not need it
-    (run / checkpoint.name).symlink_to(tmp_path / "disk" / "hundred")
-    merge_lora.merge(str(base), run / checkpoint.name, tmp_path / "m")
+def test_a_renamed_checkpoint_is_refused_and_one_without_its_optimizer_merged(world, tmp_path):
+    run = shutil.copytree(world[1].parent, tmp_path / "run")
+    (run / world[1].name / "optimizer.pt").unlink()
+    merge_lora.merge(str(world[0]), run / world[1].name, tmp_path / "m")
     check_merged(tmp_path / "m", expected_run_name="tiny_pwopsd", expected_step=100)
-    shutil.copytree(checkpoint, run / "checkpoint-75")
-    refused(ArtefactError, "was saved as checkpoint-100", tmp_path, base, run / "checkpoint-75")
+    renamed = (run / world[1].name).rename(run / "checkpoint-75")
+    refused(ArtefactError, "was saved as checkpoint-100", tmp_path, world[0], renamed)
 
 
 @pytest.mark.parametrize("side", ["base", "adapter"])

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import merge_lora
-from opsd import arguments, files
+from opsd import files
 from opsd import run_identity as m
-from opsd.arguments import parse_arguments
+from opsd.arguments import MethodArguments, parse_arguments
 from opsd.diagnostic.config import BranchConfig
 from opsd.errors import ArtefactError
 from opsd.evaluation.config import EvalConfig
@@ -150,7 +150,7 @@ def test_every_argument_may_change_or_may_not(tmp_path, every_argument):
 
 
 def test_what_decides_the_numbers_is_not_in_the_table(every_argument):
-    method = {field.name for field in fields(arguments.MethodArguments)}
+    method = {field.name for field in fields(MethodArguments)}
     others = {"max_steps", "dtype", "bf16", "lora_target_modules", "adam_beta2", "seed", "warmup_steps"}
     others |= {"dataset_revision", "rollout_top_k", "per_device_train_batch_size", "max_length"}
     assert method | others <= every_argument.keys() - m.MAY_CHANGE["training"] - m.BY_CONTENT
