@@ -59,8 +59,8 @@ def incompleteness(
 ) -> str | None:
     """Return why `checkpoint` is not complete, in words; None when it is.
 
-    `hashes` compares each file's SHA-256 too, not its size alone; `only` names the files to check, in a folder
-    of any name but another step's.
+    `hashes` compares each file's SHA-256 too, not its size alone; `only` names the files to check, in a
+    folder of any name but another step's.
     """
     if not (checkpoint / MARKER).is_file():
         return f"it has no {MARKER} marker: saving it was interrupted"

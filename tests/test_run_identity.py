@@ -98,11 +98,10 @@ def test_fingerprint_depends_on_rows_order_and_columns_alone():
     rows = [{"problem": "1+1", "solution": "2", "extra": 1}, {"problem": "2+2", "solution": "4"}]
     # By hand: the column names, then one JSON line a row.
     stated = b'["problem", "solution"]["1+1", "2"]\n["2+2", "4"]\n'
-    fingerprint = m.dataset_fingerprint(iter(rows))
-    assert fingerprint == hashlib.sha256(stated).hexdigest()
+    assert m.dataset_fingerprint(iter(rows)) == hashlib.sha256(stated).hexdigest()
     moved = [{"problem": "1+12", "solution": ""}, rows[1]]
-    for other in (m.dataset_fingerprint(rows, columns=("solution", "problem")), m.dataset_fingerprint(moved)):
-        assert fingerprint != other != m.dataset_fingerprint(rows[::-1])
+    found = {m.dataset_fingerprint(some) for some in (rows, rows[::-1], moved)}
+    assert len(found | {m.dataset_fingerprint(rows, columns=("solution", "problem"))}) == 4
 
 
 def test_git_state(tmp_path):
@@ -241,10 +240,8 @@ def test_identity_is_the_weights_not_the_notes(tmp_path):
     one = m.read_sentinel(merged_folder(tmp_path / "one"))["identity"]
     assert m.read_sentinel(merged_folder(tmp_path / "two", run_name="other"))["identity"] == one
     (tmp_path / "two" / "config.json").write_text('{"rope": 1}')
-    assert (
-        m.model_identity({n: e["sha256"] for n, e in files.file_list(tmp_path / "two", but=".x").items()})
-        != one
-    )
+    sentinel = m.write_sentinel(tmp_path / "two", base_model="x", adapter="a", adapter_step=1)
+    assert sentinel["identity"] != one
 
 
 CACHED = "/home/x/.cache/huggingface/hub/models--Qwen--Qwen3-4B/snapshots/1cfa9a7"
