@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -150,18 +149,14 @@ def test_merged_folder_is_complete_and_says_what_it_is(world, tmp_path):
     out = tmp_path / "tiny_pwopsd_merged"
     merge_lora.merge(str(base), checkpoint, out)
     merged = check_merged(out, expected_base_model=str(base), hashes=True)
-    assert merged["adapter_step"] == 100
-    assert merged["base_model"] == str(base)
+    assert (merged["adapter_step"], merged["base_model"]) == (100, str(base))
     assert {"python", "torch", "peft"} <= merged["versions"].keys()
-    assert read_manifest(out) == read_manifest(checkpoint.parent)
+    assert merged["manifest"] == read_manifest(checkpoint.parent)
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False) == "<u>1"
     card = (out / "README.md").read_text()
     assert "| Method | pwopsd |" in card
     assert "| Optimizer steps | 100 |" in card
-    assert not list(tmp_path.glob(".*partial*"))
 
 
 def test_a_merge_killed_at_its_sentinel_is_incomplete_and_merged_again(world, tmp_path, monkeypatch):

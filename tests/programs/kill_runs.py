@@ -46,25 +46,14 @@ TIMES = ("created", "resumed", "git", "merged", "date", "timing")
 
 @dataclass
 class Program:
-    """One of the three: its name, folder -> its command, folder -> what passes for finished and is not.
-
-    The rest is the outcome of its kills.
-    """
+    """One of the three: its name, folder -> its command, folder -> what passes for finished and is not."""
 
     name: str
     job: Callable[[Path], Job]
     faults: Callable[[Path], list[str]]
     seconds: float = 0.0  # of a run that is not killed
-    runs: int = 0
     kills: int = 0
-    delays: list[float] = field(default_factory=list)
-    with_leftovers: int = 0
     differences: list[str] = field(default_factory=list)
-
-
-def files_below(folder: Path) -> dict[str, Path]:
-    """Return every file of a run by its name relative to `folder`."""
-    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def without_times(value: object) -> object:
@@ -88,7 +77,8 @@ def comparable(path: Path, folder: Path) -> object:
 
 def contents_of(folder: Path) -> dict[str, object]:
     """Return the content of every file of a run that has to be equal, by name."""
-    return {n: comparable(p, folder) for n, p in files_below(folder).items() if p.name not in SKIPPED}
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in SKIPPED]
+    return {str(path.relative_to(folder)): comparable(path, folder) for path in paths}
 
 
 def training_faults(folder: Path) -> list[str]:
@@ -159,15 +149,12 @@ def kill_until_done(program: Program, folder: Path, expected: dict, rng: random.
         code = run(program.job(folder), kill_after=delay)
         if code == -signal.SIGKILL:
             kills += 1
-            program.delays.append(delay)
             program.differences += program.faults(folder)
-            program.with_leftovers += any(PARTIAL_MARK in name for name in files_below(folder))
         elif code:
             words = (folder / "output.log").read_text()[-2000:]
             program.differences.append(f"{folder.name} ended with {code} after {kills} kills: {words}")
             return
     program.kills += kills
-    program.runs += kills > 0
     found = contents_of(folder)
     names = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
     program.differences += [f"{folder.name}: {name} differs after {kills} kills" for name in sorted(names)]
@@ -175,17 +162,8 @@ def kill_until_done(program: Program, folder: Path, expected: dict, rng: random.
 
 def report(tried: list[Program], seconds: float) -> str:
     """Return the Markdown table."""
-    lines = [
-        "| program | kills | runs | undisturbed run, s | kill moments, s | kills that left a temporary file "
-        "| differences |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for p in tried:
-        moments = f"{min(p.delays):.2f} to {max(p.delays):.2f}" if p.delays else "—"
-        lines.append(
-            f"| {p.name} | {p.kills} | {p.runs} | {p.seconds:.2f} | {moments} | {p.with_leftovers} "
-            f"| {len(p.differences)} |"
-        )
+    lines = ["| program | kills | undisturbed run, s | differences |", "| --- | --- | --- | --- |"]
+    lines += [f"| {p.name} | {p.kills} | {p.seconds:.2f} | {len(p.differences)} |" for p in tried]
     differences = [f"- {words}" for p in tried for words in p.differences]
     kills = sum(p.kills for p in tried)
     lines += ["", f"{kills} kills, {len(differences)} differences, {seconds / 60:.1f} minutes."]
