@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.errors import UsageError
-from opsd.evaluation.grading_shortcuts import decide_texts
+from opsd.evaluation.grading_shortcuts import MARGIN, plain_number
 
 # What the authors' files, and ours, hold as `predicted_answer` of an unformatted sample.
 NO_ANSWER = "[No boxed answer found]"
@@ -285,8 +285,10 @@ class _Comparison:
     def __call__(self, gold: str, predicted: str) -> Verdict:
         known, pair = self._grader._verdicts, (gold, predicted)
         if pair not in known and pair not in self._own:
-            verdict = decide_texts(gold, predicted)
-            if verdict is None:
+            a, b = plain_number(gold), plain_number(predicted)
+            if a is not None and b is not None and (a == b or abs(a - b) > MARGIN):
+                verdict = a == b
+            else:
                 verdict = self._ask(gold, predicted)
             if verdict is None or self._killed_texts.intersection(pair):
                 self._own[pair] = verdict
