@@ -234,10 +234,10 @@ def measure_hostile(count: int, workers: int, time_limit_s: float) -> None:
     watcher = threading.Thread(target=worker_memory_mb, args=(stop, largest), daemon=True)
     watcher.start()
     with Grader(workers=workers, time_limit_s=time_limit_s) as grader:
-        grader.grade_problem("5", ["5"])
+        grader.grade([("5", ["x"])])
         for hostile in hostile_answers(count):
             start = time.perf_counter()
-            grade = grader.grade_problem("5", ["5", hostile, "7", hostile, "5.0", hostile])
+            (grade,) = grader.grade([("5", ["5", hostile, "7", hostile, "5.0", hostile])])
             seconds.append(time.perf_counter() - start)
             if grade.correct != [True, False, False, False, True, False]:
                 raise ArtefactError(f"ordinary answers beside {hostile[:40]!r} are graded {grade.correct}")

@@ -89,7 +89,7 @@ def problem_record(
         "val_n": len(generations),
         "generations": generations,
         "num_correct": grade.num_correct,
-        "pass_at_n": grade.passed,
+        "pass_at_n": any(grade.correct),
         "majority_vote_correct": grade.majority_correct,
     }
 
