@@ -26,8 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import UsageError
 from opsd.evaluation.grading_shortcuts import MARGIN, plain_number
+from opsd.options import AT_LEAST_ONE, POSITIVE, Range, check_range
 
 # What the authors' files, and ours, hold as `predicted_answer` of an unformatted sample.
 NO_ANSWER = "[No boxed answer found]"
@@ -72,9 +72,9 @@ class ProblemGrade:
     """Verdicts on the samples of one problem.
 
     Attributes:
-        correct: for each sample, in order, whether it is equivalent to the gold answer; unformatted is False.
+        correct: of each sample, in order; an unformatted one is False.
         clusters: sample indices by cluster, in the order in which the clusters were founded.
-        winner: index in `clusters` of the largest cluster, the earliest on a tie; None without samples.
+        winner: index in `clusters` of the largest, the earliest on a tie; None without samples.
         majority_correct: whether the winner is not the INVALID cluster and its first member is correct.
     """
 
@@ -149,12 +149,9 @@ class Grader:
         time_limit_s: float = DEFAULT_TIME_LIMIT_S,
         memory_limit_mb: int = DEFAULT_MEMORY_LIMIT_MB,
     ) -> None:
-        if workers is not None and workers < 1:
-            raise UsageError(f"grading needs at least one worker process, not {workers}")
-        if not time_limit_s > 0:
-            raise UsageError(f"the grading time limit must be more than 0 seconds, not {time_limit_s}")
-        if memory_limit_mb < 256:
-            raise UsageError(f"the grading memory limit must be at least 256 MiB, not {memory_limit_mb}")
+        check_range("workers", workers, AT_LEAST_ONE)
+        check_range("time_limit_s", time_limit_s, POSITIVE)
+        check_range("memory_limit_mb", memory_limit_mb, Range(256))
         self.workers = workers or min(8, len(os.sched_getaffinity(0)))
         self.time_limit_s = time_limit_s
         self.memory_limit_mb = memory_limit_mb

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -262,26 +261,6 @@ def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.slow
-def test_the_command_killed_from_outside_continues(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Hundreds of small batches, so that the kill falls between two of them wherever it falls.
-    config = config_of(world, tmp_path / "out" / "r.json", val_n=20, hf_batch_size=1, temperature=1.1)
-    process = subprocess.Popen(command_of(config), env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wait_until(lambda: lines_in(config.journal_path) >= 10, process)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    kept = lines_in(config.journal_path) - 1
-    assert not Path(config.output).exists()
-    drawn = count_draws(monkeypatch)
-    result = evaluate(config, show=False)
-    assert kept <= result["timing"]["resumed_samples"] < 120
-    assert len(drawn) == 120 - result["timing"]["resumed_samples"]
-    whole = evaluate(replace(config, output=str(tmp_path / "whole.json"), hf_batch_size=32), show=False)
-    assert without_timing(whole) == without_timing(result)
-
-
 # -- what stands at the output already -----------------------------------------------------------------------
 
 
@@ -423,16 +402,6 @@ def interrupted(world: Path, output: Path) -> EvalConfig:
     return config
 
 
-def test_the_journal_of_another_regime_is_refused(world: Path, tmp_path: Path) -> None:
-    config = interrupted(world, tmp_path / "r.json")
-    before = config.journal_path.read_bytes()
-    with pytest.raises(UsageError) as caught:
-        evaluate(replace(config, temperature=0.7, val_n=6), show=False)
-    assert "temperature: 1.0 there, 0.7 now" in str(caught.value)
-    assert "val_n: 4 there, 6 now" in str(caught.value)
-    assert config.journal_path.read_bytes() == before
-
-
 def test_a_torn_last_line_is_drawn_again_and_a_damaged_one_is_an_error(
     world: Path, reference: Result, tmp_path: Path
 ) -> None:
@@ -461,13 +430,6 @@ def test_another_engine_may_continue_and_is_recorded(
     result = evaluate(config, show=False)
     assert result["engine"] == "hf+vllm"
     assert "continued with hf" in caplog.text
-
-
-def test_a_second_run_on_the_same_output_is_refused(world: Path, tmp_path: Path) -> None:
-    config = interrupted(world, tmp_path / "r.json")
-    regime = read_lines(config.journal_path)[0][0]["regime"]
-    with Journal(config.journal_path, regime), pytest.raises(UsageError, match="another process"):
-        evaluate(config, show=False)
 
 
 # -- adapters and merged folders -----------------------------------------------------------------------------

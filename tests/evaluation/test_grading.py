@@ -81,28 +81,13 @@ def test_real_answers_differ_from_wrong_ones(grader):
 
 def test_verdicts_are_math_verifys_own(grader):
     """Every form against every other of a random draw, in both orders, oddities included."""
-    odd = [
-        "1}}}}}}{{{",
-        "\\text{Evelyn}",
-        "\\frac{",
-        "",
-        "$5$",
-        "x = 5",
-        "5 = x",
-        "$",
-        "50\\%",
-        "0.5",
-        "é",
-        "\x00",
-    ]
+    odd = ["1}}}}}}{{{", "\\text{Evelyn}", "\\frac{", "", "$5$", "x = 5", "5 = x", "$", "50\\%", "0.5"]
+    odd += ["é", "\x00"]
     forms = odd + [form for gold, others in SAME_PAIRS for form in (gold, *others)]
     rng = random.Random(5)
     pairs = [(a, b) for a in odd for b in odd] + [tuple(rng.sample(forms, 2)) for _ in range(120)]
     verdicts = grader.equivalent(pairs)
-    differing = [
-        pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != plain_equivalent(*pair)
-    ]
-    assert differing == []
+    assert [pair for pair, v in zip(pairs, verdicts, strict=True) if v != plain_equivalent(*pair)] == []
     # The table exercises both outcomes.
     assert 10 < sum(verdicts) < len(pairs) - 10
 
@@ -157,7 +142,7 @@ def test_a_pair_is_decided_once(monkeypatch):
     answers = ["x+5", "x+6", "5+x", "x+6"]
     with Grader(workers=1, time_limit_s=30) as grader:
         first = grade(grader, "x+5", answers)
-        monkeypatch.setattr(grading._Comparison, "_ask", lambda *_: pytest.fail("everything is known already"))
+        monkeypatch.setattr(grading._Comparison, "_ask", lambda *_: pytest.fail("it is known"))
         assert grade(grader, "x+5", answers) == first
 
 
@@ -178,10 +163,8 @@ def test_a_slow_text_leaves_other_problems_and_pairs_alone():
         assert grade(grader, SLOW, ["0.5", "3"]).correct == [False, False]
         killed = len(grader.killed)
         # `0.5` met the slow gold answer; that says nothing about 0.5 with another partner.
-        assert grade(grader, "0.5", ["\\frac{1}{2}", "50\\%"]).correct == [
-            True,
-            plain_equivalent("0.5", "50\\%"),
-        ]
+        percent = plain_equivalent("0.5", "50\\%")
+        assert grade(grader, "0.5", ["\\frac{1}{2}", "50\\%"]).correct == [True, percent]
         assert len(grader.killed) == killed > 0
         assert grader.limits()["killed_items"][0] == {"gold": SLOW, "predicted": None}
 

@@ -17,7 +17,6 @@ from opsd.evaluation.results import (
     predicted_answer,
     problem_record,
     regime_differences,
-    set_aside,
     write_result,
 )
 
@@ -47,6 +46,7 @@ def record(problem_id: int, correct: list[bool], answers: list[str | None], vote
         texts=[f"text {answer}" for answer in answers],
         predicted=answers,
         truncated=[answer is None for answer in answers],
+        tokens=[3] * len(answers),
         grade=ProblemGrade(correct, [[0]], 0, vote),
     )
 
@@ -281,15 +281,3 @@ def test_the_path_of_a_model_counts_only_where_its_identity_is_unknown():
     assert regime_differences(REGIME, moved) == []
     del moved["model_identity"]
     assert [line.split(":")[0] for line in regime_differences(REGIME, moved)] == ["base_model"]
-
-
-def test_set_aside_never_overwrites(tmp_path):
-    path = tmp_path / "x_38k.json"
-    names = []
-    for content in ("one", "two", "three"):
-        path.write_text(content)
-        names.append(set_aside(path))
-    assert [name.read_text() for name in names] == ["one", "two", "three"]
-    assert not path.exists()
-    # No pattern of result files finds them.
-    assert list(tmp_path.glob("*.json")) == []
