@@ -121,14 +121,7 @@ def test_the_result_is_what_the_protocol_defines(world: Path, reference: Result)
     cut = [g["truncated"] for r in reference["results"] for g in r["generations"]]
     assert 0 < sum(cut) < 24
     assert reference["truncation_share"] == pytest.approx(sum(cut) / 24)
-
-
-def test_the_file_holds_every_key_and_reads_back(world: Path, reference: Result) -> None:
     assert load_result(world / "reference.json") == reference
-    for name in ("versions", "date", "engine", "grading", "model_identity", "dataset_fingerprint", "timing"):
-        assert reference[name], name
-    assert (reference["num_problems"], reference["total_solutions"], reference["val_n"]) == (6, 24, 4)
-    assert reference["grading"]["time_limit_s"] == 5.0
     assert not (world / "reference.json.journal.jsonl").exists()
 
 
@@ -283,13 +276,6 @@ def test_the_closing_line_names_what_grading_killed(
     assert r"2 killed in grading and counted as not equal (9!, 7\n!), in" in line
 
 
-def test_a_finished_run_is_not_repeated(
-    world: Path, reference: Result, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forbid_sampling(monkeypatch)
-    assert run(world, world / "reference.json") == reference
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -327,25 +313,15 @@ def test_a_moved_checkout_does_not_turn_a_finished_run_or_its_journal_into_anoth
     assert run(world, world / "reference.json", **elsewhere) == reference
 
 
-def test_other_weights_in_the_same_folder_are_another_run(world: Path, tmp_path: Path) -> None:
-    eval_world.make_model(tmp_path / "model", seed=1)
-    config = replace(config_of(world, tmp_path / "r.json", val_n=1), base_model=str(tmp_path / "model"))
-    evaluate(config, show=False)
-    eval_world.make_model(tmp_path / "model", seed=2)
-    with pytest.raises(UsageError, match="model_identity"):
-        evaluate(config, show=False)
-
-
-@pytest.mark.parametrize("content", [b"", b'{"val_n": 4}', None])
 def test_a_damaged_result_is_refused_and_renamed_on_request(
-    world: Path, reference: Result, tmp_path: Path, content: bytes | None
+    world: Path, reference: Result, tmp_path: Path
 ) -> None:
     output = tmp_path / "r.json"
-    if content is None:  # a result that does not state all of its regime
-        content = json.dumps({k: v for k, v in reference.items() if k != "model_identity"}).encode()
-    output.write_bytes(content)
-    with pytest.raises(UsageError, match=r"(damaged|lacks|model_identity: \(absent\)).*--replace"):
-        run(world, output)
+    partial = json.dumps({k: v for k, v in reference.items() if k != "model_identity"}).encode()
+    for content in (b"", b'{"val_n": 4}', partial):
+        output.write_bytes(content)
+        with pytest.raises(UsageError, match=r"(damaged|lacks|model_identity: \(absent\)).*--replace"):
+            run(world, output)
     assert output.read_bytes() == content
     result = run(world, output, replacing=True)
     assert without_timing(result) == without_timing(reference)

@@ -66,15 +66,8 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 def run_eval(root: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(root, *arguments),
-        env=environment(**settings),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=root.parent,
-    )
+    settings = {"env": environment(**settings), "cwd": root.parent, "timeout": 300}
+    return subprocess.run(command(root, *arguments), capture_output=True, text=True, check=False, **settings)
 
 
 def runs(root: Path) -> list[dict]:
@@ -109,15 +102,9 @@ def test_the_papers_settings_are_evaluate_maths_own_defaults(checkout: Path) -> 
     merged(checkout, "qwen3_4b_base_pwopsd")
     assert run_eval(checkout, "qwen3_4b_base_pwopsd", "aime25", "4", "1").returncode == 0
     (run,) = runs(checkout)
-    assert run["flags"] == [
-        *("--base_model", "outputs/qwen3_4b_base_pwopsd_merged"),
-        *("--dataset", "aime25"),
-        *("--output", "eval_results/qwen3_4b_base_pwopsd_aime25_38k_seed1.json"),
-        *("--engine", "vllm"),
-        *("--tensor_parallel_size", "4"),
-        *("--seed", "1"),
-        "--replace",
-    ]
+    flags = "--base_model outputs/qwen3_4b_base_pwopsd_merged --dataset aime25 --output "
+    flags += "eval_results/qwen3_4b_base_pwopsd_aime25_38k_seed1.json --engine vllm --tensor_parallel_size 4 "
+    assert " ".join(run["flags"]) == flags + "--seed 1 --replace"
     assert run["cwd"] == str(checkout)
 
 
