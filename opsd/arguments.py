@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from opsd.errors import OneLineParser, UsageError
 from opsd.objectives import METHODS, Hyperparameters
@@ -71,7 +72,7 @@ class ModelArguments:
     model_revision: str | None = option(None, "hub branch, tag or commit")
     trust_remote_code: bool = option(False, "run code that the model ships")
     dtype: str = option("auto", "of the base; auto = bfloat16 with --bf16", choices=DTYPES)
-    attn_implementation: str = option("sdpa", "as in from_pretrained")
+    attn_implementation: str = option("sdpa", "transformers' name of the attention code")
     lora_r: int = option(64, "rank", range=AT_LEAST_ONE)
     lora_alpha: float = option(128, "scale is alpha / r", range=POSITIVE)
     lora_dropout: float = option(0.0, "dropout on the adapter's input", range=BELOW_ONE)
@@ -164,7 +165,7 @@ def parse_arguments(argv: Sequence[str]):
     class TrainingParser(OneLineParser, HfArgumentParser):
         """transformers' flags from TrainingArguments; a mistake is one line."""
 
-    parser = TrainingParser(TrainingArguments, prog="ea_opsd_train.py", allow_abbrev=False)
+    parser = TrainingParser(cast("Any", TrainingArguments), prog="ea_opsd_train.py", allow_abbrev=False)
     add_options(parser, *GROUPS)
     parser.set_defaults(**TRAINER_DEFAULTS)
     values = vars(parser.parse_args(list(argv)))
@@ -200,7 +201,7 @@ def _check_trainer(values: dict) -> None:
 
 def _training_arguments(values: dict):
     from transformers import TrainingArguments
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     values = {name: value for name, value in values.items() if value is not argparse.SUPPRESS} | {
         "remove_unused_columns": False,
@@ -223,5 +224,5 @@ def _training_arguments(values: dict):
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()
     except (ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"--report_to {' '.join(arguments.report_to)}: {error}") from error
+        raise UsageError(f"--report_to {' '.join(arguments.report_to or ())}: {error}") from error
     return arguments

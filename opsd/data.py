@@ -10,10 +10,10 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch.utils.data import Dataset
 
@@ -83,10 +83,10 @@ class Problems(Dataset):
         return max(self._longest("student_ids"), self._longest("teacher_ids"))
 
     def _longest(self, column: str) -> int:
-        import pyarrow.compute
-
         # The Arrow file also holds the rows that are left out, without tokens.
-        return pyarrow.compute.max(pyarrow.compute.list_value_length(self.table.data[column])).as_py()
+        return max(
+            max(chunk.value_lengths().to_pylist()) for chunk in self.table.data[column].chunks if chunk
+        )
 
 
 def check_columns(rows: datasets.Dataset, source: str) -> None:
@@ -129,11 +129,11 @@ def encode_problems(
     Raises:
         ArtefactError: a missing column, no rows, or no usable one.
     """
-    import datasets
+    import datasets.config
     import pyarrow
 
     check_columns(rows, source)
-    sha256 = dataset_fingerprint(rows.select_columns(list(COLUMNS)))
+    sha256 = dataset_fingerprint(cast("Iterable[dict]", rows.select_columns(list(COLUMNS))))
     key = _key(sha256, tokenizer, max_prompt_length)
     file = Path(datasets.config.HF_DATASETS_CACHE) / "pwopsd_prompts" / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ class NonFiniteGuard:
     def see_loss(self, loss: Tensor, problems: list[int], stats: TokenStats) -> None:
         """Keep a micro-batch's values until `reset`; nothing is copied from the device."""
         # Attached to the graph, the term would keep [N, H] of each micro-batch until the end of the step.
-        stats = replace(stats, term=None if stats.term is None else stats.term.detach())
+        stats = TokenStats(**{name: value.detach() for name, value in vars(stats).items()})
         self._micro_batches.append((loss.detach(), problems, stats))
 
     def bad(self, norm: Tensor | float | None) -> bool:
@@ -84,7 +83,7 @@ def _summary(stats: TokenStats) -> dict:
     """Return the extremes and the count of non-finite entries of every statistic."""
     summary = {}
     for name, values in vars(stats).items():
-        if values is None or values.numel() == 0:
+        if values.numel() == 0:
             continue
         finite = values[values.isfinite()].float()
         extremes = (float(finite.min()), float(finite.max())) if finite.numel() else (None, None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from opsd.options import (
@@ -59,20 +60,18 @@ class Hyperparameters:
         return math.log(self.reopold_lambda) / (1.0 - self.reopold_lambda)
 
 
-@dataclass(frozen=True)
-class TokenStats:
-    """What the objectives read, [N] each. Fields that a method does not ask for are None."""
+class TokenStats(SimpleNamespace):
+    """What the objectives read, [N] each. A statistic that a method does not ask for is no attribute."""
 
-    term: Tensor | None  # the method's per-token term, the only field that carries a gradient
+    term: Tensor  # the method's per-token term, the only one that carries a gradient
     student_logprob: Tensor  # log p_S(y) of the sampled token y
     teacher_logprob: Tensor  # log p_T(y)
     student_entropy: Tensor  # H(p_S)
     teacher_entropy: Tensor  # H(p_T)
-    divergence: Tensor | None = None  # Σ_v p_T [log p_T − log p_S], not clipped
-    clipped_divergence: Tensor | None = None  # Σ_v min(p_T [log p_T − log p_S], c)
-    clipped_entries: Tensor | None = None  # number of vocabulary entries above c
-    # Σ_{v∈top-k(p_T)} q [log q − log p_S], q = p_T renormalised over its own top k
-    topk_divergence: Tensor | None = None
+    divergence: Tensor  # Σ_v p_T [log p_T − log p_S], not clipped
+    clipped_divergence: Tensor  # Σ_v min(p_T [log p_T − log p_S], c)
+    clipped_entries: Tensor  # number of vocabulary entries above c
+    topk_divergence: Tensor  # Σ_{v∈top-k(p_T)} q [log q − log p_S], q = p_T renormalised over its own top k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +188,7 @@ def reopold_over_step(batches: Sequence[ReductionInput], hyper: Hyperparameters,
     if batches[0].step >= hyper.reopold_t_switch:
         threshold = entropy_threshold(gather([batch.stats.student_entropy for batch in batches]), hyper)
     kept = [reopold_mask(replace(batch, threshold=threshold), hyper).sum() for batch in batches]
-    return StepScale(sum(kept), threshold)
+    return StepScale(sum(kept[1:], start=kept[0]), threshold)
 
 
 def _count_tokens(lengths: Tensor, hyper: Hyperparameters) -> Tensor:

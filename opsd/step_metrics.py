@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from opsd.files import atomic_write_text
 from opsd.head import Head
@@ -54,7 +54,7 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
         self["student/entropy"].append(stats.student_entropy.sum() / tokens)
         self["teacher/entropy"].append(stats.teacher_entropy.sum() / tokens)
         self["loss/sampled_divergence"].append((stats.student_logprob - stats.teacher_logprob).sum() / tokens)
-        if stats.divergence is not None:
+        if hasattr(stats, "divergence"):
             self["loss/divergence"].append(stats.divergence.sum() / tokens)
             self["loss/clip_fraction"].append(stats.clipped_entries.sum() / (tokens * vocabulary))
             self["loss/clipped_token_share"].append((stats.clipped_entries > 0).sum() / tokens)
@@ -67,7 +67,7 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
         outside, logprob = sampling_audit(hidden.detach(), batch.token_ids, head=head, **rules)
         self["rollout/outside_support_share"].append(outside.float().mean())
         if all(completion.logprobs is not None for completion in batch.completions):
-            theirs = [value for completion in batch.completions for value in completion.logprobs]
+            theirs = [value for completion in batch.completions for value in completion.logprobs or ()]
             difference = logprob - torch.tensor(theirs, device=logprob.device)
             self["rollout/logprob_difference"].append(difference.abs().mean())
 
@@ -98,7 +98,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        kept = [row for row in read_metrics(self.run_folder) if row["step"] <= state.global_step]
+        kept = [row for row in read_metrics(self.run_folder) if (row["step"] or 0) <= state.global_step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         atomic_write_text(self.run_folder / METRICS_NAME, text)
 

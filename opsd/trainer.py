@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
-from transformers import Trainer
+from torch.distributed.checkpoint.stateful import Stateful
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from opsd.arguments import ModelArguments, RolloutArguments
 from opsd.batch import RoleBatch, role_batch
@@ -50,6 +53,9 @@ class MicroBatch:
 class OPSDTrainer(Trainer):
     """A Trainer whose batches are problems and whose loss is a method's objective on fresh rollouts."""
 
+    train_dataset: Problems
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self,
         *,
@@ -74,7 +80,8 @@ class OPSDTrainer(Trainer):
             top_k=rollout.rollout_top_k,
             max_new_tokens=rollout.max_completion_length,
         )
-        self.guard = NonFiniteGuard(Path(self.args.output_dir), tolerated=options.skip_nonfinite)
+        self.run_folder = Path(str(self.args.output_dir))
+        self.guard = NonFiniteGuard(self.run_folder, tolerated=options.skip_nonfinite)
         self._scale: StepScale | None = None
         self._metrics = StepMetrics()
         self._step_started: float | None = None
@@ -117,13 +124,7 @@ class OPSDTrainer(Trainer):
     def _align(self, examples: list[Example], completions: list[Completion]) -> MicroBatch:
         device, ids = self.args.device, [completion.token_ids for completion in completions]
         student, teacher = (
-            role_batch(
-                prompts,
-                ids,
-                pad_id=self.processing_class.pad_token_id or 0,
-                max_padding_ratio=self.options.max_padding_ratio,
-                device=device,
-            )
+            role_batch(prompts, ids, max_padding_ratio=self.options.max_padding_ratio, device=device)
             for prompts in ([e.student_ids for e in examples], [e.teacher_ids for e in examples])
         )
         started = time.perf_counter()
@@ -154,15 +155,15 @@ class OPSDTrainer(Trainer):
 
     # --- the objective
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, *args, **kwargs):
         """Run one micro-batch forward and backward.
 
         PEFT casts the input of an adapter to the adapter's float32, and autocast casts it back to bfloat16.
         Without dropout in between the two casts change nothing, so they are left out.
         """
         needless = self.args.bf16 and self.options.lora_dropout == 0
-        with disable_input_dtype_casting(self.model, active=needless):
-            return super().training_step(*args, **kwargs)
+        with disable_input_dtype_casting(model, active=needless):
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
         """Compute the method's loss on one micro-batch; see opsd/objectives.py."""
@@ -200,10 +201,11 @@ class OPSDTrainer(Trainer):
         A method whose count depends on the statistics needs one more student pass, without gradients, and
         without dropout, since a resumed run restores the random state only after this.
         """
-        if self.method.over_step is None:
+        if self.method.count is not None:
             lengths = torch.cat([batch.lengths for batch in batches])
             scale = StepScale(self.method.count(lengths, self.hyper))
         else:
+            assert self.method.over_step is not None, "a method has the one or the other"
             inputs = []
             for batch in batches:
                 with torch.no_grad(), self._evaluation_mode() as model:
@@ -211,12 +213,19 @@ class OPSDTrainer(Trainer):
                 stats = self._statistics(hidden, batch, with_term=False)
                 inputs.append(ReductionInput(stats, batch.lengths, self.state.global_step))
             scale = self.method.over_step(inputs, self.hyper, self._gather_tokens)
-        return replace(scale, count=self.accelerator.reduce(scale.count.double(), "sum"))
+        return replace(scale, count=self._sum_over_ranks(scale.count.double()))
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return cast("Tensor", self.accelerator.reduce(value, "sum"))
+
+    def _gather(self, values: Tensor) -> Tensor:
+        return cast("Tensor", self.accelerator.gather(values))
 
     def _gather_tokens(self, values: Sequence[Tensor]) -> Tensor:
         """Join [n] of each micro-batch into the finite values of all micro-batches and ranks, [M]."""
-        padded = self.accelerator.pad_across_processes(torch.cat(list(values)), pad_index=float("inf"))
-        gathered = self.accelerator.gather(padded)
+        infinity = cast("int", math.inf)  # accelerate's annotation is narrower than what it pads with
+        padded = self.accelerator.pad_across_processes(torch.cat(list(values)), pad_index=infinity)
+        gathered = self._gather(cast("Tensor", padded))
         return gathered[gathered.isfinite()]
 
     # --- non-finite steps
@@ -235,7 +244,7 @@ class OPSDTrainer(Trainer):
     def _check_finite(self, model, norm) -> None:
         """Stop, or drop this step's gradients on all ranks, before the optimizer sees a NaN of any rank."""
         verdict = torch.tensor(float(self.guard.bad(norm)), device=self.args.device)
-        if self.accelerator.reduce(verdict, "sum") > 0:
+        if self._sum_over_ranks(verdict) > 0:
             self.guard.handle(self.state.global_step, norm, is_main=self.is_world_process_zero())
             # AdamW skips parameters without a gradient: neither weights nor moments change.
             model.zero_grad(set_to_none=True)
@@ -251,8 +260,8 @@ class OPSDTrainer(Trainer):
         if every and self.state.global_step % every == 0 and self.is_world_process_zero():
             examples = [example for batch in batches for example in batch.examples]
             completions = [completion for batch in batches for completion in batch.completions]
-            folder, step = Path(self.args.output_dir), self.state.global_step
-            write_completions(folder, step, examples, completions, self.processing_class)
+            step = self.state.global_step
+            write_completions(self.run_folder, step, examples, completions, self.processing_class)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """Record the seconds of the optimizer step that ends, then log and save."""
@@ -265,7 +274,7 @@ class OPSDTrainer(Trainer):
     def log(self, logs, start_time=None):
         """Add the means of what was recorded since the last log."""
         if self._metrics:
-            logs = {**logs, **self._metrics.means(self.accelerator.gather, self.args.device)}
+            logs = {**logs, **self._metrics.means(self._gather, self.args.device)}
             self._metrics.clear()
         super().log(logs, start_time)
 
@@ -277,8 +286,8 @@ class OPSDTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Save, mark as complete, and only then delete the oldest, so that one to resume is always there."""
-        run_folder, limit = Path(self.args.output_dir), self.args.save_total_limit
-        checkpoint = run_folder / f"checkpoint-{self.state.global_step}"
+        limit = self.args.save_total_limit
+        checkpoint = self.run_folder / f"checkpoint-{self.state.global_step}"
         self.args.save_total_limit = None
         try:
             with disk_errors(checkpoint):
@@ -288,7 +297,7 @@ class OPSDTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             mark_complete(checkpoint)
-            rotate(run_folder, limit, keep=self.options.merge_step)
+            rotate(self.run_folder, limit, keep=self.options.merge_step)
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -296,7 +305,8 @@ class OPSDTrainer(Trainer):
         if checkpoint is None:
             return
         for name, owner in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
-            owner.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+            state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            cast("Stateful", owner).load_state_dict(state)
 
 
 def _positions(items: list[int]) -> dict[str, Tensor]:

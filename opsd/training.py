@@ -7,14 +7,14 @@ import os
 import pickle
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import ProgressCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
-from opsd.checkpoints import NAME, check_run, remove_incomplete, resolve_resume
+from opsd.checkpoints import check_run, remove_incomplete, resolve_resume
 from opsd.data import Problems, check_positions, encode_problems
 from opsd.errors import ArtefactError, UsageError
 from opsd.files import atomic_write_text, lock_file, remove_all_partials
@@ -60,9 +60,9 @@ def train(
     """
     _check_devices(training)
     _check_engine(rollout, training.world_size)
+    folder = Path(str(training.output_dir))
     if training.process_index > 0:
-        return _train(training, method, rollout, options)
-    folder = Path(training.output_dir)
+        return _train(folder, training, method, rollout, options)
     busy = f"another process is training in --output_dir {folder}; wait for it, or choose another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,12 +71,13 @@ def train(
         raise ArtefactError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
     with lock:
         try:
-            return _train(training, method, rollout, options)
+            return _train(folder, training, method, rollout, options)
         finally:
             (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
 def _train(
+    output_dir: Path,
     training: TrainingArguments,
     method: MethodArguments,
     rollout: RolloutArguments,
@@ -84,7 +85,6 @@ def _train(
 ) -> int:
     from opsd.trainer import OPSDTrainer  # late, since it imports what an error in the data does not need
 
-    output_dir = Path(training.output_dir)
     resume = resolve_resume(output_dir, training.resume_from_checkpoint)
     load = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model_name_or_path, **load)
@@ -94,7 +94,7 @@ def _train(
     check_positions(problems, max_completion_length=rollout.max_completion_length, positions=positions)
     manifest = _manifest(training, method, rollout, options, config, problems)
     _check_same_run(output_dir, manifest, resume)
-    if resume is not None and int(NAME.fullmatch(resume.name)[1]) >= training.max_steps:
+    if resume is not None and int(resume.name.removeprefix("checkpoint-")) >= training.max_steps:
         logger.info("%s is already the last step of %d; nothing to train", resume, training.max_steps)
         return 0
     if training.process_index == 0:
@@ -104,7 +104,7 @@ def _train(
         _identify_wandb_run(training, output_dir)
     logger.info("resuming from %s", resume) if resume is not None else logger.info("starting afresh")
     model = _load_model(training, options).to(training.device)
-    base = model.get_base_model()
+    base = cast("PreTrainedModel", model.get_base_model())
     head = head_of(base)
     attach_hidden_forward(base)
     check_head(base, head)
@@ -249,7 +249,7 @@ def _resumed(output_dir: Path, manifest: dict, resume: Path) -> dict:
 
 def _identify_wandb_run(training: TrainingArguments, output_dir: Path) -> None:
     """Let a resumed run continue its own W&B run instead of opening a second one."""
-    if "wandb" not in training.report_to or "WANDB_RUN_ID" in os.environ:
+    if "wandb" not in (training.report_to or ()) or "WANDB_RUN_ID" in os.environ:
         return
     path = output_dir / "wandb_run_id"
     if not path.exists():
@@ -275,7 +275,7 @@ def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftMod
     targets = list(options.lora_target_modules)
     lora = LoraConfig(
         r=options.lora_r,
-        lora_alpha=options.lora_alpha,
+        lora_alpha=options.lora_alpha,  # pyright: ignore[reportArgumentType]  # PEFT takes any number
         lora_dropout=options.lora_dropout,
         # In a list, PEFT's keyword all-linear would be the name of a module.
         target_modules="all-linear" if targets == ["all-linear"] else targets,

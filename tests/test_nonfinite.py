@@ -163,7 +163,7 @@ def test_one_more_than_tolerated_stops(tmp_path):
 
 
 def statistics(value: float) -> TokenStats:
-    return TokenStats(None, *(torch.tensor([value, 1.0]) for _ in range(4)))
+    return TokenStats(student_logprob=torch.tensor([value, 1.0]))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,6 @@ IN_STATS = {
         "space.log_softmax(teacher_logits.mul_(1.0)",
     ),
     "no 1/T in the gradient": ("student_probs.mul_(inverse_temperature)", "student_probs.mul_(1.0)"),
-    "no slope of the soft cap": ("student_probs.mul_(slope)", "student_probs.mul_(1.0)"),
     "top k not renormalised": (
         "top_log = torch.log_softmax(top_log, dim=-1)  # renormalised over the teacher's own top k",
         "top_log = top_log * 1.0",
