@@ -58,9 +58,9 @@ def head_of(model: PreTrainedModel) -> Head:
     config = model.config.get_text_config()
     for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
         if getattr(config, name, None) not in (None, 1.0):
+            value = getattr(config, name)
             raise UsageError(
-                f"config.json sets {name} {getattr(config, name)}, which changes the LM head's logits; choose a "
-                "model without it"
+                f"config.json sets {name} {value}, which is not supported; choose a model without it"
             )
     return Head(layer.weight, layer.bias)
 
@@ -68,9 +68,8 @@ def head_of(model: PreTrainedModel) -> Head:
 def attach_hidden_forward(model: PreTrainedModel) -> None:
     """Add the keyword `positions` to a causal LM's forward, which then returns hidden states, not logits.
 
-    `model(input_ids, positions=flat_indices)` runs the backbone once and returns the last hidden states
-    [N, H] at `flat_indices` [N] of the flattened [B·T] grid. It remains the model's forward, so adapters,
-    gradient checkpointing, autocast and DistributedDataParallel work as usual.
+    `model(input_ids, positions=p)` returns the last hidden states [N, H] at p [N] of the flat [B·T] grid. It is
+    the model's forward, so adapters, checkpointing, autocast and DistributedDataParallel work as usual.
     """
     original = model.forward
 

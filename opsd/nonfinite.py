@@ -19,9 +19,7 @@ logger = logging.getLogger(__name__)
 class NonFiniteGuard:
     """Collect the losses of an optimizer step and check them once, with the gradient norm.
 
-    Args:
-        output_dir: where `nonfinite-step-<N>-rank-<R>.json` is written.
-        tolerated: how many non-finite steps a run may leave out before it stops.
+    Writes `nonfinite-step-<N>-rank-<R>.json` to `output_dir`; leaves out up to `tolerated` steps before it stops.
     """
 
     def __init__(self, output_dir: Path, *, tolerated: int):
@@ -38,9 +36,8 @@ class NonFiniteGuard:
         """Return whether a loss of this rank or the gradient norm is not finite; reads the device once."""
         losses = [loss.float() for loss, _, _ in self._micro_batches]
         total = torch.stack(losses).sum() if losses else torch.zeros(())
-        if norm is not None:
-            total = total + torch.as_tensor(norm, device=total.device, dtype=torch.float32)
-        return not bool(torch.isfinite(total))
+        norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=total.device)
+        return not bool(torch.isfinite(total + norm))
 
     def handle(self, step: int, norm: Tensor | float | None, *, is_main: bool) -> None:
         """Save the statistics of a non-finite step, and stop unless it is tolerated.

@@ -37,14 +37,12 @@ class Hyperparameters:
 
     temperature: float = option(1.1, "T, divides the logits of student and teacher", range=POSITIVE)
     jsd_token_clip: float = option(
-        0.05, "c, cap on each vocabulary entry of the forward KL; 0 = none", range=NOT_NEGATIVE
+        0.05, "c, cap on each entry of the forward KL; 0 = none", range=NOT_NEGATIVE
     )
     position_w_min: float = option(0.25, "pwopsd: smallest position weight", range=FRACTION)
     position_tau: float = option(0.30, "pwopsd: relative position of half weight", range=FINITE)
     position_s: float = option(0.10, "pwopsd: width of the schedule", range=POSITIVE)
-    position_global_reduction: bool = option(
-        False, "pwopsd: mean over all tokens instead of per sequence first (an ablation)"
-    )
+    position_global_reduction: bool = option(False, "pwopsd: mean over all tokens, not per sequence first")
     eopd_entropy_threshold: float = option(
         0.8, "eopd: teacher entropy above which the forward KL is added, nats", range=NOT_NEGATIVE
     )
@@ -174,12 +172,12 @@ def reopold_mask(batch: ReductionInput, hyper: Hyperparameters) -> Tensor:
     Before `reopold_t_switch` (exploration): those whose reward reaches the floor. From it on (refinement):
     those whose student entropy reaches the threshold, by default this micro-batch's (1 − β)-quantile.
     """
-    stats, threshold = batch.stats, batch.threshold
+    stats = batch.stats
     if batch.step < hyper.reopold_t_switch:
         return stats.teacher_logprob - stats.student_logprob >= hyper.reward_floor
-    if threshold is None:
-        threshold = entropy_threshold(stats.student_entropy, hyper)
-    return stats.student_entropy >= threshold
+    if batch.threshold is None:
+        return stats.student_entropy >= entropy_threshold(stats.student_entropy, hyper)
+    return stats.student_entropy >= batch.threshold
 
 
 def reopold_over_step(batches: Sequence[ReductionInput], hyper: Hyperparameters, gather: Gather) -> StepScale:

@@ -101,13 +101,12 @@ def spells_control_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Encode (message, rendered prompt) pairs. A control token that a message spells is encoded as text.
 
-    The template writes its own control tokens, a beginning-of-sequence among them.
-
     Raises:
         ArtefactError: such a message is not in its rendered prompt exactly once.
     """
     if not prompts:
         return []
+    # The template writes its own control tokens, a beginning-of-sequence among them.
     rendered = [text for _, text in prompts]
     ids = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     for row, (message, text) in enumerate(prompts):

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from opsd.head import Head
 from opsd.objectives import StatsConfig, TokenStats
+from opsd.rollout.engine import Sampling
 
 # Size of one role's logits of a chunk; both roles' logits are in memory at once.
 CHUNK_BYTES_CPU = 22 * 2**20
@@ -235,9 +236,8 @@ def _block_statistics(
 def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest entries of each row of [n, V] and their indices, [n, k] each, largest first.
 
-    On a CPU `topk` copies each row into pairs of value and index. Here a row is divided into columns of every
-    C-th entry, with a few entries left over. The k largest are in the k columns with the largest maxima or
-    among those left over, so `topk` runs on these alone.
+    On a CPU `topk` copies each row into pairs of value and index, so it runs here on the k columns (of every
+    C-th entry) with the largest maxima and the few entries left over, which hold the k largest.
     """
     columns = rows.shape[1] // COLUMN_ENTRIES
     if rows.device.type != "cpu" or columns < 4 * k:
@@ -304,26 +304,17 @@ def _write_gradient(student_probs, teacher_probs, kept_mass, picked, top_ids, to
 
 @torch.no_grad()
 def sampling_audit(
-    hidden: Tensor,
-    token_ids: Tensor,
-    *,
-    head: Head,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    chunk_positions: int | None = None,
+    hidden: Tensor, token_ids: Tensor, *, head: Head, sampling: Sampling, chunk_positions: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compare sampled tokens with the distribution of the trainer's own logits.
 
     The sampler's support: the `top_k` likeliest tokens (0 = all), then the smallest set of them whose mass
     reaches `top_p`. A large share outside it means that the sampler has other weights or other rules.
 
-    Args:
-        hidden, token_ids: [N, H] hidden states that predicted the tokens, and [N] these.
-
     Returns:
-        (outside [N] bool, logprob [N] float32 in nats at temperature 1).
+        (outside [N] bool, logprob [N] float32 in nats at temperature 1), of [N, H] hidden states and [N] tokens.
     """
+    top_k = sampling.top_k
     chunk = chunk_positions or max(CHUNK_BYTES_CPU // (head.weight.shape[0] * 4), 1)
     outside = torch.zeros(len(token_ids), dtype=torch.bool, device=hidden.device)
     logprob = torch.empty(len(token_ids), device=hidden.device)
@@ -333,8 +324,8 @@ def sampling_audit(
         chosen = logits.gather(1, token_ids[span].unsqueeze(1))
         logprob[span] = chosen.squeeze(1) - logits.logsumexp(-1)
         support = logits.topk(min(top_k, logits.shape[1]) if top_k else logits.shape[1], dim=-1).values
-        masses = torch.softmax(support / temperature, dim=-1)
+        masses = torch.softmax(support / sampling.temperature, dim=-1)
         # Tokens strictly likelier than the chosen one; the nucleus still takes the token that crosses top_p.
         before = masses.masked_fill(support <= chosen, 0.0).sum(-1)
-        outside[span] = (chosen.squeeze(1) < support[:, -1]) | (before >= top_p)
+        outside[span] = (chosen.squeeze(1) < support[:, -1]) | (before >= sampling.top_p)
     return outside, logprob

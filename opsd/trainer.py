@@ -87,8 +87,6 @@ class OPSDTrainer(Trainer):
         self._step_started: float | None = None
         self._loss_before_step = torch.zeros(())
 
-    # --- one optimizer step's data
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch the step's micro-batches, sample their completions in one call, score them (teacher)."""
         positions, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -107,18 +105,16 @@ class OPSDTrainer(Trainer):
         started = time.perf_counter()
         self.engine.push_weights(model)
         pushed = time.perf_counter()
-        step = self.state.global_step
-        requests = [
-            Request(e.student_ids, rollout_seed(seed=self.args.seed, step=step, problem=e.index))
-            for e in examples
-        ]
-        completions = self.engine.generate(requests, self.sampling, want_logprobs=self._audits())
+        seeds = {"seed": self.args.seed, "step": self.state.global_step}
+        requests = [Request(e.student_ids, rollout_seed(**seeds, problem=e.index)) for e in examples]
+        completions = self.engine.generate(
+            requests, self.sampling, want_logprobs=self._due(self.rollout.rollout_audit_steps)
+        )
         self._metrics["time/push_s"].append(pushed - started)
         self._metrics["time/rollout_s"].append(time.perf_counter() - pushed)
         return completions
 
-    def _audits(self) -> bool:
-        every = self.rollout.rollout_audit_steps
+    def _due(self, every: int) -> bool:
         return every > 0 and self.state.global_step % every == 0
 
     def _align(self, examples: list[Example], completions: list[Completion]) -> MicroBatch:
@@ -150,16 +146,13 @@ class OPSDTrainer(Trainer):
         model.train(was_training)
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        """Return `inputs`: `_align` has put everything on the device."""
-        return inputs
-
-    # --- the objective
+        return inputs  # `_align` has put everything on the device
 
     def training_step(self, model, *args, **kwargs):
         """Run one micro-batch forward and backward.
 
-        PEFT casts the input of an adapter to the adapter's float32, and autocast casts it back to bfloat16.
-        Without dropout in between the two casts change nothing, so they are left out.
+        PEFT casts an adapter's input to float32 and autocast casts it back; without dropout in between the two
+        casts change nothing, so they are left out.
         """
         needless = self.args.bf16 and self.options.lora_dropout == 0
         with disable_input_dtype_casting(model, active=needless):
@@ -173,15 +166,13 @@ class OPSDTrainer(Trainer):
         threshold = None if scale is None else scale.threshold
         batch = ReductionInput(stats, inputs.lengths, self.state.global_step, threshold)
         reduction = self.method.reduce(batch, self.hyper)
-        if scale is None:
-            loss = reduction.loss()
-        else:
+        loss = reduction.loss(scale and scale.count)
+        if scale is not None:
             # DistributedDataParallel averages over ranks and the Trainer over micro-batches; undo both.
-            parts = self.args.world_size * self.current_gradient_accumulation_steps
-            loss = reduction.loss(scale.count) * parts
+            loss = loss * (self.args.world_size * self.current_gradient_accumulation_steps)
         self.guard.see_loss(loss, [example.index for example in inputs.examples], stats)
         self._metrics.record_objective(loss, reduction, stats, vocabulary=self.head.weight.shape[0])
-        if self._audits():
+        if self._due(self.rollout.rollout_audit_steps):
             self._metrics.record_audit(inputs, hidden, head=self.head, sampling=self.sampling)
         return loss
 
@@ -198,8 +189,8 @@ class OPSDTrainer(Trainer):
     def _step_scale(self, batches: Sequence[MicroBatch]) -> StepScale:
         """Compute what the loss is divided by, over all micro-batches and ranks of this optimizer step.
 
-        A method whose count depends on the statistics needs one more student pass, without gradients, and
-        without dropout, since a resumed run restores the random state only after this.
+        A count that depends on the statistics needs one more student pass, without gradients, and without
+        dropout, since a resumed run restores the random state only after this.
         """
         if self.method.count is not None:
             lengths = torch.cat([batch.lengths for batch in batches])
@@ -228,8 +219,6 @@ class OPSDTrainer(Trainer):
         gathered = self._gather(cast("Tensor", padded))
         return gathered[gathered.isfinite()]
 
-    # --- non-finite steps
-
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
         self._check_finite(model, norm)
@@ -252,12 +241,9 @@ class OPSDTrainer(Trainer):
             self._tr_loss.copy_(self._loss_before_step)
         self.guard.reset()
 
-    # --- records
-
     def _record_rollout(self, batches: Sequence[MicroBatch]) -> None:
         self._metrics.record_rollout(batches)
-        every = self.rollout.log_completions_steps
-        if every and self.state.global_step % every == 0 and self.is_world_process_zero():
+        if self._due(self.rollout.log_completions_steps) and self.is_world_process_zero():
             examples = [example for batch in batches for example in batch.examples]
             completions = [completion for batch in batches for completion in batch.completions]
             step = self.state.global_step
@@ -279,10 +265,7 @@ class OPSDTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
-        """Return 0: the Trainer's formula counts one pass over `input_ids`, which is not a step here."""
-        return 0
-
-    # --- checkpoints
+        return 0  # the Trainer's formula counts one pass over `input_ids`, which is not a step here
 
     def _save_checkpoint(self, model, trial):
         """Save, mark as complete, and only then delete the oldest, so that one to resume is always there."""

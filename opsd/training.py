@@ -48,10 +48,7 @@ LOCK_NAME = ".lock"
 
 
 def train(
-    training: TrainingArguments,
-    method: MethodArguments,
-    rollout: RolloutArguments,
-    options: ModelArguments,
+    training: TrainingArguments, method: MethodArguments, rollout: RolloutArguments, options: ModelArguments
 ) -> int:
     """Run the training under a lock of its main process on the run folder; return the exit code.
 
@@ -138,7 +135,7 @@ def _train(
 
 def _run(trainer: OPSDTrainer, resume: Path | None) -> None:
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
     except pickle.UnpicklingError as error:
         raise ArtefactError(
             f"{resume} holds more than tensors and numbers in its optimizer, scheduler or random state, "
@@ -169,8 +166,7 @@ def _check_engine(rollout: RolloutArguments, world_size: int) -> None:
     size = rollout.vllm_tensor_parallel_size
     if world_size % size:
         raise UsageError(
-            f"--vllm_tensor_parallel_size {size} does not divide the {world_size} processes: each engine "
-            f"takes that many ranks. Start a multiple of {size} processes or choose a divisor of {world_size}"
+            f"--vllm_tensor_parallel_size {size} does not divide the {world_size} processes; choose a divisor"
         )
 
 
@@ -242,9 +238,9 @@ def _check_same_run(output_dir: Path, manifest: dict, resume: Path | None) -> No
 def _resumed(output_dir: Path, manifest: dict, resume: Path) -> dict:
     """Return the run's first manifest with the present arguments and one more entry under `resumed`."""
     before = read_manifest(output_dir)
-    kept = ("created", "command", "git", "versions")
-    start = {"checkpoint": resume.name} | {name: manifest[name] for name in kept}
-    return before | {"arguments": manifest["arguments"], "resumed": [*before.get("resumed", ()), start]}
+    start = {name: manifest[name] for name in ("created", "command", "git", "versions")}
+    resumed = [*before.get("resumed", ()), {"checkpoint": resume.name} | start]
+    return before | {"arguments": manifest["arguments"], "resumed": resumed}
 
 
 def _identify_wandb_run(training: TrainingArguments, output_dir: Path) -> None:
@@ -264,7 +260,7 @@ def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftMod
     from transformers import set_seed
 
     use_bf16 = training.bf16 if options.dtype == "auto" else options.dtype == "bfloat16"
-    model: PreTrainedModel = load_causal_lm(
+    model = load_causal_lm(
         options.model_name_or_path,
         dtype=torch.bfloat16 if use_bf16 else torch.float32,
         revision=options.model_revision,

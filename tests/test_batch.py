@@ -63,10 +63,7 @@ def test_a_prompt_without_a_token_is_refused():
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    lengths=st.lists(st.integers(1, 8000), min_size=1, max_size=40),
-    ratio=st.floats(1.0, 2.0),
-)
+@given(lengths=st.lists(st.integers(1, 8000), min_size=1, max_size=40), ratio=st.floats(1.0, 2.0))
 def test_groups_keep_the_ratio_and_lose_nothing(lengths, ratio):
     groups = length_groups(lengths, ratio)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))

@@ -11,13 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd.objectives import (
-    METHODS,
-    Hyperparameters,
-    entropy_threshold,
-    position_fractions,
-    position_weights,
-)
+from opsd.objectives import METHODS, Hyperparameters, entropy_threshold, position_fractions, position_weights
 from tests.reference_objectives import reference_loss
 from tests.test_token_stats import chunked_loss
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.head import Head, attach_hidden_forward, head_of
 from opsd.objectives import METHODS, Hyperparameters, ReductionInput, StatsConfig
+from opsd.rollout.engine import Sampling
 from opsd.token_stats import COLUMN_ENTRIES, _largest, dense_statistics, sampling_audit, token_statistics
 
 
@@ -234,8 +235,8 @@ def test_the_audit_knows_the_samplers_support(temperature, top_k, top_p):
     vocabulary, positions = 24, 3
     _, hidden, _, head = random_inputs(7, [positions], 6, vocabulary, torch.float32)
     every, repeated = torch.arange(vocabulary).repeat(positions), hidden.repeat_interleave(vocabulary, 0)
-    rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    outside, logprob = sampling_audit(repeated, every, head=head, chunk_positions=7, **rules)
+    rules = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=1)
+    outside, logprob = sampling_audit(repeated, every, head=head, chunk_positions=7, sampling=rules)
     for position in range(positions):
         logits = (hidden[position] @ head.weight.T).double()
         ranked = sorted(range(vocabulary), key=lambda v: -float(logits[v]))[: top_k or vocabulary]

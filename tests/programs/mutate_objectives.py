@@ -136,8 +136,8 @@ IN_OBJECTIVES = {
         "    if batch.step <= hyper.reopold_t_switch:\n        return",
     ),
     "refinement keeps the certain tokens": (
-        "return stats.student_entropy >= threshold",
-        "return stats.student_entropy <= threshold",
+        "return stats.student_entropy >= entropy_threshold(",
+        "return stats.student_entropy <= entropy_threshold(",
     ),
     "reopold divides by all tokens": (
         "return Reduction(stats.term.where(keep, 0.0).sum(), keep.sum(), metrics)",
