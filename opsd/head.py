@@ -68,8 +68,8 @@ def head_of(model: PreTrainedModel) -> Head:
 def attach_hidden_forward(model: PreTrainedModel) -> None:
     """Add the keyword `positions` to a causal LM's forward, which then returns hidden states, not logits.
 
-    `model(input_ids, positions=p)` returns the last hidden states [N, H] at p [N] of the flat [B·T] grid. It is
-    the model's forward, so adapters, checkpointing, autocast and DistributedDataParallel work as usual.
+    `model(input_ids, positions=p)` returns the last hidden states [N, H] at p [N] of the flat [B·T] grid. It
+    remains a forward, for adapters, gradient checkpointing, autocast and DistributedDataParallel.
     """
     original = model.forward
 

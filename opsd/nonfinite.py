@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class NonFiniteGuard:
     """Collect the losses of an optimizer step and check them once, with the gradient norm.
 
-    Writes `nonfinite-step-<N>-rank-<R>.json` to `output_dir`; leaves out up to `tolerated` steps before it stops.
+    Up to `tolerated` steps are left out; each is recorded in `output_dir`/nonfinite-step-<N>-rank-<R>.json.
     """
 
     def __init__(self, output_dir: Path, *, tolerated: int):

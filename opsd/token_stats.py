@@ -312,7 +312,7 @@ def sampling_audit(
     reaches `top_p`. A large share outside it means that the sampler has other weights or other rules.
 
     Returns:
-        (outside [N] bool, logprob [N] float32 in nats at temperature 1), of [N, H] hidden states and [N] tokens.
+        (outside [N] bool, logprob [N] float32 in nats at temperature 1) of [N, H] states and [N] tokens.
     """
     top_k = sampling.top_k
     chunk = chunk_positions or max(CHUNK_BYTES_CPU // (head.weight.shape[0] * 4), 1)

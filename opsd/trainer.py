@@ -151,8 +151,8 @@ class OPSDTrainer(Trainer):
     def training_step(self, model, *args, **kwargs):
         """Run one micro-batch forward and backward.
 
-        PEFT casts an adapter's input to float32 and autocast casts it back; without dropout in between the two
-        casts change nothing, so they are left out.
+        PEFT casts an adapter's input to float32 and autocast casts it back; without dropout in between that
+        changes nothing, so the casts are left out.
         """
         needless = self.args.bf16 and self.options.lora_dropout == 0
         with disable_input_dtype_casting(model, active=needless):

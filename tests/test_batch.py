@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,20 +68,7 @@ def test_groups_keep_the_ratio_and_lose_nothing(lengths, ratio):
     for group in groups:
         members = [lengths[index] for index in group]
         assert max(members) * len(members) <= ratio * sum(members) * (1 + 1e-12)
-
-
-def test_real_length_spread_pays_little_padding_in_few_passes():
-    """Solutions of 200 to 8,000 tokens (log-uniform) in prompts, with completions of up to 1,024."""
-    source = random.Random(0)
-    padded = valid = passes = 0
-    for _ in range(200):
-        lengths = [round(200 * 40 ** source.random()) + 100 + source.randint(50, 1024) for _ in range(4)]
-        groups = length_groups(lengths, 1.15)
-        padded += sum(max(lengths[i] for i in group) * len(group) for group in groups)
-        valid += sum(lengths)
-        passes += len(groups)
-    assert padded / valid <= 1.15
-    assert passes / 200 < 3.5, "some of the four sequences of a micro-batch share a pass"
+    assert len(length_groups([90, 100, 95], 1.15)) == 1, "similar lengths share a pass"
 
 
 # --- through a network: losses and gradients of a sequence alone and among others
