@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from opsd.arguments import ModelArguments, RolloutArguments
+from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
 from opsd.batch import RoleBatch, role_batch
 from opsd.checkpoints import mark_complete, rotate
 from opsd.data import Example, Problems
 from opsd.files import disk_errors
 from opsd.head import Head
 from opsd.nonfinite import NonFiniteGuard
-from opsd.objectives import Hyperparameters, Method, ReductionInput, StepScale, TokenStats
+from opsd.objectives import METHODS, ReductionInput, StepScale, TokenStats
 from opsd.records import write_completions
 from opsd.rollout.engine import Completion, Engine, Request, Sampling
 from opsd.seeds import rollout_seed
@@ -59,9 +59,7 @@ class OPSDTrainer(Trainer):
     def __init__(
         self,
         *,
-        method: Method,
-        hyper: Hyperparameters,
-        loss_scope: str,
+        method: MethodArguments,
         engine: Engine,
         head: Head,
         rollout: RolloutArguments,
@@ -72,7 +70,7 @@ class OPSDTrainer(Trainer):
         super().__init__(train_dataset=train_dataset, data_collator=_positions, **kwargs)
         # The objective is normalised here; the Trainer divides by the number of micro-batches only.
         self.model_accepts_loss_kwargs = False
-        self.method, self.hyper, self.loss_scope = method, hyper, loss_scope
+        self.method, self.hyper, self.loss_scope = METHODS[method.method], method, method.loss_scope
         self.engine, self.head, self.rollout, self.options = engine, head, rollout, options
         self.sampling = Sampling(
             temperature=rollout.rollout_temperature,

@@ -20,7 +20,6 @@ from opsd.errors import ArtefactError, UsageError
 from opsd.files import atomic_write_text, lock_file, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
-from opsd.objectives import METHODS
 from opsd.provenance import weights_sha256
 from opsd.rollout.vllm_setup import local_model, require_vllm
 from opsd.run_identity import (
@@ -107,17 +106,15 @@ def _train(
     check_head(base, head)
     engine = _build_engine(model, tokenizer, problems, rollout, options, training)
     trainer = OPSDTrainer(
-        model=model,
-        args=training,
-        processing_class=tokenizer,
-        train_dataset=problems,
-        method=METHODS[method.method],
-        hyper=method,
-        loss_scope=method.loss_scope,
+        method=method,
         engine=engine,
         head=head,
         rollout=rollout,
         options=options,
+        model=model,
+        args=training,
+        processing_class=tokenizer,
+        train_dataset=problems,
         callbacks=[MetricsFile(output_dir)],
     )
     progress = ConciseProgress()
