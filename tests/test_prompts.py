@@ -22,8 +22,6 @@ from opsd.prompts import (
     render_student,
     render_teacher,
     spells_control_token,
-    student_message,
-    teacher_message,
 )
 
 PROBLEM, SOLUTION = "What is {x} if 2x = 6?\n(a) <b>", "Half of 6 is 3.\n\\boxed{3}"
@@ -83,12 +81,6 @@ def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<BOS>", eos_token="<|im_end|>")
     tokenizer.chat_template = template
     return tokenizer
-
-
-def test_the_messages_letter_for_letter():
-    assert student_message(PROBLEM) == STUDENT
-    assert teacher_message(PROBLEM, SOLUTION) == TEACHER
-    assert evaluation_message(PROBLEM) == EVALUATION
 
 
 # (template, end of the student's prompt, end of the teacher's and the evaluation's)
