@@ -108,7 +108,9 @@ COMMON_KEYS = {
     "rollout/outside_support_share", "rollout/logprob_difference",
     "time/push_s", "time/rollout_s", "time/teacher_s", "time/step_s",
 }  # fmt: skip
-DIVERGENCE_KEYS = {"loss/divergence", "loss/clip_fraction", "loss/clipped_token_share"}
+DIVERGENCE_KEYS = {
+    "loss/divergence", "loss/clip_fraction", "loss/clipped_token_share", "loss/clipped_teacher_mass"
+}  # fmt: skip
 METHOD_KEYS = {
     "opsd": DIVERGENCE_KEYS,
     "pwopsd": DIVERGENCE_KEYS | {"method/mean_weight"},
