@@ -30,7 +30,6 @@ from opsd.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 CLIP_SCOPES = ("entry", "token")
 
 
@@ -39,19 +38,13 @@ class Hyperparameters:
     """Every number of the four objectives; the defaults are the paper's."""
 
     temperature: float = option(1.1, "T, divides the logits of student and teacher", range=POSITIVE)
-    jsd_token_clip: float = option(
-        0.05, "c, cap on each entry of the forward KL; 0 = none", range=NOT_NEGATIVE
-    )
-    divergence_clip_scope: str = option(
-        "entry", "what c caps: each entry or the token's sum", choices=CLIP_SCOPES
-    )
+    jsd_token_clip: float = option(0.05, "c, cap of the forward KL's entries; 0 = none", range=NOT_NEGATIVE)
+    divergence_clip_scope: str = option("entry", "c caps each entry or the token's sum", choices=CLIP_SCOPES)
     position_w_min: float = option(0.25, "pwopsd: smallest position weight", range=FRACTION)
     position_tau: float = option(0.30, "pwopsd: relative position of half weight", range=FINITE)
     position_s: float = option(0.10, "pwopsd: width of the schedule", range=POSITIVE)
     position_global_reduction: bool = option(False, "pwopsd: mean over all tokens, not per sequence first")
-    eopd_entropy_threshold: float = option(
-        0.8, "eopd: teacher entropy above which the forward KL is added, nats", range=NOT_NEGATIVE
-    )
+    eopd_entropy_threshold: float = option(0.8, "eopd: the gate's teacher entropy, nats", range=NOT_NEGATIVE)
     eopd_top_k: int = option(16, "eopd: size of the teacher's support in that KL", range=AT_LEAST_ONE)
     eopd_clip_epsilon: float = option(0.2, "eopd: ε of the PPO clip", range=BELOW_ONE)
     reopold_lambda: float = option(0.1, "reopold: the reward floor is log λ / (1 − λ)", range=OPEN_FRACTION)
