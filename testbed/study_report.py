@@ -87,12 +87,20 @@ def study_table(results: Results) -> Table:
     return table
 
 
-def study_comparisons(results: Results) -> list[Comparison]:
-    """Return the study's differences on both benchmarks and their mean."""
+def study_comparisons(results: Results, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+    """Return the differences on both benchmarks and their mean of the pairs whose cells have results."""
     table = study_table(results)
     rows = {row.method: row for row in table.rows}
-    pairs = [(rows[cell], rows[other]) for cell, other in PAIRS if cell in rows and other in rows]
-    return comparisons(table, pairs, print)
+    known = [(rows[cell], rows[other]) for cell, other in pairs if cell in rows and other in rows]
+    return comparisons(table, known, print)
+
+
+def interval(results: Results, cell: str, other: str, benchmark: str) -> str:
+    """Return the difference of two cells with its 95 % interval, as `+1.2 [-0.3, +2.7]`; a dash without."""
+    for found in study_comparisons(results, [(cell, other)]):
+        if found.benchmark == benchmark:
+            return f"{found.difference:+.1f} [{found.interval[0]:+.1f}, {found.interval[1]:+.1f}]"
+    return "—"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -149,6 +157,21 @@ def ablation_table(results: Results) -> str:
     return markdown(rows)
 
 
+def clip_table(results: Results) -> str:
+    """Return OPSD and PW-OPSD with the published clip, without it, and with the cap on a token's term."""
+    results = of_kind(results, "study")
+    cells = [f"{method}{form}" for method in ("opsd", "pwopsd") for form in ("", "_noclip", "_tokenclip")]
+    rows = [["", *(TITLES[b] for b in BENCHMARKS), *(f"against the clip, {TITLES[b]}" for b in BENCHMARKS)]]
+    for cell in cells:
+        method = cell.split("_")[0]
+        values = [list(seed_means(results, cell, b, "average_at_n").values()) for b in BENCHMARKS]
+        gaps = ["—" if cell == method else interval(results, cell, method, b) for b in BENCHMARKS]
+        rows.append([CELLS[cell], *map(spread, values), *gaps])
+    gaps = [interval(results, "pwopsd_noclip", "opsd_noclip", b) for b in BENCHMARKS]
+    rows.append(["PW-OPSD − OPSD, both without the clip", *gaps, "", ""])
+    return markdown(rows)
+
+
 def search_table(training: Results) -> str:
     """Return the percentage of right rollouts in the search's last steps, the chosen rate in bold."""
     scores = search_scores(training)
@@ -178,7 +201,7 @@ def other_metrics_table(results: Results) -> str:
 
 def differences_table(results: Results) -> str:
     """Return paired differences to OPSD and between cells of the ablation."""
-    text = markdown([HEADER, *(found.line for found in study_comparisons(results))])
+    text = markdown([HEADER, *(found.line for found in study_comparisons(results, PAIRS))])
     return re.sub(r" \(3 training seeds\)|, 3 training seeds", "", text)
 
 
@@ -287,7 +310,7 @@ def report() -> int:
     draw_curves(training, RECORDS / "learning_curves.png")
     draw_weights(RECORDS / "position_weights.png")
     draw_accuracy(results, RECORDS / "accuracy.png")
-    figure = comparison_plot.forest(study_comparisons(results), of_kind(results, "study")[0]["val_n"])
+    figure = comparison_plot.forest(study_comparisons(results, PAIRS), of_kind(results, "study")[0]["val_n"])
     plots.save(figure, RECORDS / "differences.png")
     replace_parts(ROOT / "README.md", {"main": main})
     replace_parts(
@@ -298,6 +321,7 @@ def report() -> int:
             "long": long_table(results, training),
             "differences": differences_table(results),
             "ablation": ablation_table(results),
+            "clip": clip_table(results),
             "search": search_table(training),
             "other": other_metrics_table(results),
         },

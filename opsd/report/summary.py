@@ -20,8 +20,8 @@ from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.names import parse_name
 from opsd.evaluation.results import load_result, regime_differences
 from opsd.objectives import METHODS
-from opsd.provenance import REPO_ROOT
 from opsd.report.samples import Samples, read_samples
+from opsd.run_identity import REPO_ROOT
 
 METRICS = ("average", "pass", "majority")
 BOOTSTRAP_DRAWS = 2000
