@@ -22,10 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError
 from opsd.files import atomic_write_json, cached_sha256, changed_file, combined_sha256, file_list
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
 MANIFEST_NAME = "manifest.json"
 SENTINEL_NAME = ".ready_for_eval"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.grading import extract_boxed
-from opsd.run_identity import REPO_ROOT
 from opsd.tables import load_table
 
 HMMT25_VARIABLE = "HMMT25_PARQUET_PATH"
