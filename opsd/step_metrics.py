@@ -46,7 +46,7 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
 
     @torch.no_grad()
     def record_objective(
-        self, loss: Tensor, reduction: Reduction, stats: TokenStats, *, vocabulary: int
+        self, loss: Tensor, reduction: Reduction, stats: TokenStats, vocabulary: int
     ) -> None:
         """Record the loss of a micro-batch and the means of its [N] statistics."""
         tokens = max(len(stats.student_logprob), 1)

@@ -168,7 +168,7 @@ class OPSDTrainer(Trainer):
             # DistributedDataParallel averages over ranks and the Trainer over micro-batches; undo both.
             loss = loss * (self.args.world_size * self.current_gradient_accumulation_steps)
         self.guard.see_loss(loss, [example.index for example in inputs.examples], stats)
-        self._metrics.record_objective(loss, reduction, stats, vocabulary=self.head.weight.shape[0])
+        self._metrics.record_objective(loss, reduction, stats, self.head.weight.shape[0])
         if self._due(self.rollout.rollout_audit_steps):
             self._metrics.record_audit(inputs, hidden, head=self.head, sampling=self.sampling)
         return loss

@@ -58,7 +58,7 @@ def train(
     _check_engine(rollout, training.world_size)
     folder = Path(str(training.output_dir))
     if training.process_index > 0:
-        return _train(folder, training, method, rollout, options)
+        return _train(training, method, rollout, options)
     busy = f"another process is training in --output_dir {folder}; wait for it, or choose another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,20 +67,17 @@ def train(
         raise ArtefactError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
     with lock:
         try:
-            return _train(folder, training, method, rollout, options)
+            return _train(training, method, rollout, options)
         finally:
             (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
 def _train(
-    output_dir: Path,
-    training: TrainingArguments,
-    method: MethodArguments,
-    rollout: RolloutArguments,
-    options: ModelArguments,
+    training: TrainingArguments, method: MethodArguments, rollout: RolloutArguments, options: ModelArguments
 ) -> int:
     from opsd.trainer import OPSDTrainer  # late, since it imports what an error in the data does not need
 
+    output_dir = Path(str(training.output_dir))
     resume = resolve_resume(output_dir, training.resume_from_checkpoint)
     load = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model_name_or_path, **load)
