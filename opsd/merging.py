@@ -7,7 +7,9 @@ once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -50,25 +52,60 @@ def adapted_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
         raise UsageError(f"{name} {wrong}; only one plain LoRA adapter on linear layers is merged")
 
 
-@torch.no_grad()
-def merged_matrix(layer: LoraLayer, adapter: str) -> Tensor:
-    """Return W + scale · B A, formed in float32 and cast to W's dtype: a new [out, in] tensor beside W."""
+def _parts(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return W as it is, A [r, in] and B [out, r] in float32 on W's device, and the scale."""
     parts = (layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter])
     weight, down, up = (cast(nn.Linear, part).weight for part in parts)
     down, up = (matrix.to(weight.device, torch.float32) for matrix in (down, up))
-    return torch.addmm(weight.float(), up, down, alpha=float(layer.scaling[adapter])).to(weight.dtype)
+    return weight, down, up, float(layer.scaling[adapter])
 
 
-def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face weight name, merged matrix) of every adapted layer, formed one at a time.
+@torch.no_grad()
+def merged_matrix(layer: LoraLayer, adapter: str, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return W + scale · B A, formed in float32 and cast to `dtype` (default W's): a new [out, in] tensor."""
+    weight, down, up, scale = _parts(layer, adapter)
+    return torch.addmm(weight.float(), up, down, alpha=scale).to(dtype or weight.dtype)
 
-    Raises:
-        UsageError: see `adapted_layers`.
+
+@dataclass(frozen=True)
+class UpdateKept:
+    """How much of a LoRA update D = scale · B A is left in merged matrices M of a dtype coarser than D.
+
+    An entry of D below half the spacing of W's dtype is lost. Sums over the entries of one or more matrices;
+    `sum(each, UpdateKept())` gives those of all.
     """
-    for name, layer in adapted_layers(model):
-        yield name, merged_matrix(layer, model.active_adapters[0])
+
+    entries: int = 0
+    moved: int = 0  # entries where M differs from W
+    along: float = 0.0  # ⟨M − W, D⟩
+    size: float = 0.0  # ⟨D, D⟩
+    error: float = 0.0  # ⟨M − W − D, M − W − D⟩
+
+    def __add__(self, other: UpdateKept) -> UpdateKept:
+        return UpdateKept(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def shares(self) -> dict[str, float]:
+        """Return entries changed, projection of D kept (1 = all) and relative error; NaN for D = 0."""
+        size = self.size or math.nan
+        return {
+            "changed": self.moved / self.entries if self.entries else math.nan,
+            "kept": self.along / size,
+            "relative_error": math.sqrt(self.error / size) if self.size else math.nan,
+        }
+
+
+@torch.no_grad()
+def update_kept(layer: LoraLayer, adapter: str, merged: Tensor) -> UpdateKept:
+    """Compare `merged`, which `merged_matrix` made of `layer`, with its W and its update."""
+    weight, down, up, scale = _parts(layer, adapter)
+    delta, change = scale * (up @ down), merged.float() - weight.float()
+    along, size, error = (
+        float(product.sum(dtype=torch.float64))
+        for product in (change * delta, delta.square(), (change - delta).square())
+    )
+    return UpdateKept(delta.numel(), int(change.count_nonzero()), along, size, error)
 
 
 def adapted_names(model: PeftModel) -> list[str]:
-    """Return the names that `merged_weights` yields."""
+    """Return the names that `adapted_layers` yields."""
     return [name for name, _ in adapted_layers(model)]
