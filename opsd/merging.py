@@ -61,10 +61,31 @@ def _parts(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, Tensor, floa
 
 
 @torch.no_grad()
-def merged_matrix(layer: LoraLayer, adapter: str, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Return W + scale · B A, formed in float32 and cast to `dtype` (default W's): a new [out, in] tensor."""
+def merged_matrix(
+    layer: LoraLayer,
+    adapter: str,
+    *,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return W + scale · B A, formed in float32 and cast to `dtype` (default W's): a new [out, in] tensor.
+
+    With a generator (on the CPU, as W then is) it is rounded by `stochastic_bfloat16` instead.
+    """
     weight, down, up, scale = _parts(layer, adapter)
-    return torch.addmm(weight.float(), up, down, alpha=scale).to(dtype or weight.dtype)
+    merged = torch.addmm(weight.float(), up, down, alpha=scale)
+    return merged.to(dtype or weight.dtype) if generator is None else stochastic_bfloat16(merged, generator)
+
+
+def stochastic_bfloat16(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to one of the two neighbours in bfloat16, so that the mean over draws is the value.
+
+    bfloat16 is the upper half of float32's bits. A uniform number below 2^16, added to the lower half,
+    carries into the upper one with the probability of the neighbour that is larger in magnitude.
+    """
+    noise = torch.randint(2**16, value.shape, dtype=torch.int32, generator=generator)
+    bits = (value.contiguous().view(torch.int32) + noise) & -(2**16)
+    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)

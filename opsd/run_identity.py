@@ -302,14 +302,23 @@ def model_identity(files: Mapping[str, str]) -> str:
 
 
 def write_sentinel(
-    folder: Path | str, *, base_model: str, adapter: str, adapter_step: int | None
+    folder: Path | str,
+    *,
+    base_model: str,
+    adapter: str,
+    adapter_step: int | None,
+    merge: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Hash the files of a merged folder, write `.ready_for_eval` as its last one, and return its content."""
+    """Hash the files of a merged folder, write `.ready_for_eval` as its last one, and return its content.
+
+    `merge` says how the weights were rounded and how much of the update is left.
+    """
     files = file_list(Path(folder), but=SENTINEL_NAME)
     sentinel = {
         "base_model": base_model,
         "adapter": adapter,
         "adapter_step": adapter_step,
+        "merge": merge,
         "merged": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "identity": model_identity({name: entry["sha256"] for name, entry in files.items()}),
