@@ -260,9 +260,9 @@ def _show_kept(record: Mapping[str, Any]) -> None:
     )
     if record["kept"] < LEAST_KEPT:
         log.warning(
-            "WARNING: %s keeps %.2f of the update, so this is not the model that was trained; merge with --dtype "
-            "float32 or --rounding stochastic, evaluate the adapter itself (ADAPTER=1 launchers/run_eval.sh), or "
-            "train with --rollout_weights adapter",
+            "WARNING: %s keeps %.2f of the update, so this is not the model that was trained; merge with "
+            "--dtype float32 or --rounding stochastic, evaluate the adapter itself (ADAPTER=1 of "
+            "launchers/run_eval.sh), or train with --rollout_weights adapter",
             *(record["dtype"], record["kept"]),
         )
 
