@@ -152,6 +152,7 @@ def test_every_launcher_states_the_protocols_cell(name, method):
         *("--base_model", base),
         *("--adapter", str(ROOT / "outputs" / run / "checkpoint-100")),
         *("--output", str(ROOT / "outputs" / f"{run}_merged")),
+        *("--dtype", "auto", "--rounding", "nearest"),
     ]
     # Stating a number changes nothing: the options are those of the trainer's defaults.
     kept = ("rollout", "resume_from_checkpoint")
