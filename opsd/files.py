@@ -98,6 +98,16 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def check_place(flag: str, path: str) -> None:
+    """Raise UsageError, naming the flag, where no file or folder can be created at `path`."""
+    place = Path(path).absolute()
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not existing.is_dir():
+        raise UsageError(f"{flag} {path!r} cannot be created: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path!r} cannot be written: no permission in {str(existing)!r}")
+
+
 @contextlib.contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
     """Turn what Python, safetensors and torch raise when `target` cannot be written into an ArtefactError.

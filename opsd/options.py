@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsd.errors import UsageError
+from opsd.errors import OneLineParser, UsageError
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,14 @@ def _options(group: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(group) if "help" in field.metadata]
 
 
+def option_parser(group: type, *, prog: str, description: str) -> OneLineParser:
+    """Return a parser of the options of a dataclass, whose --help shows their defaults."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = OneLineParser(prog=prog, description=description, formatter_class=form, allow_abbrev=False)
+    add_options(parser, group)
+    return parser
+
+
 def add_options(parser: argparse.ArgumentParser, *groups: type) -> None:
     """Add a flag `--name` (also `--na-me`) for each field of these dataclasses that `option` declares."""
     for group in groups:
@@ -111,10 +119,9 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind:
     if _is_required(field):
         # Without a value it is missing too, and `check_options` says so.
         known |= {"default": argparse.SUPPRESS, "nargs": "?"}
-    elif field.default_factory is not dataclasses.MISSING:
-        known["default"] = field.default_factory()
     else:
-        known["default"] = field.default
+        factory = field.default_factory
+        known["default"] = field.default if factory is dataclasses.MISSING else factory()
     names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
     if kind is bool:
         parser.add_argument(*names, type=_boolean, nargs="?", const=True, **known)
@@ -135,7 +142,7 @@ def check_options(group: type, values: Mapping[str, Any]) -> None:
     """
     for field in _options(group):
         value, choices = values.get(field.name), field.metadata["choices"]
-        if value in (None, "") and _is_required(field):
+        if not value and _is_required(field):
             wanted = (
                 f"choose one of {', '.join(choices)}" if choices else f"give the {field.metadata['help']}"
             )
