@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsd.checkpoints import Adapter, read_adapter
 from opsd.errors import ArtefactError, OneLineParser, UsageError, run_cli
-from opsd.files import PARTIAL_MARK, atomic_directory, disk_errors
+from opsd.files import PARTIAL_MARK, atomic_directory, atomic_write_json, disk_errors
 from opsd.model_card import model_card
 from opsd.models import (
     COPIED_FILES,
@@ -54,7 +54,6 @@ from opsd.run_identity import (
     read_sentinel,
     run_arguments,
     versions,
-    write_manifest,
     write_sentinel,
 )
 
@@ -130,7 +129,7 @@ def merge(
             del model
             copy_model_files(folder, temporary)
             manifest = checkpoint.manifest or _third_party_manifest(checkpoint, base, out)
-            write_manifest(temporary, manifest)
+            atomic_write_json(temporary / MANIFEST_NAME, manifest)
             card = model_card(manifest, adapter_step=checkpoint.step, merge=record)
             (temporary / "README.md").write_text(card, encoding="utf-8")
         return write_sentinel(

@@ -24,15 +24,15 @@ import merge_lora
 from opsd.arguments import parse_arguments
 from opsd.checkpoints import MARKER, mark_complete
 from opsd.errors import ArtefactError, UsageError
-from opsd.files import PARTIAL_MARK
+from opsd.files import PARTIAL_MARK, atomic_write_json
 from opsd.run_identity import (
+    MANIFEST_NAME,
     SENTINEL_NAME,
     check_merged,
     model_sha256,
     read_manifest,
     run_arguments,
     run_manifest,
-    write_manifest,
 )
 
 TEMPLATE = "{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -79,7 +79,7 @@ def train_nothing(base: Path, run: Path, *flags: str, step: int = 100, targets=T
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 150}))
     for name in ("optimizer.pt", "scheduler.pt"):
         (checkpoint / name).write_bytes(b"not read by a merge")
-    write_manifest(run, manifest_of(run.name, base, *flags))
+    atomic_write_json(run / MANIFEST_NAME, manifest_of(run.name, base, *flags))
     mark_complete(checkpoint)
     return checkpoint
 
