@@ -58,6 +58,7 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
             self["loss/divergence"].append(stats.divergence.sum() / tokens)
             self["loss/clip_fraction"].append(stats.clipped_entries.sum() / (tokens * vocabulary))
             self["loss/clipped_token_share"].append((stats.clipped_entries > 0).sum() / tokens)
+            self["loss/clipped_teacher_mass"].append(stats.clipped_teacher_mass.sum() / tokens)
         for name, value in reduction.metrics.items():
             self[name].append(value)
 

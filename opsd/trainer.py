@@ -105,9 +105,8 @@ class OPSDTrainer(Trainer):
         pushed = time.perf_counter()
         seeds = {"seed": self.args.seed, "step": self.state.global_step}
         requests = [Request(e.student_ids, rollout_seed(**seeds, problem=e.index)) for e in examples]
-        completions = self.engine.generate(
-            requests, self.sampling, want_logprobs=self._due(self.rollout.rollout_audit_steps)
-        )
+        audit = self._due(self.rollout.rollout_audit_steps)
+        completions = self.engine.generate(requests, self.sampling, want_logprobs=audit)
         self._metrics["time/push_s"].append(pushed - started)
         self._metrics["time/rollout_s"].append(time.perf_counter() - pushed)
         return completions

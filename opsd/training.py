@@ -160,8 +160,7 @@ def _check_engine(rollout: RolloutArguments, world_size: int) -> None:
     if rollout.rollout != "vllm":
         return
     require_vllm()
-    size = rollout.vllm_tensor_parallel_size
-    if world_size % size:
+    if world_size % (size := rollout.vllm_tensor_parallel_size):
         raise UsageError(
             f"--vllm_tensor_parallel_size {size} does not divide the {world_size} processes; choose a divisor"
         )

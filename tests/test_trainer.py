@@ -108,7 +108,9 @@ COMMON_KEYS = {
     "rollout/outside_support_share", "rollout/logprob_difference",
     "time/push_s", "time/rollout_s", "time/teacher_s", "time/step_s",
 }  # fmt: skip
-DIVERGENCE_KEYS = {"loss/divergence", "loss/clip_fraction", "loss/clipped_token_share"}
+DIVERGENCE_KEYS = {
+    "loss/divergence", "loss/clip_fraction", "loss/clipped_token_share", "loss/clipped_teacher_mass"
+}  # fmt: skip
 METHOD_KEYS = {
     "opsd": DIVERGENCE_KEYS,
     "pwopsd": DIVERGENCE_KEYS | {"method/mean_weight"},
@@ -298,21 +300,15 @@ def perturb(model, size: float = 0.03) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
 
-class CutEngine:
-    """The real engine, its completions cut to lengths that differ from problem to problem."""
+def cut_completions(trainer, lengths: list[int]) -> None:
+    """Let the trainer's real engine return completions cut to these lengths."""
+    generate = type(trainer.engine).generate
 
-    def __init__(self, engine, lengths):
-        self.engine, self.lengths = engine, lengths
+    def cut(requests, sampling, *, want_logprobs=False):
+        drawn = generate(trainer.engine, requests, sampling)
+        return [Completion(c.token_ids[:n], True) for c, n in zip(drawn, lengths, strict=True)]
 
-    def push_weights(self, model):
-        self.engine.push_weights(model)
-
-    def generate(self, requests, sampling, *, want_logprobs=False):
-        drawn = self.engine.generate(requests, sampling)
-        return [
-            Completion(completion.token_ids[:length], True)
-            for completion, length in zip(drawn, self.lengths, strict=True)
-        ]
+    trainer.engine.generate = cut
 
 
 def update(trainer, split: list[list[int]], scope: str) -> torch.Tensor:
@@ -348,8 +344,7 @@ def test_the_split_into_micro_batches(tmp_path, method):
 
     def inside(trainer):
         perturb(trainer.model)
-        lengths = [2, 9, 16, 4, 12, 3, 14, 7]
-        trainer.engine = CutEngine(trainer.engine, lengths)
+        cut_completions(trainer, [2, 9, 16, 4, 12, 3, 14, 7])
         for step in (0, 60) if method == "reopold" else (0,):
             trainer.state.global_step = step
             whole = {name: update(trainer, split, "global") for name, split in SPLITS.items()}
@@ -363,7 +358,7 @@ def test_the_split_into_micro_batches(tmp_path, method):
                 assert distance(whole["8x1"], parts["2x4"]) < 1e-5
             else:
                 assert distance(whole["8x1"], parts["2x4"]) > 1e-2
-        trainer.engine.lengths = [2, 9, 0, 4, 12, 3, 14, 7]
+        cut_completions(trainer, [2, 9, 0, 4, 12, 3, 14, 7])
         assert distance(*(update(trainer, SPLITS[name], "global") for name in ("8x1", "2x4"))) < 1e-5
         _empty_step(trainer)
 
@@ -372,7 +367,7 @@ def test_the_split_into_micro_batches(tmp_path, method):
 
 def _empty_step(trainer) -> None:
     """No token in the step: loss 0 and gradients 0, under both scopes."""
-    trainer.engine.lengths = [0] * 8
+    cut_completions(trainer, [0] * 8)
     for scope in ("micro_batch", "global"):
         gradient = update(trainer, SPLITS["2x4"], scope)
         assert torch.equal(gradient, torch.zeros_like(gradient))
