@@ -17,7 +17,7 @@ from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
 from opsd.checkpoints import check_run, remove_incomplete, resolve_resume
 from opsd.data import Problems, check_positions, encode_problems
 from opsd.errors import ArtefactError, UsageError
-from opsd.files import atomic_write_text, lock_file, remove_all_partials
+from opsd.files import atomic_write_json, atomic_write_text, lock_file, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
 from opsd.rollout.vllm_setup import local_model, require_vllm
@@ -29,7 +29,6 @@ from opsd.run_identity import (
     read_manifest,
     run_arguments,
     run_manifest,
-    write_manifest,
 )
 from opsd.step_metrics import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.tables import load_table
@@ -93,7 +92,8 @@ def _train(
     if training.process_index == 0:
         remove_incomplete(output_dir)
         remove_all_partials(output_dir)
-        write_manifest(output_dir, manifest if resume is None else _resumed(output_dir, manifest, resume))
+        manifest = manifest if resume is None else _resumed(output_dir, manifest, resume)
+        atomic_write_json(output_dir / MANIFEST_NAME, manifest)
         _identify_wandb_run(training, output_dir)
     logger.info("resuming from %s", resume) if resume is not None else logger.info("starting afresh")
     model = _load_model(training, options).to(training.device)
