@@ -124,6 +124,7 @@ COMMON_KEYS = {
     "student/entropy", "teacher/entropy", "student/padded_over_valid", "teacher/padded_over_valid",
     "rollout/completion_tokens", "rollout/completion_tokens_max", "rollout/truncated_share",
     "rollout/outside_support_share", "rollout/logprob_difference",
+    "rollout/logprob_difference_base", "rollout/staleness",
     "time/push_s", "time/rollout_s", "time/teacher_s", "time/step_s",
 }  # fmt: skip
 DIVERGENCE_KEYS = {"loss/divergence", "loss/clip_fraction", "loss/clipped_token_share"}
@@ -327,8 +328,8 @@ class CutEngine:
     def __init__(self, engine, lengths):
         self.engine, self.lengths = engine, lengths
 
-    def push_weights(self, model):
-        self.engine.push_weights(model)
+    def push_weights(self, model, *, measure):
+        return self.engine.push_weights(model, measure=measure)
 
     def generate(self, requests, sampling, *, want_logprobs=False):
         drawn = self.engine.generate(requests, sampling)
