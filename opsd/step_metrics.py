@@ -68,9 +68,9 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
 
         With the log-probabilities e of the sampler, s of the student and b of the base, in nats,
         `rollout/logprob_difference` is the mean of |e − s|, `rollout/logprob_difference_base` of |b − s|, and
-        `rollout/staleness` is ⟨e − s, b − s⟩ / ⟨b − s, b − s⟩: the share of the way back from the student to
-        the base on which the sampler is. It is 0 for the student, also with rounding noise in e, and 1 for an
-        engine that samples from the base; a merge that keeps a share k of the update shows 1 − k.
+        `rollout/staleness` is ⟨e − s, b − s⟩ / ⟨b − s, b − s⟩: how far the sampler is on the way from the
+        student (0) to the base (1). A merge that keeps the share k of a small update gives 1 − k. Rounding
+        noise in s and b, as in bfloat16, pulls it towards 1/2, which says nothing; noise in e does not.
 
         Args:
             hidden, base_hidden: [N, H] of the student's prompts, with the adapter on and off.
