@@ -42,6 +42,9 @@ class RolloutArguments:
     """How completions are sampled while training; the defaults are the paper's."""
 
     rollout: str = option("vllm", "sampler; hf is transformers' generate", choices=("hf", "vllm"))
+    rollout_weights: str = option(
+        "merged", "vllm: base + adapter as one matrix, or the adapter itself", choices=("merged", "adapter")
+    )
     rollout_temperature: float = option(1.1, "sampling temperature", range=POSITIVE)
     rollout_top_p: float = option(0.95, "nucleus mass", range=PROPER_SHARE)
     rollout_top_k: int = option(20, "likeliest tokens kept; 0 = all", range=NOT_NEGATIVE)

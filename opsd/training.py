@@ -155,6 +155,11 @@ def _check_devices(training: TrainingArguments) -> None:
 
 def _check_engine(rollout: RolloutArguments, world_size: int) -> None:
     if rollout.rollout != "vllm":
+        if rollout.rollout_weights == "adapter":
+            raise UsageError(
+                "--rollout_weights adapter is for --rollout vllm; transformers never merges the adapter, so "
+                "leave the flag out"
+            )
         return
     require_vllm()
     if world_size % (size := rollout.vllm_tensor_parallel_size):
@@ -290,7 +295,10 @@ def _build_engine(
 
         return HFEngine(model, tokenizer, batch_size=rollout.hf_rollout_batch_size)
     from opsd.rollout.vllm import VLLMEngine
+    from opsd.rollout.vllm_push import check_pushable
 
+    adapter = rollout.rollout_weights == "adapter"
+    check_pushable(model, merged=not adapter)
     return VLLMEngine(
         local_model(options.model_name_or_path, options.model_revision),
         tensor_parallel_size=rollout.vllm_tensor_parallel_size,
@@ -302,4 +310,5 @@ def _build_engine(
         enable_sleep_mode=rollout.vllm_enable_sleep_mode,
         dtype=str(model.get_base_model().dtype).removeprefix("torch."),
         trust_remote_code=options.trust_remote_code,
+        pushed_rank=options.lora_r if adapter else None,
     )

@@ -107,6 +107,7 @@ COMMON_KEYS = {
     "student/entropy", "teacher/entropy", "student/padded_over_valid", "teacher/padded_over_valid",
     "rollout/completion_tokens", "rollout/completion_tokens_max", "rollout/truncated_share",
     "rollout/outside_support_share", "rollout/logprob_difference",
+    "rollout/logprob_difference_base", "rollout/staleness",
     "time/push_s", "time/rollout_s", "time/teacher_s", "time/step_s",
 }  # fmt: skip
 DIVERGENCE_KEYS = {
