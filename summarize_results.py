@@ -23,12 +23,11 @@ from pathlib import Path
 from opsd.errors import ArtefactError, OneLineParser, UsageError, printable, run_cli
 from opsd.files import atomic_write_text
 from opsd.report.markdown import markdown_table
-from opsd.report.notes import missing_commands, regime_line, table_notes
+from opsd.report.notes import Notes, missing_commands, regime_line
 from opsd.report.plots import check_picture
 from opsd.report.summary import (
     BENCHMARK_TITLES,
     METRICS,
-    Row,
     Run,
     Statistic,
     Table,
@@ -60,24 +59,6 @@ def with_interval(statistic: Statistic | None) -> str:
     return f"{statistic.mean:.2f} [{statistic.interval[0]:.2f}, {statistic.interval[1]:.2f}]"
 
 
-class Notes:
-    """The notes of a table's cells, numbered in the order in which they first occur."""
-
-    def __init__(self, table: Table) -> None:
-        self._cells = table_notes(table)
-        self.texts = list(dict.fromkeys(text for texts in self._cells.values() for text in texts))
-
-    def of(self, row: Row, columns: Sequence[str]) -> list[str]:
-        """Return the notes of the row's cells in `columns`."""
-        found = {text for name in columns for text in self._cells.get((row, name), [])}
-        return [text for text in self.texts if text in found]
-
-    def mark(self, row: Row, columns: Sequence[str]) -> str:
-        """Return ` [1, 3]`, nothing for cells without notes."""
-        numbers = ", ".join(str(self.texts.index(text) + 1) for text in self.of(row, columns))
-        return f" [{numbers}]" if numbers else ""
-
-
 def grid(table: Table, metric: str, text: Callable[[Statistic | None], str], notes: Notes) -> list[list[str]]:
     """Return header and rows of one metric of one table, cells with the numbers of their notes."""
     name = f"{METRIC_TITLES[metric]}@{table.val_n}"
@@ -104,7 +85,7 @@ def paper_lines(table: Table, numbers: dict) -> list[list[str]]:
 def sections(table: Table, numbers: dict) -> list[tuple[str, list[list[str]], list[str]]]:
     """Return (title, lines, notes) of the four tables of one model in one regime."""
     name, notes = f"@{table.val_n}", Notes(table)
-    below = [regime_line(table), *(f"[{number}] {text}" for number, text in enumerate(notes.texts, 1))]
+    below = [regime_line(table), *notes.numbered()]
     main = grid(table, "average", with_deviation, notes) + paper_lines(table, numbers)
     interval = grid(table, "average", with_interval, notes)
     return [
@@ -145,31 +126,25 @@ def csv_text(tables: Sequence[Table], numbers: dict) -> str:
         for row, metric in itertools.product(table.rows, METRICS):
             for title, columns in table.figures:
                 if figure := row.statistic(metric, columns):
+                    labels = ["ours", table.model, row_title(row), title, metric]
                     deviation = "" if figure.deviation is None else f"{figure.deviation:.4f}"
-                    low, high = (f"{end:.4f}" for end in figure.interval)
+                    mean, low, high = (f"{value:.4f}" for value in (figure.mean, *figure.interval))
                     said = " ".join([regime, *notes.of(row, columns)])
-                    head = (
-                        "ours",
-                        table.model,
-                        row_title(row),
-                        title,
-                        metric,
-                        f"{figure.mean:.4f}",
-                        deviation,
-                    )
-                    lines.append([*head, str(figure.count), low, high, said])
+                    lines.append([*labels, mean, deviation, str(figure.count), low, high, said])
         for _, method, figures in paper_rows(numbers, table.model):
             for title, columns in table.figures:
                 if columns in figures:
-                    count = ["3"] if len(columns) == 1 else []
-                    lines.append(["paper", table.model, method, title, "average", *figures[columns], *count])
+                    labels = ["paper", table.model, method, title, "average"]
+                    mean, *deviation = figures[columns]
+                    spread = [*deviation, "3"] if deviation else ["", ""]
+                    lines.append([*labels, mean, *spread, "", "", ""])
 
     def safe(value: object) -> object:
         # A spreadsheet takes a text that begins like this for a formula.
         formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
         return printable(f"'{value}" if formula else value) if isinstance(value, str) else value
 
-    rows = [dict(zip(CSV_COLUMNS, map(safe, line), strict=False)) for line in lines]
+    rows = [list(map(safe, line)) for line in lines]
     return DataFrame(rows, columns=CSV_COLUMNS, dtype=object).to_csv(index=False)
 
 

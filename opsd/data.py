@@ -27,7 +27,7 @@ from opsd.prompts import (
     student_message,
     teacher_message,
 )
-from opsd.provenance import dataset_fingerprint, versions
+from opsd.run_identity import dataset_fingerprint, versions
 
 if TYPE_CHECKING:
     import datasets
@@ -60,7 +60,7 @@ class Problems(Dataset):
 
     def __init__(self, table: datasets.Dataset, sha256: str = ""):
         self.table = table  # the fields of `Example` as columns, memory-mapped, token ids as int32
-        self.sha256 = sha256  # of all rows as loaded (`opsd.provenance.dataset_fingerprint`)
+        self.sha256 = sha256  # of all rows as loaded (`opsd.run_identity.dataset_fingerprint`)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsd.errors import UsageError
+from opsd.errors import OneLineParser, UsageError
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,14 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 def _options(group: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(group) if "help" in field.metadata]
+
+
+def option_parser(group: type, *, prog: str, description: str) -> OneLineParser:
+    """Return a parser of the options of a dataclass, whose --help shows their defaults."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = OneLineParser(prog=prog, description=description, formatter_class=form, allow_abbrev=False)
+    add_options(parser, group)
+    return parser
 
 
 def add_options(parser: argparse.ArgumentParser, *groups: type) -> None:

@@ -21,12 +21,12 @@ from opsd.files import atomic_write_text, lock_file, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
 from opsd.objectives import METHODS
-from opsd.provenance import weights_sha256
 from opsd.rollout.vllm_setup import local_model, require_vllm
 from opsd.run_identity import (
     MANIFEST_NAME,
     differences,
     identity,
+    model_sha256,
     read_manifest,
     run_arguments,
     run_manifest,
@@ -202,9 +202,9 @@ def _load_problems(
 
 def _manifest(training, method, rollout, options, config, problems: Problems) -> dict:
     revision = getattr(config, "_commit_hash", None)
-    # The main process hashes the weights; the others find the hash in the user's cache.
-    with training.main_process_first(desc="hashing the base model's weights"):
-        base_weights = weights_sha256(model_folder(options.model_name_or_path, revision))
+    # The main process hashes the model; the others find the hash in the user's cache.
+    with training.main_process_first(desc="hashing the base model"):
+        base_weights = model_sha256(model_folder(options.model_name_or_path, revision))
     return run_manifest(
         run_arguments(training, method, rollout, options),
         base_revision=revision,

@@ -52,16 +52,14 @@ SUBSETS = {
 
 @dataclass(frozen=True)
 class Subset:
-    """The figures of one subset of the branches; `viable` and `ties` are shares.
-
-    `aurocs` holds, by predictor, AUROC for `absolute` and `relative` viability and `graded` concordance.
-    """
+    """The figures of one subset of the branches."""
 
     name: str
     branches: int
     problems: int
-    viable: float
-    ties: float
+    viable: float  # share
+    ties: float  # share that succeeds as often as the control
+    # By predictor: AUROC for `absolute` and `relative` viability, and `graded` concordance.
     aurocs: dict[str, dict[str, Estimate]]
 
 
@@ -80,13 +78,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The figures of the report and the picture; `spine_success` and `truncated` are shares."""
+    """The figures of the report and the picture."""
 
     subsets: list[Subset]
-    curve: list[Group]
+    curve: list[Group]  # bins of the spine
     by_rank: list[Group]
-    spine_success: float
-    truncated: float
+    spine_success: float  # share of the spines that end right
+    truncated: float  # share of the forced continuations that were cut
     schedules: dict[str, ScheduleFit | None]
 
 
@@ -102,7 +100,7 @@ def branch_table(
     def success(key: BranchKey) -> tuple[float, float]:
         """Return the share of continuations that recover the answer and the share that were cut."""
         samples = branches.continued[key].values()
-        recovered = sum(bool(verdicts.get((key[0], done.answer), False)) for done in samples)
+        recovered = sum(verdicts.get((key[0], done.answer), False) for done in samples)
         return recovered / len(samples), sum(done.truncated for done in samples) / len(samples)
 
     rows = []
@@ -145,19 +143,19 @@ def branch_table(
 
 def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
     """Compute every figure of the report. All intervals use the same resamples of the problems."""
-    names, codes = np.unique(table["problem"].to_numpy(), return_inverse=True)
-    weights = resample_weights(len(names), resamples=config.resamples, seed=config.seed)
-    table = table.assign(code=codes)
+    table = table.assign(code=pd.factorize(table["problem"], sort=True)[0])
+    weights = resample_weights(table["problem"].nunique(), resamples=config.resamples, seed=config.seed)
     schedules = {}
     if config.suggest_schedule:
         columns = (table["relative_position"], table["viability"], table["code"], weights)
         for name, control in (("absolute", 1.0), ("relative", table["control_viability"])):
             importance = table["teacher_probability"]
             schedules[name] = fit_schedule(*columns, control=control, importance=importance)
-    curve = []
-    for low, high in pairwise(np.linspace(0, 1, CURVE_BINS + 1)):
-        inside = table["relative_position"].between(low, high, inclusive="left")
-        curve.append(_group(f"{low:.1f} to {high:.1f}", float((low + high) / 2), table[inside], weights))
+    curve = [
+        _group(f"{low:.1f} to {high:.1f}", (low + high) / 2, rows, weights)
+        for low, high in pairwise(np.linspace(0, 1, CURVE_BINS + 1))
+        for rows in [table[table["relative_position"].between(low, high, inclusive="left")]]
+    ]
     return Analysis(
         subsets=[_subset(name, table[choose(table)], weights) for name, choose in SUBSETS.items()],
         curve=curve,

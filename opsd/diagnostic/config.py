@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsd.errors import OneLineParser, UsageError
+from opsd.errors import UsageError
+from opsd.files import check_place
 from opsd.options import (
     AT_LEAST_ONE,
     NOT_NEGATIVE,
     POSITIVE,
     PROPER_SHARE,
     Range,
-    add_options,
     check_options,
     option,
+    option_parser,
     take,
 )
 from opsd.rollout.engine import Sampling, check_sampling
@@ -57,8 +56,7 @@ class BranchConfig:
 
     def sampling(self) -> Sampling:
         """Return how spines and continuations are drawn."""
-        names = ("temperature", "top_p", "top_k")
-        filters = {name: getattr(self, f"rollout_{name}") for name in names}
+        filters = {name: getattr(self, f"rollout_{name}") for name in ("temperature", "top_p", "top_k")}
         return Sampling(**filters, max_new_tokens=self.max_new_tokens)
 
     @property
@@ -73,24 +71,13 @@ def parse_config(argv: Sequence[str] | None) -> BranchConfig:
     Raises:
         UsageError: an unknown or malformed flag, a value out of its range, or no folder to write to.
     """
-    parser = OneLineParser(
-        prog="branch_viability.py",
-        description="Which of the privileged teacher's next tokens can the student still finish correctly?",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_options(parser, BranchConfig)
+    question = "Which of the privileged teacher's next tokens can the student still finish correctly?"
+    parser = option_parser(BranchConfig, prog="branch_viability.py", description=question)
     arguments = vars(parser.parse_args(argv))
     check_options(BranchConfig, arguments)
     config = take(BranchConfig, arguments)
     check_sampling(config.sampling())
     if config.engine == "hf" and config.tensor_parallel_size > 1:
         raise UsageError("--tensor_parallel_size needs --engine vllm")
-    folder = config.folder.absolute()
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if not existing.is_dir():
-        raise UsageError(f"--output_dir {config.output_dir!r} cannot be made: {str(existing)!r} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        reason = f"no permission in {str(existing)!r}"
-        raise UsageError(f"--output_dir {config.output_dir!r} cannot be written: {reason}")
+    check_place("--output_dir", config.output_dir)
     return config

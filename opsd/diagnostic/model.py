@@ -21,59 +21,18 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from opsd.head import Head
     from opsd.rollout.engine import Engine
 
 PADDING_RATIO = 1.25
 
 
-class ForkScorer:
-    """Score spines with transformers: the student with its adapter, the teacher with the adapter off.
-
-    Without an adapter, student and teacher are the same network. `pad_id` is any valid token id.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel | PeftModel, *, pad_id: int, temperature: float, top_k: int
-    ) -> None:
-        self.model, self.pad_id, self.temperature, self.top_k = model, pad_id, temperature, top_k
-        self.adapted = hasattr(model, "get_base_model")
-        base = model.get_base_model() if self.adapted else model
-        model.eval().requires_grad_(False)
-        self.head = head_of(base)
-        attach_hidden_forward(base)
-        check_head(base, self.head)
-
-    def score(
-        self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
-    ) -> list[list[Fork]]:
-        """Return each spine's forks. One backbone pass a role; only forks' positions meet the LM head."""
-        rows, start = [], 0
-        for spine, some in zip(spines, offsets, strict=True):
-            rows += [start + offset for offset in some]
-            start += len(spine)
-        student = self._hidden([p.student_ids for p in problems], spines, rows)
-        with self.model.disable_adapter() if self.adapted else contextlib.nullcontext():
-            teacher = self._hidden([p.teacher_ids for p in problems], spines, rows)
-        flat = [offset for some in offsets for offset in some]
-        settings = {"head": self.head, "temperature": self.temperature, "top_k": self.top_k}
-        forks = iter(score_forks(student, teacher, flat, **settings))
-        return [[next(forks) for _ in some] for some in offsets]
-
-    @torch.inference_mode()
-    def _hidden(self, prompts: list[list[int]], spines: Sequence[list[int]], rows: list[int]) -> Tensor:
-        """Return the final hidden states [K, H] at K rows of the concatenated spines."""
-        device = self.head.weight.device
-        batch = role_batch(
-            prompts, spines, pad_id=self.pad_id, max_padding_ratio=PADDING_RATIO, device=device
-        )
-        return batch.hidden_states(self.model)[torch.tensor(rows, device=device)]
-
-
 class ModelBackend:
-    """Sample and score with a real model, loaded when it is needed.
+    """Sample and score with a real model: the student with its adapter, the teacher with the adapter off.
 
-    With --engine hf one model samples and scores. With --engine vllm the engine samples requests of up to
-    `longest` tokens; a second copy of the model in transformers scores the spines and is freed again.
+    Without an adapter, student and teacher are the same network. With --engine hf one model, loaded when it
+    is needed, samples and scores. With --engine vllm the engine samples requests of up to `longest` tokens; a
+    second copy of the model in transformers scores the spines and is freed again.
     """
 
     def __init__(self, config: BranchConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> None:
@@ -82,7 +41,7 @@ class ModelBackend:
         self.config, self.tokenizer, self.longest = config, tokenizer, longest
         self._engine: Engine | None = None
         self._model: PreTrainedModel | PeftModel | None = None
-        self._scorer: ForkScorer | None = None
+        self._head: Head | None = None
 
     def engine(self) -> Engine:
         """Return the student's sampler, built at the first call."""
@@ -93,24 +52,46 @@ class ModelBackend:
     def score(
         self, problems: Sequence[BranchProblem], spines: Sequence[list[int]], offsets: Sequence[list[int]]
     ) -> list[list[Fork]]:
-        """Return the forks of each spine at its offsets."""
-        if self._scorer is None:
-            settings = {"temperature": self.config.score_temperature, "top_k": self.config.top_k}
-            pad_id = self.tokenizer.pad_token_id or 0
-            self._scorer = ForkScorer(self._loaded_model(), pad_id=pad_id, **settings)
-        return self._scorer.score(problems, spines, offsets)
+        """Return each spine's forks. One backbone pass a role; only forks' positions meet the LM head."""
+        model, config = self._loaded_model(), self.config
+        adapted = hasattr(model, "get_base_model")
+        if self._head is None:
+            base = model.get_base_model() if adapted else model
+            model.eval().requires_grad_(False)
+            head = head_of(base)
+            attach_hidden_forward(base)
+            check_head(base, head)
+            self._head = head
+        rows, start = [], 0
+        for spine, some in zip(spines, offsets, strict=True):
+            rows += [start + offset for offset in some]
+            start += len(spine)
+        student = self._hidden([p.student_ids for p in problems], spines, rows)
+        with model.disable_adapter() if adapted else contextlib.nullcontext():
+            teacher = self._hidden([p.teacher_ids for p in problems], spines, rows)
+        settings = {"head": self._head, "temperature": config.score_temperature, "top_k": config.top_k}
+        forks = iter(score_forks(student, teacher, [o for some in offsets for o in some], **settings))
+        return [[next(forks) for _ in some] for some in offsets]
+
+    @torch.inference_mode()
+    def _hidden(self, prompts: list[list[int]], spines: Sequence[list[int]], rows: list[int]) -> Tensor:
+        """Return the final hidden states [K, H] at K rows of the concatenated spines."""
+        model = self._loaded_model()
+        layout = {"pad_id": self.tokenizer.pad_token_id or 0, "max_padding_ratio": PADDING_RATIO}
+        batch = role_batch(prompts, spines, device=model.device, **layout)
+        return batch.hidden_states(model)[torch.tensor(rows, device=model.device)]
 
     def scoring_done(self) -> None:
         """Free the copy that only scores."""
         if self.config.engine == "vllm":
-            self._model = self._scorer = None
+            self._model = self._head = None
             _free_memory()
 
     def close(self) -> None:
         """Release engine and model."""
         if self._engine is not None:
             self._engine.close()
-        self._engine = self._model = self._scorer = None
+        self._engine = self._model = self._head = None
         _free_memory()
 
     def _build_engine(self) -> Engine:

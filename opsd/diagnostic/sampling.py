@@ -45,11 +45,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Spine:
-    """A student rollout."""
+    """A student rollout, and the answer that it boxes last."""
 
-    tokens: list[int]  # end-of-sequence included
+    answer: str | None
     truncated: bool
-    answer: str | None  # boxed last
+    tokens: list[int]  # end-of-sequence included
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,18 @@ class Branches:
 
     def add(self, record: dict) -> None:
         """Add one record of the journal."""
-        if record["kind"] == "spine":
-            self.spines[record["problem"]] = Spine(record["tokens"], record["truncated"], record["answer"])
-        elif record["kind"] == "forks":
-            self.forks[record["problem"]] = [
-                Fork(**fork | {"alternatives": [Alternative(**fields) for fields in fork["alternatives"]]})
-                for fork in record["forks"]
-            ]
+        kind, problem = record["kind"], record["problem"]
+        if kind == "forks":
+            for fork in record["forks"]:
+                alternatives = [Alternative(**fields) for fields in fork["alternatives"]]
+                self.forks.setdefault(problem, []).append(Fork(**fork | {"alternatives": alternatives}))
+            return
+        drawn = (record["answer"], record["truncated"], record["tokens"])
+        if kind == "spine":
+            self.spines[problem] = Spine(*drawn)
         else:
-            key = (record["problem"], record["offset"], record["branch"])
-            done = Continued(record["answer"], record["truncated"], record["tokens"])
-            self.continued[key][record["sample"]] = done
+            key = (problem, record["offset"], record["branch"])
+            self.continued[key][record["sample"]] = Continued(*drawn)
 
 
 class Sampler:
@@ -112,13 +113,12 @@ class Sampler:
 
     def _sample_spines(self) -> None:
         pending = [index for index in self.problems if index not in self.branches.spines]
-        requests = [
-            Request(self.problems[index].student_ids, hashed_seed("spine", self.config.seed, index))
-            for index in pending
-        ]
+        prompts = [self.problems[index].student_ids for index in pending]
+        seeds = [hashed_seed("spine", self.config.seed, index) for index in pending]
+        requests = list(map(Request, prompts, seeds))
 
         def finish(at: int, done: Completion) -> None:
-            spine = Spine(list(done.token_ids), done.truncated, self._answer(done.token_ids))
+            spine = Spine(self._answer(done.token_ids), done.truncated, list(done.token_ids))
             self._keep({"kind": "spine", "problem": pending[at], **asdict(spine)})
             bar.update()
 
@@ -148,46 +148,45 @@ class Sampler:
         self.backend.scoring_done()
 
     def _continue_branches(self) -> None:
-        every: list[tuple[BranchKey, int | None, int]] = []
-        for problem, forks in sorted(self.branches.forks.items()):
-            for fork in forks:
-                for rank, token in [(CONTROL, None), *((a.rank, a.token_id) for a in fork.alternatives)]:
-                    key = (problem, fork.offset, rank)
-                    every += [(key, token, sample) for sample in range(self.config.continuations)]
-        pending = [work for work in every if work[2] not in self.branches.continued[work[0]]]
+        every = [
+            (problem, fork.offset, branch, sample, token)
+            for problem, forks in sorted(self.branches.forks.items())
+            for fork in forks
+            for branch, token in [(CONTROL, None), *((a.rank, a.token_id) for a in fork.alternatives)]
+            for sample in range(self.config.continuations)
+        ]
+        pending = [work for work in every if work[3] not in self.branches.continued[work[:3]]]
         if pending:
             with _bar("continuations", len(every), len(pending)) as bar:
                 for start in range(0, len(pending), REQUESTS_PER_CALL):
                     self._continue(pending[start : start + REQUESTS_PER_CALL], bar)
 
-    def _continue(self, pending: Sequence[tuple[BranchKey, int | None, int]], bar: tqdm) -> None:
-        """Draw the continuations (branch, token forced there, sample number)."""
-        engine = self.backend.engine()
-        work: list[tuple[BranchKey, int, list[int]]] = []
+    def _continue(self, pending: Sequence[tuple[int, int, int, int, int | None]], bar: tqdm) -> None:
+        """Draw continuations: (problem, offset, branch, sample number, token forced there)."""
+        engine, seed = self.backend.engine(), self.config.seed
+        work: list[tuple[tuple[int, ...], list[int]]] = []
         requests = []
 
-        def keep(key: BranchKey, sample: int, done: Continued) -> None:
-            names = dict(zip(("problem", "offset", "branch"), key, strict=True))
-            self._keep({"kind": "continuation", **names, "sample": sample, **asdict(done)})
+        def keep(key: tuple[int, ...], prefix: list[int], done: Completion) -> None:
+            names = dict(zip(("problem", "offset", "branch", "sample"), key, strict=True))
+            answer = self._answer([*prefix, *done.token_ids])
+            continued = Continued(answer, done.truncated, len(done.token_ids))
+            self._keep({"kind": "continuation", **names, **asdict(continued)})
             bar.update()
 
-        def finish(at: int, done: Completion) -> None:
-            key, sample, prefix = work[at]
-            answer = self._answer([*prefix, *done.token_ids])
-            keep(key, sample, Continued(answer, done.truncated, len(done.token_ids)))
-
-        for key, token, sample in pending:
-            problem, offset, _ = key
+        for *key, token in pending:
+            problem, offset = key[:2]
             prefix = [*self.branches.spines[problem].tokens[:offset], *([] if token is None else [token])]
             if token in engine.end_ids:
                 # A forced end-of-sequence leaves nothing to continue.
-                keep(key, sample, Continued(self._answer(prefix), False, 0))
+                keep(key, prefix, Completion([], False))
                 continue
+            work.append((key, prefix))
             prompt = [*self.problems[problem].student_ids, *prefix]
-            work.append((key, sample, prefix))
-            requests.append(Request(prompt, hashed_seed("branch", self.config.seed, *key, sample)))
+            requests.append(Request(prompt, hashed_seed("branch", seed, *key)))
         if requests:
-            engine.generate(requests, self.config.sampling(), on_finish=finish)
+            sampling = self.config.sampling()
+            engine.generate(requests, sampling, on_finish=lambda at, done: keep(*work[at], done))
 
 
 def _bar(title: str, total: int, pending: int) -> tqdm:

@@ -99,9 +99,7 @@ def fork_offsets(length: int, count: int, *, seed: int, problem: int) -> list[in
     """Draw `count` offsets in 0..length−1, one in each of `count` equal stretches; all of a shorter spine.
 
     Evenly spaced offsets would meet a text with a period (a step every six tokens) always at the same phase.
-
-    Args:
-        length: tokens of the spine, its end-of-sequence included: that token is predicted and trained on too.
+    `length` counts the end-of-sequence, which is predicted and trained on too.
     """
     if length <= count:
         return list(range(length))
@@ -136,20 +134,14 @@ def score_forks(
         )
         top = teacher.topk(min(max(top_k, 2), teacher.shape[1]), dim=-1)
         kept = top.indices[:, :top_k]
-        figures = {
-            "teacher_entropy": -_expectation(teacher, teacher),
-            "student_entropy": -_expectation(student, student),
-            "margin": top.values[:, 0].exp() - top.values[:, 1].exp(),
-            "kl": _expectation(teacher, teacher - student),
-        }
-        figures = {name: column.tolist() for name, column in figures.items()}
-        columns = (kept, teacher.gather(1, kept).exp(), student.gather(1, kept).exp())
-        tokens, teacher_shares, student_shares = (column.tolist() for column in columns)
-        for k, offset in enumerate(offsets[span]):
-            shares = zip(tokens[k], teacher_shares[k], student_shares[k], strict=True)
-            alternatives = [Alternative(rank, *row) for rank, row in enumerate(shares, 1)]
-            values = {name: column[k] for name, column in figures.items()}
-            forks.append(Fork(offset, **values, alternatives=alternatives))
+        entropies = -_expectation(teacher, teacher), -_expectation(student, student)
+        margin = top.values[:, 0].exp() - top.values[:, 1].exp()
+        figures = torch.stack([*entropies, margin, _expectation(teacher, teacher - student)], dim=1).tolist()
+        shares = torch.stack([teacher.gather(1, kept).exp(), student.gather(1, kept).exp()], dim=2).tolist()
+        for offset, values, tokens, pairs in zip(offsets[span], figures, kept.tolist(), shares, strict=True):
+            rows = enumerate(zip(tokens, pairs, strict=True), 1)
+            alternatives = [Alternative(rank, token, *pair) for rank, (token, pair) in rows]
+            forks.append(Fork(offset, *values, alternatives))
     return forks
 
 

@@ -56,16 +56,14 @@ def pair_counts(
     """
     if missing := int(np.isnan(scores).sum() + np.isnan(outcomes).sum()):
         raise ValueError(f"{missing} of {len(codes)} scores or outcomes are NaN")
-    order = np.argsort(codes, kind="stable")
-    scores, outcomes, codes = np.asarray(scores)[order], np.asarray(outcomes)[order], codes[order]
-    concordant, comparable = np.zeros((clusters, clusters)), np.zeros((clusters, clusters))
-    present, starts = np.unique(codes, return_index=True)
-    for cluster, start, end in zip(present, starts, [*starts[1:], len(codes)], strict=False):
-        span = slice(start, end)
-        better = outcomes[span, None] > outcomes[None, :]
-        wins = (scores[span, None] > scores[None, :]) + 0.5 * (scores[span, None] == scores[None, :])
-        comparable[cluster, present] = np.add.reduceat(better.sum(0, dtype=np.float64), starts)
-        concordant[cluster, present] = np.add.reduceat((better * wins).sum(0), starts)
+    scores, outcomes = np.asarray(scores), np.asarray(outcomes)
+    concordant, comparable = np.zeros((2, clusters, clusters))
+    for cluster in np.unique(codes):
+        own = codes == cluster
+        better = outcomes[own, None] > outcomes
+        wins = (scores[own, None] > scores) + 0.5 * (scores[own, None] == scores)
+        comparable[cluster] = np.bincount(codes, better.sum(0), clusters)
+        concordant[cluster] = np.bincount(codes, (better * wins).sum(0), clusters)
     return concordant, comparable
 
 
@@ -75,7 +73,7 @@ def clustered_auroc(
     """Estimate the AUROC (for graded outcomes the concordance, see `pair_counts`).
 
     Args:
-        scores: [n], a higher one speaks for a higher outcome, an orientation fixed without the data.
+        scores: [n], a higher one speaks for a higher outcome; the direction is fixed without the data.
         outcomes: [n]; NaN leaves the branch out.
         clusters: [n] problem codes 0..G−1.
         weights: [R, G] of `resample_weights`; the same for every figure that is compared.
@@ -100,11 +98,8 @@ def clustered_mean(values: ArrayLike, clusters: Sequence | NDArray, weights: NDA
     values, codes = np.asarray(values, dtype=np.float64), np.asarray(clusters, dtype=np.int64)
     if not len(values):
         return Estimate(None)
-    sums = np.bincount(codes, weights=values, minlength=weights.shape[1])
-    counts = np.bincount(codes, minlength=weights.shape[1])
-    size = weights @ counts
-    defined = size > 0
-    return Estimate(float(values.mean()), *interval((weights @ sums)[defined] / size[defined]))
+    sums, counts = (weights @ np.bincount(codes, each, weights.shape[1]) for each in (values, None))
+    return Estimate(float(values.mean()), *interval(sums[counts > 0] / counts[counts > 0]))
 
 
 def interval(samples: NDArray[np.float64]) -> tuple[float | None, float | None]:

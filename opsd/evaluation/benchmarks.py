@@ -17,7 +17,7 @@ from typing import Any
 
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.grading import extract_boxed
-from opsd.provenance import REPO_ROOT
+from opsd.run_identity import REPO_ROOT
 from opsd.tables import load_table
 
 HMMT25_VARIABLE = "HMMT25_PARQUET_PATH"

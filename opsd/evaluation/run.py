@@ -30,8 +30,8 @@ from opsd.evaluation.scoreboard import Scoreboard
 from opsd.files import remove_partials
 from opsd.models import load_tokenizer
 from opsd.prompts import encode_evaluation, evaluation_message
-from opsd.provenance import versions
 from opsd.rollout.engine import Completion, Request
+from opsd.run_identity import versions
 from opsd.seeds import evaluation_seed
 
 if TYPE_CHECKING:

@@ -40,12 +40,10 @@ def _setting(name: str, value: Any) -> str:
 
 def _gradings(runs: list[Run]) -> list[str]:
     """Return the different versions and limits of the grader that the results state."""
-    found = []
+    found, counts = [], ("killed", "killed_items")
     for run in runs:
         known = run.facts.get("grading") or {}
-        limits = [
-            f"{name} {value}" for name, value in known.items() if name not in ("killed", "killed_items")
-        ]
+        limits = [f"{name} {value}" for name, value in known.items() if name not in counts]
         found.append(", ".join(limits) or "a grader that the file does not state")
     return list(dict.fromkeys(found))
 
@@ -58,24 +56,20 @@ def regime_line(table: Table) -> str:
         stated = {name: run.facts[name] for name in SAMPLING if run.facts.get(name) is not None} | stated
         sizes.setdefault(run.dataset, set()).add(run.facts["num_problems"])
     settings = ", ".join(_setting(name, stated[name]) for name in SAMPLING if name in stated)
-    problems = ", ".join(
-        f"{BENCHMARK_TITLES.get(name, name)} {' or '.join(map(str, sorted(sizes[name])))}"
-        for name in table.columns
-        if name in sizes
-    )
+    counts = {name: " or ".join(map(str, sorted(sizes[name]))) for name in table.columns if name in sizes}
+    problems = ", ".join(f"{BENCHMARK_TITLES.get(name, name)} {count}" for name, count in counts.items())
     return f"Regime: {settings}; problems: {problems}; graded with {'; '.join(_gradings(table.runs))}."
 
 
 def _cell_notes(row: Row, dataset: str) -> list[str]:
-    runs = row.cells[dataset].runs
+    runs, notes = row.cells[dataset].runs, []
     facts = runs[0].facts
-    notes = []
     if dataset in PAPER_BENCHMARKS:
         for name, value in unlike_paper(facts).items():
             notes.append(f"{_setting(name, value)} (the paper: {_setting(name, getattr(EvalConfig, name))})")
-        for group in row.cells[dataset].by_training_seed:
-            if len(group) != len(PAPER_SEEDS):
-                notes.append(f"evaluation seeds: {len(group)} (the paper: {len(PAPER_SEEDS)})")
+        counts = [len(group) for group in row.cells[dataset].by_training_seed]
+        wanted = len(PAPER_SEEDS)
+        notes += [f"evaluation seeds: {count} (the paper: {wanted})" for count in counts if count != wanted]
     if dataset in BENCHMARKS and facts["num_problems"] != BENCHMARKS[dataset].size:
         notes.append(f"{facts['num_problems']} of {BENCHMARKS[dataset].size} problems")
     notes += [note for run in runs for note in _training_notes(run)]
@@ -106,15 +100,32 @@ def _training_notes(run: Run) -> list[str]:
     return notes
 
 
-def table_notes(table: Table) -> dict[tuple[Row, str], list[str]]:
-    """Return what a reader must know of each cell, a sentence each, by row and column."""
-    mixed = len(_gradings(table.runs)) > 1
-    notes = {}
-    for row in table.rows:
-        for name, cell in row.cells.items():
-            graded = [f"graded with {'; '.join(_gradings(cell.runs))}"] if mixed else []
-            notes[row, name] = list(dict.fromkeys(_cell_notes(row, name) + graded))
-    return notes
+class Notes:
+    """What a reader must know of the cells of tables: `texts`, numbered by their first occurrence."""
+
+    def __init__(self, *tables: Table) -> None:
+        self._cells: dict[tuple[Row, str], list[str]] = {}
+        for table in tables:
+            mixed = len(_gradings(table.runs)) > 1
+            for row in table.rows:
+                for name, cell in row.cells.items():
+                    graded = [f"graded with {'; '.join(_gradings(cell.runs))}"] if mixed else []
+                    self._cells[row, name] = _cell_notes(row, name) + graded
+        self.texts = list(dict.fromkeys(text for texts in self._cells.values() for text in texts))
+
+    def of(self, row: Row, columns: Sequence[str]) -> list[str]:
+        """Return the notes of the row's cells in `columns`."""
+        found = {text for name in columns for text in self._cells.get((row, name), [])}
+        return [text for text in self.texts if text in found]
+
+    def mark(self, row: Row, columns: Sequence[str]) -> str:
+        """Return ` [1, 3]`, nothing for cells without notes."""
+        numbers = ", ".join(str(self.texts.index(text) + 1) for text in self.of(row, columns))
+        return f" [{numbers}]" if numbers else ""
+
+    def numbered(self) -> list[str]:
+        """Return the texts, each behind its number."""
+        return [f"[{number}] {text}" for number, text in enumerate(self.texts, 1)]
 
 
 def missing_commands(table: Table, seeds: Sequence[int] | None = None) -> list[str]:
@@ -134,14 +145,11 @@ def missing_commands(table: Table, seeds: Sequence[int] | None = None) -> list[s
             suffix = "" if training_seed is None else f"_t{training_seed}"
             for dataset in table.columns:
                 runs = row.cells[dataset].runs if dataset in row.cells else []
-                present = {run.seed for run in runs if run.training_seed == training_seed}
+                missing = set(seeds) - {run.seed for run in runs if run.training_seed == training_seed}
                 variables, flags = _settings(table, row, dataset)
                 words = ["bash", "launchers/run_eval.sh", name + suffix, dataset, "1" if small else "4"]
-                commands += [
-                    " ".join([*variables, shlex.join([*words, str(seed), *flags])])
-                    for seed in seeds
-                    if seed not in present
-                ]
+                for seed in (seed for seed in seeds if seed in missing):
+                    commands.append(" ".join([*variables, shlex.join([*words, str(seed), *flags])]))
     return commands
 
 

@@ -29,15 +29,21 @@ def check_picture(path: Path) -> None:
         raise UsageError(f"{str(path)!r} is a folder; name a file in it")
 
 
-def small_multiples(panels: int, *, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """Return a figure of equal panels in rows, the last row filled up with blanks. Needs no display."""
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of a size in inches, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def small_multiples(panels: int, *, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """Return a figure of equal panels in rows, the last row filled up with blanks."""
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in axes[panels:]:
         spare.set_axis_off()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -19,14 +19,13 @@ from opsd.report import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 LINE_STYLES = ("-", "--", ":")
 # A run that logged fewer points than this would show lines too short to be seen.
 MARKERS_BELOW = 12
 # What is set rather than measured has no noise to smooth, and a mean would show a step that never was.
 NOT_SMOOTHED = ("learning rate", "phase")
-
-
 DIVERGENCE = "Divergence from the teacher"
 # Title and unit of the panel, and the label in it, of each logged key.
 PANELS = {
@@ -65,15 +64,14 @@ def load_run(folder: Path) -> Run:
     """Return the logged steps of a run; raise ArtefactError where there are none, or a line is damaged."""
     if not folder.is_dir():
         raise ArtefactError(f"{str(folder)!r} is no folder; give the output folder of a training run")
-    path = folder / METRICS_NAME
-    if not path.is_file():
+    if not (folder / METRICS_NAME).is_file():
         raise ArtefactError(f"{str(folder)!r} holds no {METRICS_NAME}: no run has logged a step there")
     rows = read_metrics(folder)
     keys = dict.fromkeys(key for row in rows for key in row if key != "step")
     values = {key: {row["step"]: row[key] for row in rows if key in row} for key in keys}
     run = {key: pd.Series(some, dtype=float) for key, some in values.items()}
     if not panels_of([run]):
-        raise ArtefactError(f"{str(path)!r} holds no logged step yet")
+        raise ArtefactError(f"{str(folder / METRICS_NAME)!r} holds no logged step yet")
     return run
 
 
@@ -117,30 +115,32 @@ def draw(runs: dict[str, Run], path: Path, *, smooth: int = 1) -> None:
     figure, axes = plots.small_multiples(len(panels))
     for axis, ((title, unit), labels) in zip(axes, panels.items(), strict=True):
         plots.label(axis, title=title, x="optimizer step", y=unit)
-        _panel(axis, unit, labels, runs.values(), 1 if unit in NOT_SMOOTHED else smooth)
+        _panel(axis, unit, labels, list(runs.values()), 1 if unit in NOT_SMOOTHED else smooth)
     title = plots.plain(next(iter(runs)), 80) if len(runs) == 1 else ""
-    if smooth > 1:
-        title += f"{'   ' if title else ''}(running mean over {smooth} steps, raw values faint)"
+    title += f"   (running mean over {smooth} steps, raw values faint)" if smooth > 1 else ""
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title.strip(), fontsize=11)
     if len(runs) > 1:
-        from matplotlib.lines import Line2D
-
-        lines = [
-            Line2D([], [], color=colour, linewidth=2, label=plots.plain(name, 60))
-            for name, colour in zip(runs, plots.COLOURS, strict=False)
-        ]
+        styles = [{"color": colour, "linewidth": 2} for colour in plots.COLOURS]
+        lines = _handles([plots.plain(name, 60) for name in runs], styles)
         columns = min(len(runs), 4)
         figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     plots.save(figure, path)
 
 
-def _panel(axis: Axes, unit: str, labels: dict[str, str], runs: Iterable[Run], smooth: int) -> None:
+def _handles(labels: list[str], styles: list[dict[str, Any]]) -> list[Line2D]:
+    """Return a line for a legend per label; there may be more styles than labels."""
     from matplotlib.lines import Line2D
+
+    pairs = zip(labels, styles[: len(labels)], strict=True)
+    return [Line2D([], [], label=label, **style) for label, style in pairs]
+
+
+def _panel(axis: Axes, unit: str, labels: dict[str, str], runs: list[Run], smooth: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for run, colour in zip(runs, plots.COLOURS, strict=False):
-        for key, style in zip(labels, LINE_STYLES, strict=False):
+    for run, colour in zip(runs, plots.COLOURS[: len(runs)], strict=True):
+        for key, style in zip(labels, LINE_STYLES[: len(labels)], strict=True):
             if key not in run:
                 continue
             values = run[key]
@@ -159,8 +159,6 @@ def _panel(axis: Axes, unit: str, labels: dict[str, str], runs: Iterable[Run], s
         # A range that starts at 0 does not show a constant as a curve of rounding errors.
         axis.set_ylim(0, 1.1 * high)
     if len(labels) > 1:
-        lines = [
-            Line2D([], [], color="0.25", linestyle=style, label=label)
-            for label, style in zip(labels.values(), LINE_STYLES, strict=False)
-        ]
+        styles = [{"color": "0.25", "linestyle": style} for style in LINE_STYLES]
+        lines = _handles(list(labels.values()), styles)
         axis.legend(handles=lines, fontsize=7, loc="best", frameon=False)

@@ -20,6 +20,7 @@ from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.names import parse_name
 from opsd.evaluation.results import load_result, regime_differences
 from opsd.objectives import METHODS
+from opsd.run_identity import REPO_ROOT
 
 METRICS = ("average", "pass", "majority")
 BOOTSTRAP_DRAWS = 2000
@@ -36,10 +37,8 @@ _HUB_NAMES = {row.hub_id: name for name, row in BENCHMARKS.items() if row.hub_id
 
 def model_tags() -> list[str]:
     """Return the model tags that the launchers know, longest first."""
-    launchers = Path(__file__).resolve().parents[2] / "launchers"
-    return sorted(
-        (path.stem for path in (launchers / "models").glob("*.sh")), key=lambda tag: (-len(tag), tag)
-    )
+    tags = [path.stem for path in (REPO_ROOT / "launchers" / "models").glob("*.sh")]
+    return sorted(tags, key=lambda tag: (-len(tag), tag))
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,8 @@ def load_run(path: Path) -> Run:
     name, first = parsed
     records = result.pop("results")
     correct = [[generation["correct"] for generation in record["generations"]] for record in records]
-    shares = {
-        "average": np.array([np.mean(row) for row in correct]),
-        "pass": np.array([float(any(row)) for row in correct]),
-    }
+    metrics = {"average": np.mean, "pass": np.any}
+    shares = {name: np.array([float(of(row)) for row in correct]) for name, of in metrics.items()}
     votes = [record.get("majority_vote_correct") for record in records]
     if all(isinstance(vote, bool) for vote in votes):
         shares["majority"] = np.array(votes, dtype=float)
@@ -169,10 +166,8 @@ class Row:
         """Return the cell of one column, or the equal-weight mean of several; None unless all are there."""
         cells = [self.cells[name] for name in columns if name in self.cells]
         statistics = [statistic for cell in cells if (statistic := cell.statistic(metric))]
-        if len(statistics) < len(columns):
-            return None
-        if len(columns) == 1:
-            return statistics[0]
+        if len(statistics) < len(columns) or len(columns) == 1:
+            return statistics[0] if len(statistics) == len(columns) else None
         # Benchmarks are independent samples of problems: their draws must not move together.
         draws = [cell.bootstrap(metric) for cell in cells]
         drawn = [np.random.default_rng(k).permutation(draw) for k, draw in enumerate(draws, 1)]
@@ -211,9 +206,8 @@ def build_tables(runs: Sequence[Run], on_skip: Callable[[str], None]) -> list[Ta
     groups: list[list[Run]] = []
     ignored = ("seed", *BENCHMARK_FIELDS, *MODEL_FIELDS)
     for run in sorted(runs, key=lambda run: run.model):
-        for group in groups:
-            different = (regime_differences(other.facts, run.facts, ignore=ignored) for other in group)
-            if group[0].model == run.model and not any(different):
+        for group in (group for group in groups if group[0].model == run.model):
+            if not any(regime_differences(other.facts, run.facts, ignore=ignored) for other in group):
                 group.append(run)
                 break
         else:

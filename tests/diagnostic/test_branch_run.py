@@ -19,11 +19,11 @@ import branch_viability
 from opsd.diagnostic import run as branch_run
 from opsd.diagnostic.analysis import PREDICTORS
 from opsd.diagnostic.config import BranchConfig
-from opsd.diagnostic.model import ForkScorer, ModelBackend
+from opsd.diagnostic.model import ModelBackend
 from opsd.diagnostic.run import carry_out
 from opsd.diagnostic.sampling import CONTROL, Branches, Plan
 from opsd.diagnostic.spines import Alternative, BranchProblem, Fork, fork_offsets, load_problems
-from opsd.errors import ArtefactError, UsageError, run_cli
+from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.journal import decode_line
 from opsd.models import load_causal_lm, load_tokenizer
 from opsd.prompts import encode_student, encode_teacher
@@ -36,9 +36,6 @@ from tests.rollout.vllm_models import SEVEN, needs_vllm
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "testbed" / "base_model"
 HELDOUT = ROOT / "testbed" / "data" / "heldout.jsonl"
-
-
-# --- a world whose answer is known --------------------------------------------------------------------------
 
 
 class KnownBackend:
@@ -55,7 +52,7 @@ class KnownBackend:
         self.lengths = {p.index: random.Random(p.index).randrange(24, 60) for p in problems}
         self.spine_seeds = {hashed_seed("spine", config.seed, p.index) for p in problems}
         self.letters = tokenizer.encode("xyz")
-        self.limit, self.drawn = limit, 0
+        self.limit, self.seeds = limit, []
 
     def engine(self):
         return self
@@ -68,9 +65,9 @@ class KnownBackend:
 
     def generate(self, requests, sampling, *, want_logprobs=False, on_finish=None):
         for index, request in enumerate(requests):
-            if self.limit is not None and self.drawn >= self.limit:
+            if self.limit is not None and len(self.seeds) >= self.limit:
                 raise KeyboardInterrupt
-            self.drawn += 1
+            self.seeds.append(request.seed)
             on_finish(index, self._complete(list(request.prompt_ids), request.seed))
         return []
 
@@ -79,9 +76,8 @@ class KnownBackend:
         problem = self.by_prompt[tuple(prompt[:size])]
         length = self.lengths[problem.index]
         if seed in self.spine_seeds:
-            return Completion(
-                [*self.tokenizer.encode("a" * (length - 2)), *self._box(problem.answer), 1], False
-            )
+            text = self.tokenizer.encode("a" * (length - 2))
+            return Completion([*text, *self._box(problem.answer), 1], False)
         prefix = prompt[size:]
         forced = bool(prefix) and prefix[-1] in self.letters
         f = (len(prefix) - forced + 0.5) / length
@@ -110,37 +106,21 @@ class KnownBackend:
 def known_plan(folder: Path, *, problems: int = 40, **settings) -> Plan:
     tokenizer = make_tokenizer()
     fields = {"num_positions": 6, "top_k": 2, "continuations": 8, "resamples": 300, "grading_workers": 1}
-    config = BranchConfig(
-        model_name_or_path="known",
-        dataset="known",
-        output_dir=str(folder),
-        engine="hf",
-        **(fields | settings),
-    )
-    made = [
-        BranchProblem(
-            k,
-            text := f"what is {k}+0?",
-            str(k % 9),
-            encode_student(tokenizer, text),
-            encode_teacher(tokenizer, text, "0"),
-        )
-        for k in range(problems)
-    ]
+    names = {"model_name_or_path": "known", "dataset": "known", "output_dir": str(folder), "engine": "hf"}
+    config = BranchConfig(**names, **(fields | settings))
+    made = []
+    for k in range(problems):
+        text = f"what is {k}+0?"
+        prompts = encode_student(tokenizer, text), encode_teacher(tokenizer, text, "0")
+        made.append(BranchProblem(k, text, str(k % 9), *prompts))
     names = ("num_positions", "top_k", "continuations", "seed")
     regime = {name: getattr(config, name) for name in names} | {"num_problems": problems}
     return Plan(config, made, tokenizer, regime)
 
 
 def run_known(plan: Plan, chance, **options):
-    backends = []
-
-    def make():
-        backends.append(KnownBackend(plan.problems, plan.tokenizer, plan.config, chance, **options))
-        return backends[-1]
-
-    analysis = carry_out(plan, make)
-    return analysis, backends[0]
+    backend = KnownBackend(plan.problems, plan.tokenizer, plan.config, chance, **options)
+    return carry_out(plan, lambda: backend), backend
 
 
 def records_of(folder: Path) -> list[dict]:
@@ -238,9 +218,6 @@ def test_viability_is_what_the_journal_says(tmp_path):
             assert column == sum(answer == str(row.problem % 9) for answer in answers) / 8
 
 
-# --- kill and continue --------------------------------------------------------------------------------------
-
-
 def chance(f, forced):
     return 0.3 + 0.5 * f * forced
 
@@ -259,17 +236,19 @@ def test_a_killed_run_is_resumed_to_the_same_branches(tmp_path, share):
         cut.mkdir()
         (cut / "journal.jsonl").write_bytes(journal[: int(len(journal) * share)])
     _, backend = run_known(known_plan(cut, problems=5), chance)
+    drawn = len(backend.seeds)
     assert (cut / "branches.csv").read_bytes() == (complete / "branches.csv").read_bytes()
     everything = 5 + 5 * 6 * 3 * 8
-    assert backend.drawn == everything - 300 if share == "interrupt" else 0 < backend.drawn <= everything
-    # What is there is kept.
-    assert share in ("interrupt", 0.001) or backend.drawn < everything
+    assert drawn == everything - 300 if share == "interrupt" else 0 < drawn <= everything
+    # What is there is kept, and every draw has a seed of its own.
+    assert share in ("interrupt", 0.001) or drawn < everything
+    assert len(set(backend.seeds)) == drawn
 
 
 def test_a_finished_run_is_analysed_anew_without_sampling(tmp_path):
     run_known(known_plan(tmp_path, problems=12), chance)
     analysis, backend = run_known(known_plan(tmp_path, problems=12, viable_share=0.9, resamples=50), chance)
-    assert backend.drawn == 0
+    assert backend.seeds == []
     assert analysis.subsets[0].viable < 0.2
 
 
@@ -280,19 +259,6 @@ def test_another_runs_journal_is_refused(tmp_path, field):
     with pytest.raises(UsageError, match=next(iter(field))):
         run_known(known_plan(tmp_path, problems=2, **field), chance)
     assert (tmp_path / "journal.jsonl").read_bytes() == before
-
-
-def test_every_draw_has_a_seed_of_its_own(tmp_path, monkeypatch):
-    seen: list[int] = []
-    generate = KnownBackend.generate
-
-    def noted(self, requests, *args, **kwargs):
-        seen.extend(request.seed for request in requests)
-        return generate(self, requests, *args, **kwargs)
-
-    monkeypatch.setattr(KnownBackend, "generate", noted)
-    run_known(known_plan(tmp_path, problems=3), chance)
-    assert len(seen) == len(set(seen)) == 3 + 3 * 6 * 3 * 8
 
 
 def test_a_forced_end_is_not_continued(tmp_path):
@@ -312,10 +278,7 @@ def test_a_forced_end_is_not_continued(tmp_path):
     held = ended["position"] > ended["spine_tokens"] - 1
     assert (ended["viability"] == held.astype(float)).all()
     assert (table[table["token_id"] != forced]["viability"] == 1.0).all()
-    assert backend.drawn == 3 + 3 * 6 * 2 * 8
-
-
-# --- where spines fork --------------------------------------------------------------------------------------
+    assert len(backend.seeds) == 3 + 3 * 6 * 2 * 8
 
 
 @given(st.integers(1, 400), st.integers(1, 40), st.integers(0, 5), st.integers(0, 5))
@@ -346,9 +309,6 @@ def test_the_answer_is_the_column_or_the_solutions_last_box(tmp_path):
     path.write_text(json.dumps({"problem": "1+1", "solution": "two"}) + "\n")
     with pytest.raises(ArtefactError, match=r"row 0 of .* has neither"):
         load_problems(str(path), tokenizer, num_problems=None)
-
-
-# --- a real model -------------------------------------------------------------------------------------------
 
 
 def command(folder: Path, **flags) -> list[str]:
@@ -466,18 +426,14 @@ def test_with_an_adapter_the_teacher_is_the_base():
     from tests.rollout.vllm_models import with_adapter
 
     tokenizer = load_tokenizer(str(BASE))
-    row = json.loads(HELDOUT.read_text("utf-8").splitlines()[0])
-    problem = BranchProblem(
-        0,
-        row["problem"],
-        row["answer"],
-        encode_student(tokenizer, row["problem"]),
-        encode_teacher(tokenizer, row["problem"], row["solution"]),
-    )
+    (problem,) = load_problems(str(HELDOUT), tokenizer, num_problems=1)
     adapted = with_adapter(load_causal_lm(str(BASE), dtype=torch.float32), SEVEN, seed=3)
     spine = tokenizer.encode("First, 31+18=49.", add_special_tokens=False)
-    scorer = ForkScorer(adapted, pad_id=0, temperature=1.0, top_k=2)
-    ((fork,),) = scorer.score([problem], [spine], [[2]])
+    settings = {"engine": "hf", "score_temperature": 1.0, "top_k": 2}
+    config = BranchConfig(model_name_or_path="", dataset="", output_dir="", **settings)
+    backend = ModelBackend(config, tokenizer, longest=64)
+    backend._model = adapted
+    ((fork,),) = backend.score([problem], [spine], [[2]])
 
     def entropy(model, ids):
         log = torch.log_softmax(model(torch.tensor([[*ids, *spine[:2]]])).logits[0, -1], dim=-1)
@@ -522,9 +478,6 @@ def test_one_context_for_both_roles_and_a_copy_that_is_freed_beside_vllm():
     backend.close()
 
 
-# --- wrong calls --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -538,6 +491,7 @@ def test_one_context_for_both_roles_and_a_copy_that_is_freed_beside_vllm():
         ("rollout_top_p", 0, "top_p is 0.0"),
         ("max_new_tokens", 0, "max_new_tokens is 0"),
         ("max_new_tokens", 100000, "lower --max_new_tokens"),
+        ("output_dir", HELDOUT / "x", "is a file"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, name, value, message):
@@ -545,14 +499,3 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(tmp_path, monkeypatch
     with pytest.raises(UsageError, match=message):
         branch_viability.main(command(tmp_path / "new", **{name: value}))
     assert not (tmp_path / "new").exists()
-
-
-def test_a_missing_adapter(tmp_path, capsys):
-    assert run_cli(lambda: branch_viability.main(command(tmp_path, adapter="./nowhere"))) == 3
-    assert "no checkpoint at nowhere; train first" in capsys.readouterr().err
-
-
-def test_an_output_that_is_a_file(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="is a file"):
-        branch_viability.main(command(tmp_path / "file" / "x"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
 
 from opsd.diagnostic.schedule import (
     BINS,
-    SHOWN_AT,
+    FLOORS,
+    PLACES,
+    SHOWN,
     TAUS,
     WIDTHS,
     ScheduleFit,
@@ -76,20 +79,11 @@ def test_a_known_schedule_comes_back():
         assert parameter.low - 0.02 <= true <= parameter.high + 0.02, name
     assert fit.tau.value == pytest.approx(0.30, abs=0.05)
     assert fit.w_min.value == pytest.approx(0.25, abs=0.08)
-    for at, weight in zip(SHOWN_AT, fit.weights, strict=True):
-        assert weight.value == pytest.approx(float(moderate(at)), abs=0.05)
+    for k in SHOWN:
+        assert fit.curve[k].value == pytest.approx(float(moderate(PLACES[k])), abs=0.05)
     assert fit.explained > 0.9
-    assert fit.ceiling.value == pytest.approx(1.0, abs=0.03)
     assert fit.problems == 200
-    assert (fit.band[0] <= fit.curve + 1e-9).mean() > 0.95
-
-
-def test_the_scale_of_the_curve_is_free():
-    """Half the success everywhere is the same schedule under half the ceiling."""
-    half = fitted(world(1, problems=200, curve=lambda f: 0.5 * moderate(f), continuations=16))
-    assert half.ceiling.value == pytest.approx(0.5, abs=0.03)
-    assert half.tau.value == pytest.approx(0.30, abs=0.06)
-    assert half.w_min.value == pytest.approx(0.25, abs=0.1)
+    assert np.mean([point.low <= point.value + 1e-9 for point in fit.curve]) > 0.95
 
 
 def test_relative_viability_divides_the_control_out():
@@ -97,16 +91,8 @@ def test_relative_viability_divides_the_control_out():
     columns = world(2, problems=200, curve=moderate, control=lambda f: 0.2 + 0.8 * f, continuations=16)
     relative, absolute = fitted(columns, relative=True), fitted(columns)
     assert relative.tau.value == pytest.approx(0.30, abs=0.08)
-    assert relative.weights[0].value == pytest.approx(float(moderate(0.1)), abs=0.1)
-    assert absolute.weights[2].value < relative.weights[2].value - 0.1
-
-
-def test_a_rise_that_the_control_shares_is_no_reason_to_weigh_positions():
-    columns = world(3, problems=60, curve=np.ones_like, control=lambda f: 0.2 + 0.7 * f)
-    absolute, relative = fitted(columns), fitted(columns, relative=True)
-    assert absolute.shuffled_share < 0.05
-    assert relative.shuffled_share > 0.05
-    assert any("whether the weight should rise" in phrase for phrase in relative.undetermined())
+    assert relative.curve[10].value == pytest.approx(float(moderate(0.1)), abs=0.1)
+    assert absolute.curve[50].value < relative.curve[50].value - 0.1
 
 
 def test_a_flat_curve_is_undetermined():
@@ -136,28 +122,25 @@ def test_a_branch_counts_with_its_importance():
     importance = np.repeat([0.0, 0.7], len(success))
     one = fit_schedule(position, success, codes, weights)
     two = fit_schedule(*doubled, weights, importance=importance)
-    for name in ("w_min", "tau", "s", "ceiling"):
-        assert getattr(two, name).value == pytest.approx(getattr(one, name).value, abs=1e-9)
+    assert [getattr(two, name) for name in MODERATE] == [getattr(one, name) for name in MODERATE]
 
 
-def test_the_fit_is_the_best_on_the_whole_grid():
-    """Against non-negative least squares at every (τ, s): no better residual exists."""
-    scipy_optimize = pytest.importorskip("scipy.optimize")
+def test_the_fit_is_the_best_of_the_grid():
+    """Against least squares with a scale of at least 0 for every schedule, one at a time."""
     position, success, codes, _ = world(9, problems=12, curve=moderate)
     ones = np.ones_like(position)
-    sums = _bin_sums(np.stack([ones, position, success, ones]), codes, 12).sum(axis=1)
-    (found,), (residual,) = _solve(sums[:, None])
-    size, f, y = sums[0], sums[1] / sums[0], sums[2] / sums[0]
-    best = np.inf
-    for width in WIDTHS:
-        for tau in TAUS:
-            rise = schedule(f, w_min=0.0, tau=tau, s=width)
-            design = np.stack([np.ones(BINS), rise], axis=1) * np.sqrt(size)[:, None]
-            best = min(best, scipy_optimize.nnls(design, y * np.sqrt(size))[1] ** 2)
-    assert residual == pytest.approx(best, abs=1e-9)
-    ceiling, w_min, tau, s = found
-    by_hand = (size * (y - ceiling * schedule(f, w_min=w_min, tau=tau, s=s)) ** 2).sum()
-    assert by_hand == pytest.approx(residual, abs=1e-9)
+    sums = _bin_sums(position, np.stack([ones, success, ones]), codes, 12).sum(axis=1)
+    (found,), (gain,), (spread,) = _solve(sums[:, None])
+    size, y, f = sums[0], sums[1] / sums[0], (np.arange(BINS) + 0.5) / BINS
+
+    def residual(w_min, tau, s):
+        w = schedule(f, w_min=w_min, tau=tau, s=s)
+        return (size * (y - max(size @ (w * y) / (size @ w**2), 0) * w) ** 2).sum()
+
+    best = min(residual(*each) for each in itertools.product(FLOORS[::4], TAUS[::2], WIDTHS[::2]))
+    assert residual(*found) == pytest.approx(spread - gain, abs=1e-9)
+    assert residual(*found) <= best + 1e-9
+    assert spread == pytest.approx((size * (y - (size @ y) / size.sum()) ** 2).sum())
 
 
 def test_parameters_at_the_edge_of_their_range_are_called_so():

@@ -20,6 +20,7 @@ from opsd.evaluation.config import EvalConfig
 from opsd.evaluation.grading import ProblemGrade
 from opsd.evaluation.names import result_path
 from opsd.evaluation.results import build_result, problem_record, write_result
+from opsd.report import plots
 from opsd.report.notes import PAPER_SEEDS, SAMPLING, SMALL_MAX_NEW_TOKENS, missing_commands
 from opsd.report.summary import Cell, Table, build_tables, load_run, split_name
 
@@ -100,9 +101,6 @@ def section(text: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in cells]
 
 
-# -- figures by hand -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hand(tmp_path: Path) -> Path:
     """Three seeds of one method on the four benchmarks; correct of 8 samples in each seed."""
@@ -123,10 +121,6 @@ def test_means_and_deviations_by_hand(hand, capsys):
     assert ["PW-OPSD", "100.00 ± 0.00", "62.50 ± 12.50", "37.50 ± 21.65", "50.00 ± 25.00", "62.50"] in lines
     assert [row[0] for row in lines[1:5]] == ["OPSD", "EOPD", "REOPOLD", "PW-OPSD"]
     assert lines[1][1:] == ["—"] * 5
-
-
-def test_pass_and_vote_by_hand(hand, capsys):
-    _, text, _ = summarize(capsys, f"{hand}/*.json")
     # aime24 has 4, 5, 6 correct of 4 x 2, filled up from the first problem. With one right: 2, 3, 3 problems;
     # with both right: 2, 2, 3.
     for title, expected in (("Pass@2", "66.67 ± 14.43"), ("Maj@2", "58.33 ± 14.43")):
@@ -165,9 +159,6 @@ def test_the_interval_over_problems(tmp_path):
     alike = tmp_path / "small_opsd_small_38k_seed1.json"
     write_result(alike, result("small", 1, [[True, False]] * 4))
     assert Cell([load_run(alike)]).statistic("average").interval == (50.0, 50.0)
-
-
-# -- rows ----------------------------------------------------------------------------------------------------
 
 
 NAMES = """
@@ -245,9 +236,6 @@ def test_files_of_the_authors_release(tmp_path, capsys):
     assert section(text, "qwen3_4b_base: Avg@2, mean")[1][2] == "50.00"
 
 
-# -- what is missing -----------------------------------------------------------------------------------------
-
-
 def test_the_commands_that_fill_the_table(hand, capsys):
     (hand / "qwen3_4b_base_pwopsd_aime25_38k_seed2.json").unlink()
     _, text, _ = summarize(capsys, f"{hand}/*.json")
@@ -292,9 +280,6 @@ def test_the_seeds_and_settings_are_the_launchers():
     assert re.search(r"\$\{SEEDS:-([\d ]+)\}", script)[1].split() == list(map(str, PAPER_SEEDS))
     small = (ROOT / "launchers" / "models" / "small.sh").read_text()
     assert f"EVAL_FLAGS=(--max_new_tokens {SMALL_MAX_NEW_TOKENS})" in small
-
-
-# -- what is refused -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -355,9 +340,6 @@ def test_one_run_twice_is_left_out(tmp_path, capsys):
     code, text, error = summarize(capsys, f"{tmp_path}/*.json")
     assert (code, text) == (1, "")
     assert "twice" in error
-
-
-# -- what is not the paper's ---------------------------------------------------------------------------------
 
 
 def marked(text: str, method: str, column: int) -> list[str]:
@@ -473,9 +455,6 @@ def test_an_output_that_cannot_be_written(hand, capsys):
     assert "cannot be written" in error
 
 
-# -- formats -------------------------------------------------------------------------------------------------
-
-
 def test_csv_holds_every_figure(hand, capsys, tmp_path):
     output = tmp_path / "table.csv"
     code, text, _ = summarize(capsys, f"{hand}/*_38k*.json", "--format", "csv", "--output", output)
@@ -503,11 +482,20 @@ def test_latex(hand, capsys):
     assert not re.search(r"(?<!\\)[_%#]", "\n".join(body))
 
 
-def test_the_plot(hand, capsys, tmp_path):
+def test_the_plot(hand, capsys, tmp_path, monkeypatch):
+    """A panel per figure of each table; a cell that is not the paper's has the numbers of the notes below."""
     for seed in (1, 2):
         write(hand, "small_base", "small", seed, 3 + seed)
-    code, _, _ = summarize(capsys, f"{hand}/*.json", "--plot", tmp_path / "table.png")
-    data = (tmp_path / "table.png").read_bytes()
-    assert code == 0
-    assert data.startswith(b"\x89PNG")
-    assert int.from_bytes(data[16:20], "big") > 1000
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    assert summarize(capsys, f"{hand}/*.json", "--plot", tmp_path / "table.png")[0] == 0
+    (figure,) = figures
+    titles = [axis.get_title(loc="left") for axis in figure.axes if axis.axison]
+    assert titles == ["MATH-500", "AIME 2024", "AIME 2025", "HMMT 2025", "mean of 4", "small"]
+    notes = dict(re.findall(r"^\[(\d+)\] (.+)$", figure.get_supxlabel(), re.M))
+    marks = [
+        {notes[n] for text in axis.texts for n in re.findall(r"\d+", text.get_text())} for axis in figure.axes
+    ]
+    assert {"4 of 30 problems", "2 samples a problem (the paper: 12 samples a problem)"} < marks[1]
+    assert "4 of 500 problems" in marks[0] - marks[1]
+    assert marks[5] == {"4 of 256 problems"}
