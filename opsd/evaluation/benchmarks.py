@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.errors import ArtefactError, UsageError
-from opsd.evaluation.grading import extract_boxed
-from opsd.run_identity import REPO_ROOT
+from opsd.evaluation.grading import ROOT, extract_boxed
 from opsd.tables import load_table
 
 HMMT25_VARIABLE = "HMMT25_PARQUET_PATH"
@@ -69,6 +68,7 @@ class Problem:
     problem_id: int
     problem: str
     answer: str
+    solution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> Load
     else:
         remedy = "check --dataset_path"
         if row is not None and dataset_path is None:
-            dataset_path, remedy = os.environ.get(row.variable) or REPO_ROOT / row.path, row.remedy
+            dataset_path, remedy = os.environ.get(row.variable) or ROOT / row.path, row.remedy
         source = where = str(dataset_path)
         if not os.path.exists(source):
             raise ArtefactError(f"the problems of {name} are not at {source}; {remedy}")
@@ -119,11 +119,12 @@ def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> Load
     return LoadedBenchmark(problems, fingerprint(problems), where)
 
 
-def fingerprint(problems: Iterable[Problem]) -> str:
-    """Return 16 hexadecimal digits of a SHA-256 over every problem's text and answer, in order."""
+def fingerprint(problems: Iterable[Problem], *, solutions: bool = False) -> str:
+    """Return 16 hexadecimal digits of a SHA-256 over every problem's text and answer (and solution)."""
     digest = hashlib.sha256()
     for problem in problems:
-        digest.update(json.dumps([problem.problem, problem.answer], ensure_ascii=True).encode("ascii"))
+        texts = [problem.problem, problem.answer, *([problem.solution] if solutions else [])]
+        digest.update(json.dumps(texts, ensure_ascii=True).encode("ascii"))
     return digest.hexdigest()[:16]
 
 
@@ -137,11 +138,12 @@ def _problem(index: int, fields: Mapping[str, Any], source: str) -> Problem:
             f"most {LONGEST_PROBLEM}"
         )
     answer = answer_text(fields.get("answer"))
-    if not answer and isinstance(fields.get("solution"), str):
-        answer = extract_boxed(fields["solution"]) or ""
+    solution = fields.get("solution") if isinstance(fields.get("solution"), str) else None
+    if not answer and solution:
+        answer = extract_boxed(solution) or ""
     if not answer:
         raise ArtefactError(f"{where} neither an `answer` nor a `solution` with a \\boxed answer")
-    return Problem(index, text, answer)
+    return Problem(index, text, answer, solution or None)
 
 
 def answer_text(value: Any) -> str:

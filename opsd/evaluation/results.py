@@ -46,6 +46,9 @@ FIELDS = REGIME_FIELDS | {
     "schema_version": int | None,
     "grading": dict | None,
     "training_run": dict | None,
+    "adapter": str | None,
+    "dtype": str | None,
+    "prompt": str | None,
     FIRST_FILES_KEY: int | float | None,
 }
 GROUND_TRUTH_KEYS = ("ground_truth", "answer", "gt_answer")

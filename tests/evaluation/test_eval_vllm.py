@@ -57,6 +57,7 @@ def test_greedy_results_are_those_of_transformers(world: Path, tmp_path: Path, t
 
 
 def test_an_adapter_gives_what_its_merged_model_gives(world: Path, tmp_path: Path) -> None:
+    """vLLM with the adapter, transformers with the adapter on, and the merged model."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(world / "model")
@@ -68,7 +69,8 @@ def test_an_adapter_gives_what_its_merged_model_gives(world: Path, tmp_path: Pat
     by_request = result_of(world, tmp_path / "a.json", adapter=str(tmp_path / "adapter"), **greedy)
     merged = result_of(world, tmp_path / "m.json", engine="hf", base_model=str(tmp_path / "merged"), **greedy)
     base = result_of(world, tmp_path / "b.json", engine="hf", **greedy)
-    assert by_request["results"] == merged["results"]
+    adapted = result_of(world, tmp_path / "h.json", engine="hf", adapter=str(tmp_path / "adapter"), **greedy)
+    assert by_request["results"] == adapted["results"] == merged["results"]
     assert by_request["results"] != base["results"]
     assert by_request["adapter"] == str(tmp_path / "adapter")
 
