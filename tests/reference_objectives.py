@@ -1,7 +1,7 @@
 """Each equation with plain loops over tokens and vocabulary entries, independent of opsd/.
 
-Inputs are [B, T, V] logits, [B, T] ids and a [B, T]
-mask of valid tokens, as nested sequences or tensors; the loss is a differentiable float64 scalar.
+Inputs are [B, T, V] logits, [B, T] ids and a [B, T] mask of valid tokens, as nested sequences or tensors; the
+loss is a differentiable float64 scalar.
 """
 
 from __future__ import annotations

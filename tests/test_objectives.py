@@ -11,16 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd.objectives import (
-    METHODS,
-    Hyperparameters,
-    ReductionInput,
-    entropy_threshold,
-    position_fractions,
-    position_weights,
-)
-from opsd.token_stats import token_statistics
+from opsd.objectives import METHODS, Hyperparameters, entropy_threshold, position_fractions, position_weights
 from tests.reference_objectives import reference_loss
+from tests.test_token_stats import chunked_loss
 
 # tests/golden/losses.npz: 8 cases (L1..L8) produced by running the published PW-OPSD training code
 # (SaFo-Lab/PW-OPSD, commit 35303e0) on CPU with torch 2.13.0, trl 0.26.0 and transformers 4.57.1; see
@@ -38,16 +31,10 @@ CASES = {
 }
 
 
-def dense_loss(method, student, teacher, ids, mask, *, hyper, step=0, **config):
+def dense_loss(method, student, teacher, ids, mask, *, hyper, step=0, chunk=None):
     """The project's own objective on [B, T, V] logits: the valid positions, flat, go through the chunks."""
-    row = METHODS[method]
-    stats_config = row.statistics(hyper)
-    if config:
-        stats_config = type(stats_config)(**{**vars(stats_config), **config})
-    stats = token_statistics(
-        student[mask], teacher[mask], ids[mask], config=stats_config, term=lambda s: row.term(s, hyper)
-    )
-    return row.reduce(ReductionInput(stats, mask.sum(1), step), hyper).loss()
+    inputs = student[mask], teacher[mask], ids[mask], mask.sum(1).tolist()
+    return chunked_loss(method, *inputs, head=None, hyper=hyper, step=step, chunk=chunk)
 
 
 def golden(name, key):
@@ -100,7 +87,7 @@ HYPERPARAMETERS = st.builds(
 )
 def test_agrees_with_plain_loops(seed, shape, method, step, chunk, hyper):
     student, teacher, ids, mask = random_case(seed, *shape)
-    ours = dense_loss(method, student, teacher, ids, mask, hyper=hyper, step=step, chunk_positions=chunk)
+    ours = dense_loss(method, student, teacher, ids, mask, hyper=hyper, step=step, chunk=chunk)
     (gradient,) = torch.autograd.grad(ours, student)
     naive = reference_loss(method, student, teacher, ids, mask, hyper=hyper, step=step)
     (expected,) = torch.autograd.grad(naive, student)
