@@ -111,11 +111,8 @@ def check_config(config: EvalConfig) -> None:
             f"--tensor_parallel_size is {config.tensor_parallel_size}, but --engine hf uses one GPU; use "
             "--engine vllm, or evaluate other cells on the other GPUs"
         )
-    if config.prompt != "evaluation" and not config.enable_thinking:
-        raise UsageError(
-            f"--no_thinking is for the evaluation prompt, but --prompt is {config.prompt}, which has its "
-            "own thinking; leave one of them out"
-        )
+    if config.prompt == "teacher" and not config.enable_thinking:
+        raise UsageError("--no_thinking is given, but the teacher thinks in training; leave it out")
     benchmark_row(config.dataset, config.dataset_path)
 
 

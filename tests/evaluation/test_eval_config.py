@@ -64,7 +64,7 @@ def test_flags_reach_the_settings():
         ("--engine hf --tensor_parallel_size 2", "--tensor_parallel_size is 2, but --engine hf"),
         ("--temp 1", "--temp"),
         ("--dtype float16", "--dtype is 'float16'"),
-        ("--prompt teacher --no_thinking", "--no_thinking is for the evaluation prompt"),
+        ("--prompt teacher --no_thinking", "--no_thinking is given, but the teacher thinks"),
         ("--data_parallel_size 2", "unrecognized arguments: --data_parallel_size"),
     ],
 )

@@ -23,11 +23,10 @@ from opsd.evaluation.config import EvalConfig
 from opsd.evaluation.grading import extract_boxed
 from opsd.evaluation.journal import Journal, read_lines
 from opsd.evaluation.results import load_result, write_result
-from opsd.evaluation.run import evaluate
+from opsd.evaluation.run import evaluate, prepare
 from opsd.prompts import student_message, teacher_message
-from opsd.report.notes import missing_commands, table_notes
+from opsd.report.notes import Notes, missing_commands
 from opsd.report.summary import build_tables, load_run, row_title
-from opsd.rollout.engine import Request
 from tests.evaluation import eval_world
 from tests.test_merge_lora import train_nothing
 
@@ -178,7 +177,7 @@ def arm(moment):
 
 if __name__ == "__main__":  # grading processes import this file too, and need none of what follows
     import torch, transformers
-    from opsd.evaluation.run import evaluate
+    from opsd.evaluation.run import evaluate, prepare
     from opsd.evaluation.config import EvalConfig
     from transformers.models.qwen3 import modeling_qwen3
     torch.set_num_threads(1)
@@ -440,7 +439,7 @@ def test_an_adapter_is_evaluated_as_its_merged_model_is(
         ("qwen3_4b_base_pwopsd", "pwopsd"),
     ]
     (table,) = build_tables(runs, pytest.fail)
-    notes = {row_title(row): cell for (row, _), cell in table_notes(table).items()}
+    notes = {row_title(row): Notes(table).of(row, ["toy"]) for row in table.rows}
     assert "base and adapter, not merged" in notes["PW-OPSD (adapter)"]
     assert "base and adapter, not merged" not in notes["PW-OPSD"]
     commands = [c for c in missing_commands(table, [1]) if "pwopsd" in c]
@@ -460,31 +459,29 @@ def test_the_weights_are_evaluated_in_the_dtype_asked_for(
     assert len(identities) == 3
 
 
-def test_the_prompts_of_training(world: Path, reference: Result, tmp_path: Path) -> None:
+def test_the_prompts_of_training(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in (world / "problems.jsonl").read_text().splitlines()]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row | {"solution": f"sum {row['answer']}"}) + "\n" for row in rows))
-    seen: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        decode = eval_world.make_tokenizer().decode
-        record = lambda prompt, *_: seen.append(decode(prompt))  # noqa: E731
-        patch.setattr(evaluation, "Request", lambda prompt, seed: record(prompt) or Request(prompt, seed))
-        teacher, student = (
-            run(world, tmp_path / f"{prompt}.json", prompt=prompt, dataset_path=str(data), val_n=1)
-            for prompt in ("teacher", "student")
-        )
+    model = eval_world.make_model(tmp_path / "model", positions=1024)
+    places = {"base_model": str(model), "dataset_path": str(data), "val_n": 1}
     tokenizer = eval_world.make_tokenizer()
-    for prompt, message in (
-        (seen[0], teacher_message("what is 0+0?", "sum 0")),
-        (seen[6], student_message("what is 0+0?")),
-    ):
-        ids = tokenizer(f"<u>{message}<a>", add_special_tokens=False)["input_ids"]
-        assert prompt.startswith(decode(ids))
-    assert (teacher["enable_thinking"], student["enable_thinking"]) == (True, False)
-    assert seen[6].endswith("<n>")
-    assert not seen[0].endswith("<n>")
-    assert "{solution}" in teacher["prompt_style"]
+    messages = {
+        "student": student_message("what is 0+0?"),
+        "teacher": teacher_message("what is 0+0?", "sum 0"),
+    }
+    for prompt, message in messages.items():
+        config = config_of(world, tmp_path / "r.json", prompt=prompt, **places)
+        plan = prepare(config)
+        # The student does not think in training, the teacher does.
+        rendered = f"<u>{message}<a>" + "<n>" * (prompt == "student")
+        assert plan.prompts[0] == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        assert plan.regime["enable_thinking"] == (prompt == "teacher")
+    assert evaluate_math.main(command_of(config)[2:]) == 0
+    result = load_result(config.output)
+    assert f"boxed {result['format_rate']:.2f} %" in capsys.readouterr().out
+    assert (result["prompt"], "{solution}" in result["prompt_style"]) == ("teacher", True)
     with pytest.raises(UsageError, match=r"dataset_fingerprint.*prompt_style"):
-        run(world, tmp_path / "teacher.json", dataset_path=str(data), val_n=1)
+        run(world, tmp_path / "r.json", **places)
     with pytest.raises(ArtefactError, match=r"row 0 of .* has no `solution`, which the teacher reads"):
         run(world, tmp_path / "none.json", prompt="teacher")
