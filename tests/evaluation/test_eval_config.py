@@ -39,6 +39,7 @@ def test_flags_reach_the_settings():
     assert config.tensor_parallel_size == 2
     # vLLM's and the authors' spelling of "off".
     assert (config.top_k, config.enable_thinking) == (0, False)
+    assert parsed("--temperature", "0").temperature == 0  # greedy
     assert parse_config(NEEDED)[1] is False
     assert parse_config([*NEEDED, "--replace"])[1] is True
     assert config.journal_path == Path("r.json.journal.jsonl")
