@@ -25,13 +25,10 @@ HMMT25_DEFAULT = "data/hmmt25_clean/train.parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One row.
+    """One row: `size` problems of a split on the Hugging Face hub, or of a local file.
 
     Attributes:
-        size: number of problems.
-        hub_id, split: the dataset on the Hugging Face hub; None for a local one.
-        path: file of a local benchmark below the repository.
-        variable: environment variable that replaces `path`.
+        path: file of a local benchmark below the repository; the environment's `variable` replaces it.
         remedy: how to get a local file that is missing.
     """
 
@@ -95,8 +92,7 @@ def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> Load
 
     Raises:
         UsageError: the name is unknown and no dataset_path is given.
-        ArtefactError: the source is missing or unreadable, a column or an answer is missing, or a benchmark
-            of `BENCHMARKS` has another number of problems than it must have.
+        ArtefactError: the source, a column or an answer is missing, or the number of problems is wrong.
     """
     row = benchmark_row(name, dataset_path)
     split = row.split if row is not None else "test"

@@ -48,8 +48,8 @@ def check_model(config: EvalConfig) -> ModelFacts:
     """Check base model and adapter without reading their weights.
 
     Raises:
-        ArtefactError: no such model or adapter, not a causal language model, weights missing, empty, cut or
-            of other shapes than the configuration's, or an adapter of another base model.
+        ArtefactError: no such causal language model or adapter, weights missing, cut or of other shapes than
+            the configuration's, or an adapter of another base model.
         UsageError: --max_model_len exceeds what the model was built for.
     """
     name, load = config.base_model, _load_options(config)

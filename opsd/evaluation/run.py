@@ -120,11 +120,8 @@ def prepare(config: EvalConfig) -> Plan:
     adapter = "" if facts.adapter_identity is None else f"+adapter:{facts.adapter_identity}"
     dtype = "" if config.dtype == "auto" else f"+dtype:{config.dtype}"
     teacher = config.prompt == "teacher"
-    styles = {
-        "evaluation": evaluation_message("{problem}"),
-        "student": student_message("{problem}"),
-        "teacher": teacher_message("{problem}", "{solution}"),
-    }
+    styles = {"evaluation": evaluation_message("{problem}"), "student": student_message("{problem}")}
+    styles["teacher"] = teacher_message("{problem}", "{solution}")
     values = {
         **vars(config),
         "model_identity": facts.identity + adapter + dtype,
@@ -157,8 +154,8 @@ def existing_result(plan: Plan, *, replace: bool) -> dict[str, Any] | None:
     """Return the finished result at the output if it is this very run's; None if there is none (any more).
 
     Raises:
-        UsageError: another run's result, or a damaged one, is there and `replace` is off, or it has more
-            problems than this run. Every differing field is named.
+        UsageError: another run's result (every differing field is named) or a damaged one is there and
+            `replace` is off, or it has more problems than this run.
     """
     output, problems = Path(plan.config.output), 0
     if not output.exists():
