@@ -18,7 +18,7 @@ import numpy as np
 from opsd import REPO_ROOT
 from opsd.errors import ArtefactError
 from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
-from opsd.evaluation.names import parse_name
+from opsd.evaluation.names import marks, parse_name
 from opsd.evaluation.results import load_result, regime_differences
 from opsd.objectives import METHODS
 
@@ -82,6 +82,8 @@ def load_run(path: Path) -> Run:
     if all(isinstance(vote, bool) for vote in votes):
         shares["majority"] = np.array(votes, dtype=float)
     model, method, training_seed = split_name(name)
+    # What was not evaluated as the paper does is a row of its own, whatever the file's name.
+    method = "_".join([method, *marks(result)])
     facts = result | {"dataset": dataset}
     return Run(path, name, model, method, training_seed, first, dataset, result.get("seed"), facts, shares)
 
