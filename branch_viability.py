@@ -26,15 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the diagnostic that the command line asks for."""
     config = parse_config(argv)
     # torch and transformers take seconds to import; a wrong flag is answered before that.
+    from opsd.diagnostic.report import prediction
     from opsd.diagnostic.run import diagnose
 
     analysis = diagnose(config, command=sys.argv[1:] if argv is None else argv)
-    everything = analysis.subsets[0]
+    everything, decision = analysis.subsets[0], analysis.decision
     position = everything.aurocs["relative_position"]
     print(
-        f"{everything.branches} branches of {everything.problems} problems: AUROC of relative position "
-        f"{position['absolute'].text()} for absolute viability, {position['relative'].text()} relative to "
-        f"the control; report in {printable(config.folder / 'report.md')}"
+        f"{everything.branches} branches of {everything.problems} problems: {prediction(decision)} (value of "
+        f"the teacher's choices where it takes weight away: {decision.value.early.text(digits=3)}). AUROC of "
+        f"relative position {position['absolute'].text()} for absolute viability, "
+        f"{position['relative'].text()} relative to the control; report in "
+        f"{printable(config.folder / 'report.md')}"
     )
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from opsd.diagnostic.config import BranchConfig
-from opsd.diagnostic.schedule import ScheduleFit, fit_schedule
+from opsd.diagnostic.schedule import MODERATE, ScheduleFit, fit_schedule, schedule
 from opsd.diagnostic.statistics import (
     Estimate,
     clustered_auroc,
@@ -22,7 +22,7 @@ from opsd.diagnostic.statistics import (
 from opsd.errors import printable
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
     from transformers import PreTrainedTokenizerBase
 
     from opsd.diagnostic.sampling import Branches, BranchKey
@@ -77,6 +77,41 @@ class Group:
 
 
 @dataclass(frozen=True)
+class ValueBin:
+    """The forks in a bin of relative position."""
+
+    label: str
+    middle: float
+    forks: int
+    divergence: float  # mean KL(teacher ‖ student), nats
+    weight: float  # mean w of the paper's Moderate schedule
+    value: Estimate  # of the teacher's choices
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The mean value of the teacher's choices under two weightings, which split each position's pull."""
+
+    early: Estimate  # weighted by 1 − w, what the schedule takes away
+    late: Estimate  # weighted by w, what it keeps
+    difference: Estimate  # late − early
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the paper's Moderate schedule helps, to first order in the training step.
+
+    The value of the teacher's choices at a fork is Σ (p_T − p_S)·(viability − control) over the forced
+    tokens: the success that the teacher's next token has more than the student's own, and p_T − p_S is
+    training's pull. A token that was not forced counts as the control. OPSD gains Σ value, PW-OPSD Σ w·value.
+    """
+
+    bins: list[ValueBin]
+    value: Contrast
+    by_divergence: Contrast  # the same with every fork weighted by KL besides
+
+
+@dataclass(frozen=True)
 class Analysis:
     """The figures of the report and the picture."""
 
@@ -85,7 +120,8 @@ class Analysis:
     by_rank: list[Group]
     spine_success: float  # share of the spines that end right
     truncated: float  # share of the forced continuations that were cut
-    schedules: dict[str, ScheduleFit | None]
+    decision: Decision
+    suggestion: ScheduleFit | None  # None where none was asked for, or no schedule gains anything
 
 
 def branch_table(
@@ -145,25 +181,51 @@ def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
     """Compute every figure of the report. All intervals use the same resamples of the problems."""
     table = table.assign(code=pd.factorize(table["problem"], sort=True)[0])
     weights = resample_weights(table["problem"].nunique(), resamples=config.resamples, seed=config.seed)
-    schedules = {}
-    if config.suggest_schedule:
-        columns = (table["relative_position"], table["viability"], table["code"], weights)
-        for name, control in (("absolute", 1.0), ("relative", table["control_viability"])):
-            importance = table["teacher_probability"]
-            schedules[name] = fit_schedule(*columns, control=control, importance=importance)
-    curve = [
-        _group(f"{low:.1f} to {high:.1f}", (low + high) / 2, rows, weights)
-        for low, high in pairwise(np.linspace(0, 1, CURVE_BINS + 1))
-        for rows in [table[table["relative_position"].between(low, high, inclusive="left")]]
-    ]
+    curve = [_group(label, middle, rows, weights) for label, middle, rows in _bins(table)]
+    forks = fork_values(table)
+    columns = (forks["relative_position"], forks["value"], forks["code"], weights)
+    suggestion = fit_schedule(*columns) if config.suggest_schedule else None
     return Analysis(
         subsets=[_subset(name, table[choose(table)], weights) for name, choose in SUBSETS.items()],
         curve=curve,
         by_rank=[_group(str(rank), rank, rows, weights) for rank, rows in table.groupby("rank")],
         spine_success=float(table.drop_duplicates("problem")["spine_correct"].mean()),
         truncated=float(table["truncated_share"].mean()),
-        schedules=schedules,
+        decision=decide(forks, weights),
+        suggestion=suggestion,
     )
+
+
+def _bins(rows: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
+    """Yield label, middle and rows of each bin of relative position."""
+    for low, high in pairwise(np.linspace(0, 1, CURVE_BINS + 1)):
+        inside = rows["relative_position"].between(low, high, inclusive="left")
+        yield f"{low:.1f} to {high:.1f}", float((low + high) / 2), rows[inside]
+
+
+def fork_values(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per fork: code, relative_position, kl and the value of the teacher's choices there."""
+    pull = table["teacher_probability"] - table["student_probability"]
+    how = {"value": "sum"} | dict.fromkeys(("kl", "relative_position", "code"), "first")
+    rows = table.assign(value=pull * table["relative_viability"])
+    return rows.groupby(["problem", "position"], as_index=False).agg(how)
+
+
+def decide(forks: pd.DataFrame, weights: NDArray[np.float64]) -> Decision:
+    """Compute the decision from the rows of `fork_values`."""
+    forks = forks.assign(weight=schedule(forks["relative_position"], **MODERATE))
+    bins = []
+    for label, middle, some in _bins(forks):
+        means = some[["kl", "weight"]].mean()
+        value = clustered_mean(some["value"], some["code"], weights)
+        bins.append(ValueBin(label, middle, len(some), *map(float, means), value))
+
+    def contrast(pull: ArrayLike) -> Contrast:
+        taken, kept = pull * (1 - forks["weight"]), pull * forks["weight"]
+        columns = (forks["value"], forks["code"], weights)
+        return Contrast(*(clustered_mean(*columns, *some) for some in ((taken,), (kept,), (kept, taken))))
+
+    return Decision(bins, contrast(1.0), contrast(forks["kl"]))
 
 
 def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Subset:

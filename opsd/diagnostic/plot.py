@@ -1,4 +1,4 @@
-"""The diagnostic's picture: viability along the spine, with and without the control."""
+"""The diagnostic's picture: the value of the teacher's choices, viability, and the suggested schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsd.diagnostic.schedule import PLACES, schedule
+from opsd.diagnostic.schedule import MODERATE, PLACES, schedule
 from opsd.report import plots
 
 if TYPE_CHECKING:
@@ -19,15 +19,22 @@ if TYPE_CHECKING:
     from opsd.diagnostic.statistics import Estimate
 
 POSITION = "relative position f on the spine"
-MODERATE = {"w_min": 0.25, "tau": 0.30, "s": 0.10}
 
 
 def draw(analysis: Analysis, path: Path, *, top_k: int) -> None:
-    """Write the picture: success, difference to the control and, where they were fitted, the schedules."""
-    fits = {name: fit for name, fit in analysis.schedules.items() if fit is not None}
-    figure, axes = plots.small_multiples(2 + bool(fits))
-    for axis in axes:
+    """Write the picture: value, success, difference to the control and, if there is one, the schedule."""
+    fit, bins = analysis.suggestion, analysis.decision.bins
+    figure, (decides, *axes) = plots.small_multiples(3 + (fit is not None), columns=4)
+    for axis in (decides, *axes):
         axis.set_xlim(0, 1)
+    title = "Value of the teacher's choices"
+    plots.label(decides, title=title, x=POSITION, y="success against the student's own")
+    decides.axhline(0, color="0.3", linewidth=0.9, linestyle="--")
+    middles, values = [bin.middle for bin in bins], [bin.value for bin in bins]
+    _band(decides, middles, values, plots.COLOURS[3], label="weight 1 (OPSD)", marker="o")
+    weighted = [np.nan if bin.value.value is None else bin.weight * bin.value.value for bin in bins]
+    decides.plot(middles, weighted, color="0.3", linestyle=":", label="× w(f), Moderate (PW-OPSD)")
+    decides.legend(fontsize=8, loc="best", frameon=False)
     title = "Continuations that recover the answer"
     plots.label(axes[0], title=title, x=POSITION, y="share (95 % over problems)")
     blue, orange, green = plots.COLOURS[:3]
@@ -46,11 +53,10 @@ def draw(analysis: Analysis, path: Path, *, top_k: int) -> None:
     low, high = axes[1].get_ylim()
     axes[1].set_ylim(low, high + 0.2 * (high - low))
     axes[1].legend(fontsize=8, loc="upper right", frameon=False)
-    if fits:
+    if fit is not None:
         plots.label(axes[2], title="Position weight w(f)", x=POSITION, y="weight (95 % over problems)")
-        for colour, (name, fit) in zip(plots.COLOURS[: len(fits)], fits.items(), strict=True):
-            note = ", undetermined" if fit.undetermined() else ""
-            _band(axes[2], PLACES, fit.curve, colour, label=f"fitted to {name} viability{note}")
+        note = ", undetermined" if fit.undetermined() else ""
+        _band(axes[2], PLACES, fit.curve, blue, label=f"suggested{note}")
         moderate = schedule(PLACES, **MODERATE)
         axes[2].plot(PLACES, moderate, color="0.3", linestyle="--", label="Moderate (the paper)")
         axes[2].set_ylim(-0.02, 1.02)
