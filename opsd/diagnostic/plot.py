@@ -24,7 +24,7 @@ POSITION = "relative position f on the spine"
 def draw(analysis: Analysis, path: Path, *, top_k: int) -> None:
     """Write the picture: value, success, difference to the control and, if there is one, the schedule."""
     fit, bins = analysis.suggestion, analysis.decision.bins
-    figure, (decides, *axes) = plots.small_multiples(3 + (fit is not None), columns=4)
+    figure, (decides, *axes) = plots.small_multiples(3 + (fit is not None), columns=2 if fit else 3)
     for axis in (decides, *axes):
         axis.set_xlim(0, 1)
     title = "Value of the teacher's choices"

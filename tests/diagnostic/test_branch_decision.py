@@ -84,8 +84,8 @@ def test_the_suggestion_follows_from_the_value():
     assert any("whether the weight should rise" in phrase for phrase in fits[1].undetermined())
 
 
-def test_a_table_of_an_earlier_version_is_decided_too():
-    """The recorded run of the small world, in which PW-OPSD trained to less than OPSD."""
+def test_the_recorded_run_of_the_small_world():
+    """PW-OPSD trained to less than OPSD there."""
     table = pd.read_csv(ROOT / "docs" / "branch_viability_small" / "branches.csv")
     analysis = analyse(table, BranchConfig(model_name_or_path="", dataset="", output_dir=""))
     assert prediction(analysis.decision) == "PW-OPSD (Moderate) is predicted worse than OPSD"
