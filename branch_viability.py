@@ -17,6 +17,7 @@ without sampling. docs/branch_viability.md says how to read the report. Exit cod
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from opsd.diagnostic.config import parse_config
 from opsd.errors import printable, run_cli
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         f"the teacher's choices where it takes weight away: {decision.value.early.text(digits=3)}). AUROC of "
         f"relative position {position['absolute'].text()} for absolute viability, "
         f"{position['relative'].text()} relative to the control; report in "
-        f"{printable(config.folder / 'report.md')}"
+        f"{printable(Path(config.output_dir) / 'report.md')}"
     )
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -74,18 +74,8 @@ class Group:
     success: Estimate
     control: Estimate  # success of the forks' unforced continuations
     difference: Estimate
-
-
-@dataclass(frozen=True)
-class ValueBin:
-    """The forks in a bin of relative position."""
-
-    label: str
-    middle: float
-    forks: int
     divergence: float  # mean KL(teacher ‖ student), nats
-    weight: float  # mean w of the paper's Moderate schedule
-    value: Estimate  # of the teacher's choices
+    value: Estimate  # mean over the forks of the value of the teacher's choices, see `Decision`
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,6 @@ class Decision:
     training's pull. A token that was not forced counts as the control. OPSD gains Σ value, PW-OPSD Σ w·value.
     """
 
-    bins: list[ValueBin]
     value: Contrast
     by_divergence: Contrast  # the same with every fork weighted by KL besides
 
@@ -181,10 +170,13 @@ def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
     """Compute every figure of the report. All intervals use the same resamples of the problems."""
     table = table.assign(code=pd.factorize(table["problem"], sort=True)[0])
     weights = resample_weights(table["problem"].nunique(), resamples=config.resamples, seed=config.seed)
-    curve = [_group(label, middle, rows, weights) for label, middle, rows in _bins(table)]
     forks = fork_values(table)
     columns = (forks["relative_position"], forks["value"], forks["code"], weights)
     suggestion = fit_schedule(*columns) if config.suggest_schedule else None
+    curve = []
+    for low, high in pairwise(np.linspace(0, 1, CURVE_BINS + 1)):
+        inside = table["relative_position"].between(low, high, inclusive="left")
+        curve.append(_group(f"{low:.1f} to {high:.1f}", float((low + high) / 2), table[inside], weights))
     return Analysis(
         subsets=[_subset(name, table[choose(table)], weights) for name, choose in SUBSETS.items()],
         curve=curve,
@@ -196,36 +188,24 @@ def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
     )
 
 
-def _bins(rows: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
-    """Yield label, middle and rows of each bin of relative position."""
-    for low, high in pairwise(np.linspace(0, 1, CURVE_BINS + 1)):
-        inside = rows["relative_position"].between(low, high, inclusive="left")
-        yield f"{low:.1f} to {high:.1f}", float((low + high) / 2), rows[inside]
-
-
 def fork_values(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per fork: code, relative_position, kl and the value of the teacher's choices there."""
+    """Return the first row of each fork with the `value` of the teacher's choices there (see `Decision`)."""
     pull = table["teacher_probability"] - table["student_probability"]
-    how = {"value": "sum"} | dict.fromkeys(("kl", "relative_position", "code"), "first")
-    rows = table.assign(value=pull * table["relative_viability"])
-    return rows.groupby(["problem", "position"], as_index=False).agg(how)
+    table = table.assign(value=pull * table["relative_viability"])
+    values = table.groupby(["problem", "position"])["value"].transform("sum")
+    return table.assign(value=values).drop_duplicates(["problem", "position"])
 
 
 def decide(forks: pd.DataFrame, weights: NDArray[np.float64]) -> Decision:
     """Compute the decision from the rows of `fork_values`."""
-    forks = forks.assign(weight=schedule(forks["relative_position"], **MODERATE))
-    bins = []
-    for label, middle, some in _bins(forks):
-        means = some[["kl", "weight"]].mean()
-        value = clustered_mean(some["value"], some["code"], weights)
-        bins.append(ValueBin(label, middle, len(some), *map(float, means), value))
+    weight = schedule(forks["relative_position"], **MODERATE)
 
     def contrast(pull: ArrayLike) -> Contrast:
-        taken, kept = pull * (1 - forks["weight"]), pull * forks["weight"]
+        taken, kept = pull * (1 - weight), pull * weight
         columns = (forks["value"], forks["code"], weights)
         return Contrast(*(clustered_mean(*columns, *some) for some in ((taken,), (kept,), (kept, taken))))
 
-    return Decision(bins, contrast(1.0), contrast(forks["kl"]))
+    return Decision(contrast(1.0), contrast(forks["kl"]))
 
 
 def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Subset:
@@ -243,10 +223,11 @@ def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Sub
 
 
 def _group(label: str, key: float, rows: pd.DataFrame, weights: NDArray[np.float64]) -> Group:
-    # The control belongs to the fork: counted once, not once per alternative.
-    forks = rows.drop_duplicates(["problem", "position"])
-    success = clustered_mean(rows["viability"], rows["code"], weights)
-    control = clustered_mean(forks["control_viability"], forks["code"], weights)
-    difference = clustered_mean(rows["relative_viability"], rows["code"], weights)
-    probability = float(rows["teacher_probability"].mean())
-    return Group(label, key, len(rows), probability, success, control, difference)
+    # Control and value belong to the fork: counted once, not once per alternative.
+    forks = fork_values(rows)
+    branches = {"success": "viability", "difference": "relative_viability"}
+    estimates = {name: clustered_mean(rows[of], rows["code"], weights) for name, of in branches.items()}
+    for name, column in {"control": "control_viability", "value": "value"}.items():
+        estimates[name] = clustered_mean(forks[column], forks["code"], weights)
+    means = {"probability": rows["teacher_probability"].mean(), "divergence": forks["kl"].mean()}
+    return Group(label, key, len(rows), **means, **estimates)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsd.diagnostic.schedule import MODERATE, PLACES, schedule
+from opsd.diagnostic.schedule import MODERATE, PLACES, Array, schedule
 from opsd.report import plots
 
 if TYPE_CHECKING:
@@ -23,32 +23,31 @@ POSITION = "relative position f on the spine"
 
 def draw(analysis: Analysis, path: Path, *, top_k: int) -> None:
     """Write the picture: value, success, difference to the control and, if there is one, the schedule."""
-    fit, bins = analysis.suggestion, analysis.decision.bins
+    fit, curve = analysis.suggestion, analysis.curve
     figure, (decides, *axes) = plots.small_multiples(3 + (fit is not None), columns=2 if fit else 3)
     for axis in (decides, *axes):
         axis.set_xlim(0, 1)
+    f = np.array([group.key for group in curve])
+    blue, orange, green, purple = plots.COLOURS[:4]
     title = "Value of the teacher's choices"
     plots.label(decides, title=title, x=POSITION, y="success against the student's own")
     decides.axhline(0, color="0.3", linewidth=0.9, linestyle="--")
-    middles, values = [bin.middle for bin in bins], [bin.value for bin in bins]
-    _band(decides, middles, values, plots.COLOURS[3], label="weight 1 (OPSD)", marker="o")
-    weighted = [np.nan if bin.value.value is None else bin.weight * bin.value.value for bin in bins]
-    decides.plot(middles, weighted, color="0.3", linestyle=":", label="× w(f), Moderate (PW-OPSD)")
+    value = _band(decides, f, [group.value for group in curve], purple, label="weight 1 (OPSD)", marker="o")
+    weighted = schedule(f, **MODERATE) * value
+    decides.plot(f, weighted, color="0.3", linestyle=":", label="× w(f), Moderate (PW-OPSD)")
     decides.legend(fontsize=8, loc="best", frameon=False)
     title = "Continuations that recover the answer"
     plots.label(axes[0], title=title, x=POSITION, y="share (95 % over problems)")
-    blue, orange, green = plots.COLOURS[:3]
-    f = [group.key for group in analysis.curve]
-    success, control, difference = (
-        [getattr(group, name) for group in analysis.curve] for name in ("success", "control", "difference")
-    )
-    _band(axes[0], f, success, blue, label=f"teacher's top {top_k}, forced", marker="o")
-    _band(axes[0], f, control, orange, label="control: nothing forced", marker="s")
+    forced = f"teacher's top {top_k}, forced"
+    _band(axes[0], f, [group.success for group in curve], blue, label=forced, marker="o")
+    control = "control: nothing forced"
+    _band(axes[0], f, [group.control for group in curve], orange, label=control, marker="s")
     axes[0].set_ylim(-0.02, 1.02)
     axes[0].legend(fontsize=8, loc="best", frameon=False)
     plots.label(axes[1], title="Viability relative to the control", x=POSITION, y="difference of shares")
     axes[1].axhline(0, color="0.3", linewidth=0.9, linestyle="--")
-    _band(axes[1], f, difference, green, label="forced − control, same prefix", marker="o")
+    relative = "forced − control, same prefix"
+    _band(axes[1], f, [group.difference for group in curve], green, label=relative, marker="o")
     # Head room for the legend: a band as wide as these leaves no other place for it.
     low, high = axes[1].get_ylim()
     axes[1].set_ylim(low, high + 0.2 * (high - low))
@@ -64,8 +63,9 @@ def draw(analysis: Analysis, path: Path, *, top_k: int) -> None:
     plots.save(figure, path)
 
 
-def _band(axis: Axes, x: ArrayLike, estimates: Sequence[Estimate], colour: str, **line: str) -> None:
-    """Draw estimates, a gap where one is unknown, with their intervals where those are known."""
+def _band(axis: Axes, x: ArrayLike, estimates: Sequence[Estimate], colour: str, **line: str) -> Array:
+    """Draw estimates, a gap where one is unknown, with their intervals where known; return their values."""
     value, low, high = np.array([(e.value, e.low, e.high) for e in estimates], dtype=float).T
     axis.plot(x, value, color=colour, markersize=4, **line)
     axis.fill_between(x, low, high, color=colour, alpha=0.17, linewidth=0)
+    return value

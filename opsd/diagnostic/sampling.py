@@ -1,7 +1,7 @@
-"""The diagnostic's sampling: spines, forks, forced branches and unforced controls, recorded as they finish.
+"""Draw spines, forks, forced branches and unforced controls, and record them as they finish.
 
-Every draw has a hashed seed of its own: a run that was killed and resumed gives the branches of the
-uninterrupted one, and any continuation can be drawn again alone.
+Every draw has a hashed seed of its own: a resumed run gives the branches of the uninterrupted one, and any
+continuation can be drawn again alone.
 """
 
 from __future__ import annotations

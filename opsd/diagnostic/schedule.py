@@ -55,16 +55,14 @@ class ScheduleFit:
         """Return a phrase for everything that the data leave open."""
         if self.w_min.low is None:
             return [f"{self.problems} problems are too few for any interval"]
-        share, found = self.shuffled_share, []
-        if share > SIGNIFICANCE:
-            fits = f"{share:.0%} of random shuffles of the positions fit a rise as good"
-            found.append(f"whether the weight should rise at all: {fits}")
-        wide = (
-            ("w_min", self.w_min, self.w_min.high - self.w_min.low > WIDE_WEIGHT, ()),
-            ("τ", self.tau, self.tau.high - self.tau.low > WIDE_TAU, TAUS[[0, -1]]),
-            ("s", self.s, self.s.high / self.s.low > WIDE_WIDTH_RATIO, WIDTHS[[0, -1]]),
-        )
-        for name, fitted, too_wide, ends in wide:
+        share, w_min, tau, s = self.shuffled_share, self.w_min, self.tau, self.s
+        shuffles = f"{share:.0%} of random shuffles of the positions fit a rise as good"
+        found = [f"whether the weight should rise at all: {shuffles}"] if share > SIGNIFICANCE else []
+        for name, fitted, too_wide, ends in (
+            ("w_min", w_min, w_min.high - w_min.low > WIDE_WEIGHT, ()),
+            ("τ", tau, tau.high - tau.low > WIDE_TAU, TAUS[[0, -1]]),
+            ("s", s, s.high / s.low > WIDE_WIDTH_RATIO, WIDTHS[[0, -1]]),
+        ):
             if too_wide:
                 found.append(f"{name}: anything in [{fitted.low:.2f}, {fitted.high:.2f}] fits")
             elif fitted.value in ends:

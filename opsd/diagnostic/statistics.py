@@ -1,10 +1,8 @@
 """AUROC and means with bootstrap intervals that resample problems with all of their branches.
 
-Branches of one problem share their spine and are not independent: an interval that resamples branches is far
-too narrow. The AUROC is a ratio of two counts of pairs, so the counts are formed once for every pair of
-problems; a resample is then a quadratic form in how often each problem was drawn.
-
-Shapes: n branches, G problems (clusters), R resamples. Imports numpy alone.
+Branches of one problem share their spine and are not independent. The AUROC is a ratio of two counts of
+pairs, formed once for every pair of problems; a resample is then a quadratic form in how often each problem
+was drawn. Shapes: n branches, G problems (clusters), R resamples. Imports numpy alone.
 """
 
 from __future__ import annotations
@@ -130,8 +128,7 @@ def relative_label(viability: ArrayLike, control: ArrayLike) -> NDArray[np.float
     """Return [n]: 1 where a branch succeeds more often than its control, 0 where less often, NaN for a tie.
 
     Near the end of a spine branch and control both always succeed; to count such ties as "not worse" would
-    make the position a predictor by saturation alone. Without ties, a branch whose continuations are drawn
-    like the control's gets 1 and 0 with equal probability, so a predictor of nothing scores 0.5.
+    make the position a predictor by saturation alone.
     """
     difference = np.asarray(viability, dtype=np.float64) - np.asarray(control, dtype=np.float64)
     # Shares of one m are equal exactly when their counts are; half a count absorbs rounding in the division.

@@ -51,20 +51,22 @@ def decided(table: pd.DataFrame) -> Decision:
 )
 def test_less_early_weight_helps_where_early_choices_mislead(misled, side):
     """The sign is that of how much more often the teacher misleads than the student misleads itself."""
-    decision = decided(world(0, misled=misled))
+    table = world(0, misled=misled)
+    decision, forks = decided(table), fork_values(table)
     assert prediction(decision) == f"PW-OPSD (Moderate) is predicted {side} OPSD"
     truth = (GOOD - BAD) * (OWN - 0.02 - 0.96 * misled)
-    early = np.mean([bin.value.value for bin in decision.bins if bin.middle < 0.3])
-    assert early == pytest.approx(truth, abs=0.03)
-    assert decision.bins[9].value.value == pytest.approx((GOOD - BAD) * (OWN - 0.02), abs=0.02)
+    early = forks["relative_position"] < 0.3
+    assert forks["value"][early].mean() == pytest.approx(truth, abs=0.03)
+    assert forks["value"][~early].mean() == pytest.approx((GOOD - BAD) * (OWN - 0.02), abs=0.01)
     assert (decision.value.difference.low > 0) == (misled > 0)
 
 
 def test_at_the_students_own_rate_only_the_gradient_is_neutral():
     """A teacher that misleads as often as the student changes nothing on average; KL says that it harms."""
-    decision = decided(world(1, misled=(OWN - 0.02) / 0.96, problems=400))
-    assert [bin.value.value for bin in decision.bins[:3]] == pytest.approx([0.0] * 3, abs=0.02)
-    assert decision.by_divergence.early.high < -0.1
+    table = world(1, misled=(OWN - 0.02) / 0.96, problems=400)
+    forks = fork_values(table)
+    assert forks["value"][forks["relative_position"] < 0.3].mean() == pytest.approx(0.0, abs=0.01)
+    assert decided(table).by_divergence.early.high < -0.1
 
 
 def test_the_null_is_covered():
@@ -109,3 +111,7 @@ def test_weighted_means_are_those_of_a_loop():
     # One problem that carries nearly all of the weight leaves no interval.
     heavy = clustered_mean(values, codes, weights, np.where(codes == 3, 100.0, 0.01))
     assert (heavy.low, heavy.high) == (None, None)
+    assert clustered_mean([], [], weights).text() == "–"
+    plain = clustered_mean(values, codes, weights)
+    assert plain == clustered_mean(values, codes, weights, np.full(60, 2.0))
+    assert plain.value == pytest.approx(values.mean())

@@ -9,7 +9,6 @@ from sklearn.metrics import roc_auc_score
 from opsd.diagnostic.statistics import (
     MIN_CLUSTERS,
     clustered_auroc,
-    clustered_mean,
     interval,
     pair_counts,
     relative_label,
@@ -89,19 +88,6 @@ def test_the_bootstrap_is_that_of_a_loop_over_resampled_problems():
     estimate = clustered_auroc(scores, labels, codes, weights)
     low, high = np.quantile(by_hand, [0.025, 0.975])
     assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-12)
-
-
-def test_the_mean_is_resampled_by_problem_too():
-    values, _, codes = random_data(2, branches=60, problems=9)
-    weights = resample_weights(9, resamples=300, seed=1)
-    by_hand = [
-        np.concatenate([np.repeat(values[codes == c], int(row[c])) for c in range(9)]).mean()
-        for row in weights
-    ]
-    estimate = clustered_mean(values, codes, weights)
-    assert estimate.value == pytest.approx(values.mean())
-    assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(by_hand, [0.025, 0.975])))
-    assert clustered_mean([], [], weights).text() == "–"
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

@@ -46,8 +46,8 @@ def panel(figure, title: str):
     return next(axis for axis in figure.axes if axis.get_title(loc="left") == title)
 
 
-@pytest.mark.parametrize(("ending", "magic"), [("pdf", b"%PDF"), ("svg", b"<?xml"), (None, b"\x89PNG")])
-def test_runs_become_a_picture_in_every_format(tmp_path, capsys, ending, magic):
+@pytest.mark.parametrize(("ending", "magic"), [("svg", b"<?xml"), (None, b"\x89PNG")])
+def test_runs_become_a_picture(tmp_path, capsys, ending, magic):
     runs = [log_run(tmp_path / r"a$\frac{$b")]  # no formula
     output, flags = runs[0] / "metrics.png", []
     if ending:
