@@ -97,10 +97,10 @@ def _decision(decision: Decision) -> str:
         + "\nThe *value* of the teacher's choices at a fork is the success of the token that it would write "
         "less that of the student's own: Σ (p_T − p_S)·(viability − control) over the forced tokens, where "
         "p_T − p_S is training's pull, the gradient of the divergence in the logits. To first order OPSD "
-        "gains its sum and PW-OPSD that of w(f)·value: PW-OPSD is better where what it takes away is negative, "
-        "worse where it is positive. Where a higher learning rate makes up for the smaller mean weight, it is "
-        "better where the later mean is the larger. KL, in the second line, counts a surprising choice twice, "
-        "which is too much where the student cannot foresee it.\n"
+        "gains its sum and PW-OPSD that of w(f)·value: PW-OPSD is better where what it takes away is "
+        "negative, worse where it is positive. Where a higher learning rate makes up for the smaller mean "
+        "weight, it is better where the later mean is the larger. KL, in the second line, counts a "
+        "surprising choice twice, which is too much where the student cannot foresee it.\n"
     )
 
 
@@ -154,15 +154,13 @@ def _suggestion(fit: ScheduleFit | None) -> str:
         return f"{head}No schedule gains anything, or the forks lie in fewer than four bins.\n"
     shown = (fit.w_min, fit.tau, fit.s, *(fit.curve[k] for k in SHOWN))
     texts = [estimate.text(unknown="–") for estimate in shown]
-    header = ("w_min", "τ", "s", "variance explained", *(f"w({PLACES[k]:g})" for k in SHOWN))
-    table = markdown_table(header, [(*texts[:3], f"{fit.explained:.0%}", *texts[3:])])
+    table = markdown_table(("w_min", "τ", "s", *(f"w({PLACES[k]:g})" for k in SHOWN)), [texts])
     names = ("position_w_min", "position_tau", "position_s")
     flags = (f"--{name} {each.value:.2f}" for name, each in zip(names, shown[:3], strict=True))
     verdict = f"Determined by these data: `{' '.join(flags)}`"
     if open_questions := fit.undetermined():
         verdict = (
-            f"These {fit.problems} problems do not determine the schedule. Open: "
-            f"{'; '.join(open_questions)}. The fitted curve explains {fit.explained:.0%} of the variance "
-            "between bins; take it for no recommendation"
+            f"These {fit.problems} problems do not determine the schedule, so this is no recommendation. "
         )
+        verdict += f"Open: {'; '.join(open_questions)}"
     return f"{head}{table}\n{verdict}.\n"

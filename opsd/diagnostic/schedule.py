@@ -49,7 +49,6 @@ class ScheduleFit:
     curve: list[Estimate]  # w(f) at `PLACES`, better determined than the parameters
     shuffled_share: float  # p value of the permutation test for a rise
     problems: int
-    explained: float  # share of the bins' weighted variance that the curve explains, against a constant
 
     def undetermined(self) -> list[str]:
         """Return a phrase for everything that the data leave open."""
@@ -99,7 +98,7 @@ def fit_schedule(
     position, codes = np.asarray(position, dtype=np.float64), np.asarray(clusters, dtype=np.int64)
     per_problem = _bin_sums(position, columns, codes, weights.shape[1])
     total = per_problem.sum(axis=1)
-    (best,), gain, spread = _solve(total[:, None])
+    (best,), gain = _solve(total[:, None])
     if (total[0] > 0).sum() < 4 or not np.isfinite(best).all():
         return None
     problems = int((per_problem[0].sum(axis=1) > 0).sum())
@@ -111,19 +110,16 @@ def fit_schedule(
         curve=[Estimate(float(_curve(f, best)), *interval(_curve(f, samples))) for f in PLACES],
         shuffled_share=_shuffled_share(position, columns, codes, gain[0]),
         problems=problems,
-        explained=float(gain[0] / spread[0]) if spread[0] > 1e-12 else 0.0,
     )
 
 
 def _shuffled_share(position: Array, columns: Array, codes: NDArray[np.int64], gain: float) -> float:
     """Return how often a fit to shuffled positions gains as much over a constant as `gain`."""
-    forks, member = np.unique(np.stack([codes, position], axis=1), axis=0, return_inverse=True)
-    drawn = np.random.default_rng(len(forks))
-    shuffled = np.empty((2, SHUFFLES, BINS))
+    drawn, by_problem = np.random.default_rng(len(codes)), np.argsort(codes, kind="stable")
+    shuffled, moved = np.empty((2, SHUFFLES, BINS)), np.empty_like(position)
     for k in range(SHUFFLES):
         # Sorting by (problem, random number) permutes the forks inside each problem.
-        order = np.lexsort((drawn.random(len(forks)), forks[:, 0]))
-        moved = forks[order, 1][member.reshape(-1)]
+        moved[by_problem] = position[np.lexsort((drawn.random(len(codes)), codes))]
         shuffled[:, k] = _bin_sums(moved, columns, np.zeros_like(codes), 1)[:, 0]
     as_good = (_solve(shuffled)[1] >= gain - 1e-12).sum()
     return float((1 + as_good) / (1 + SHUFFLES))
@@ -141,17 +137,16 @@ def _bin_sums(position: Array, columns: Array, codes: NDArray[np.int64], count: 
     return np.stack([np.bincount(flat, part, count * BINS).reshape(count, BINS) for part in parts])
 
 
-def _solve(sums: Array) -> tuple[Array, Array, Array]:
+def _solve(sums: Array) -> tuple[Array, Array]:
     """Fit [2, R, BINS]: weighted least squares of the value on a·w(f), f being the bins' middles.
 
     Returns:
         [R, 3] of (w_min, τ, s), NaN where no a > 0 fits better than nothing; [R] the squared error that the
-        fit saves against a constant weight; [R] that error.
+        fit saves against a constant weight.
     """
     grid = np.stack(np.meshgrid(FLOORS, TAUS, WIDTHS, indexing="ij"), axis=-1).reshape(-1, 3)
     curves = _curve((np.arange(BINS)[:, None] + 0.5) / BINS, grid.T)
-    fits = np.full((sums.shape[1], 3), np.nan)
-    gain, spread = np.zeros((2, len(fits)))
+    fits, gain = np.full((sums.shape[1], 3), np.nan), np.zeros(sums.shape[1])
     for start in range(0, len(fits), CHUNK):
         rows = slice(start, start + CHUNK)
         size, total = sums[:, rows]
@@ -161,5 +156,4 @@ def _solve(sums: Array) -> tuple[Array, Array, Array]:
         most = np.take_along_axis(saved, best[:, None], axis=1)
         fits[rows] = np.where(most > 0, grid[best], np.nan)
         gain[rows] = most[:, 0] - saved[:, 0]
-        spread[rows] = (total**2 / np.where(size > 0, size, np.inf)).sum(axis=1) - saved[:, 0]
-    return fits, gain, spread
+    return fits, gain
