@@ -158,9 +158,6 @@ def _suggestion(fit: ScheduleFit | None) -> str:
     names = ("position_w_min", "position_tau", "position_s")
     flags = (f"--{name} {each.value:.2f}" for name, each in zip(names, shown[:3], strict=True))
     verdict = f"Determined by these data: `{' '.join(flags)}`"
-    if open_questions := fit.undetermined():
-        verdict = (
-            f"These {fit.problems} problems do not determine the schedule, so this is no recommendation. "
-        )
-        verdict += f"Open: {'; '.join(open_questions)}"
-    return f"{head}{table}\n{verdict}.\n"
+    if open_questions := "; ".join(fit.undetermined()):
+        verdict = f"These {fit.problems} problems do not determine the schedule, and recommend none. Open: "
+    return f"{head}{table}\n{verdict}{open_questions}.\n"

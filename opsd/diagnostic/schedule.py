@@ -75,12 +75,7 @@ def schedule(f: ArrayLike, *, w_min: float, tau: float, s: float) -> Array:
 
 
 def fit_schedule(
-    position: ArrayLike,
-    value: ArrayLike,
-    clusters: ArrayLike,
-    weights: Array,
-    *,
-    importance: ArrayLike = 1.0,
+    position: ArrayLike, value: ArrayLike, clusters: ArrayLike, weights: Array
 ) -> ScheduleFit | None:
     """Fit w_min, τ and s to a value along the spine.
 
@@ -89,14 +84,13 @@ def fit_schedule(
         value: [n] what a unit of weight gains at each fork.
         clusters: [n] problem codes 0..G−1.
         weights: [R, G] of `opsd.diagnostic.statistics.resample_weights`.
-        importance: [n] how much each fork counts.
 
     Returns:
         None where no schedule gains anything, or forks lie in fewer than four bins: four numbers are fitted.
     """
-    columns = np.stack(np.broadcast_arrays(importance, value)).astype(np.float64)
-    position, codes = np.asarray(position, dtype=np.float64), np.asarray(clusters, dtype=np.int64)
-    per_problem = _bin_sums(position, columns, codes, weights.shape[1])
+    position, value = np.asarray(position, dtype=np.float64), np.asarray(value, dtype=np.float64)
+    codes = np.asarray(clusters, dtype=np.int64)
+    per_problem = _bin_sums(position, value, codes, weights.shape[1])
     total = per_problem.sum(axis=1)
     (best,), gain = _solve(total[:, None])
     if (total[0] > 0).sum() < 4 or not np.isfinite(best).all():
@@ -108,19 +102,19 @@ def fit_schedule(
     return ScheduleFit(
         *(Estimate(float(value), *interval(some)) for value, some in zip(best, samples, strict=True)),
         curve=[Estimate(float(_curve(f, best)), *interval(_curve(f, samples))) for f in PLACES],
-        shuffled_share=_shuffled_share(position, columns, codes, gain[0]),
+        shuffled_share=_shuffled_share(position, value, codes, gain[0]),
         problems=problems,
     )
 
 
-def _shuffled_share(position: Array, columns: Array, codes: NDArray[np.int64], gain: float) -> float:
+def _shuffled_share(position: Array, value: Array, codes: NDArray[np.int64], gain: float) -> float:
     """Return how often a fit to shuffled positions gains as much over a constant as `gain`."""
     drawn, by_problem = np.random.default_rng(len(codes)), np.argsort(codes, kind="stable")
     shuffled, moved = np.empty((2, SHUFFLES, BINS)), np.empty_like(position)
     for k in range(SHUFFLES):
         # Sorting by (problem, random number) permutes the forks inside each problem.
         moved[by_problem] = position[np.lexsort((drawn.random(len(codes)), codes))]
-        shuffled[:, k] = _bin_sums(moved, columns, np.zeros_like(codes), 1)[:, 0]
+        shuffled[:, k] = _bin_sums(moved, value, np.zeros_like(codes), 1)[:, 0]
     as_good = (_solve(shuffled)[1] >= gain - 1e-12).sum()
     return float((1 + as_good) / (1 + SHUFFLES))
 
@@ -130,11 +124,10 @@ def _curve(f: ArrayLike, fit: Array) -> Array:
     return schedule(f, w_min=w_min, tau=tau, s=s)
 
 
-def _bin_sums(position: Array, columns: Array, codes: NDArray[np.int64], count: int) -> Array:
-    """Return [2, G, BINS]: per problem and bin the importance, and the value weighted by it."""
+def _bin_sums(position: Array, value: Array, codes: NDArray[np.int64], count: int) -> Array:
+    """Return [2, G, BINS]: per problem and bin, how many forks and the sum of their values."""
     flat = codes * BINS + np.minimum((position * BINS).astype(int), BINS - 1)
-    parts = (columns[0], columns[0] * columns[1])
-    return np.stack([np.bincount(flat, part, count * BINS).reshape(count, BINS) for part in parts])
+    return np.stack([np.bincount(flat, p, count * BINS).reshape(count, BINS) for p in (None, value)])
 
 
 def _solve(sums: Array) -> tuple[Array, Array]:

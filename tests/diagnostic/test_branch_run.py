@@ -317,19 +317,9 @@ def test_the_answer_is_the_column_or_the_solutions_last_box(tmp_path):
 
 
 def command(folder: Path, **flags) -> list[str]:
-    given = {
-        "model_name_or_path": BASE,
-        "dataset": HELDOUT,
-        "output_dir": folder,
-        "num_problems": 3,
-        "num_positions": 3,
-        "top_k": 2,
-        "continuations": 2,
-        "max_new_tokens": 100,
-        "engine": "hf",
-        "resamples": 50,
-        "grading_workers": 1,
-    } | flags
+    given = {"model_name_or_path": BASE, "dataset": HELDOUT, "output_dir": folder, "engine": "hf"}
+    given |= {"num_problems": 3, "num_positions": 3, "top_k": 2, "continuations": 2, "max_new_tokens": 100}
+    given |= {"resamples": 50, "grading_workers": 1} | flags
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 

@@ -106,22 +106,10 @@ def test_nothing_to_fit():
         assert fitted(columns) is None
 
 
-def test_a_branch_counts_with_its_importance():
-    """Branches of no importance change nothing, whatever they say."""
-    position, success, codes = world(8, problems=20, curve=moderate)
-    weights = resample_weights(20, resamples=30, seed=0)
-    doubled = [np.concatenate([column, column]) for column in (position, 1 - success, codes)]
-    doubled[1][len(success) :] = success
-    importance = np.repeat([0.0, 0.7], len(success))
-    one = fit_schedule(position, success, codes, weights)
-    two = fit_schedule(*doubled, weights, importance=importance)
-    assert [getattr(two, name) for name in MODERATE] == [getattr(one, name) for name in MODERATE]
-
-
 def test_the_fit_is_the_best_of_the_grid():
     """Against least squares with a scale of at least 0 for every schedule, one at a time."""
     position, value, codes = world(9, problems=12, curve=moderate)
-    sums = _bin_sums(position, np.stack([np.ones_like(value), value]), codes, 12).sum(axis=1)
+    sums = _bin_sums(position, value, codes, 12).sum(axis=1)
     (found,), (gain,) = _solve(sums[:, None])
     size, y, f = sums[0], sums[1] / sums[0], (np.arange(BINS) + 0.5) / BINS
 
