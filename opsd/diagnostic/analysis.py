@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -213,11 +214,8 @@ def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Sub
     outcomes = {"absolute": table["viable"], "relative": relative, "graded": table["relative_viability"]}
     aurocs = {}
     for column, (_, higher_is_viable) in PREDICTORS.items():
-        scores = table[column] * (1 if higher_is_viable else -1)
-        aurocs[column] = {
-            name: clustered_auroc(scores, outcome, table["code"], weights)
-            for name, outcome in outcomes.items()
-        }
+        auroc = partial(clustered_auroc, table[column] * (1 if higher_is_viable else -1))
+        aurocs[column] = {name: auroc(of, table["code"], weights) for name, of in outcomes.items()}
     problems, ties = table["problem"].nunique(), float(pd.Series(relative).isna().mean())
     return Subset(name, len(table), problems, float(table["viable"].mean()), ties, aurocs)
 
@@ -225,9 +223,8 @@ def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Sub
 def _group(label: str, key: float, rows: pd.DataFrame, weights: NDArray[np.float64]) -> Group:
     # Control and value belong to the fork: counted once, not once per alternative.
     forks = fork_values(rows)
-    branches = {"success": "viability", "difference": "relative_viability"}
-    estimates = {name: clustered_mean(rows[of], rows["code"], weights) for name, of in branches.items()}
-    for name, column in {"control": "control_viability", "value": "value"}.items():
-        estimates[name] = clustered_mean(forks[column], forks["code"], weights)
+    columns = {"success": (rows, "viability"), "difference": (rows, "relative_viability")}
+    columns |= {"control": (forks, "control_viability"), "value": (forks, "value")}
+    estimates = {name: clustered_mean(t[of], t["code"], weights) for name, (t, of) in columns.items()}
     means = {"probability": rows["teacher_probability"].mean(), "divergence": forks["kl"].mean()}
     return Group(label, key, len(rows), **means, **estimates)

@@ -108,19 +108,16 @@ class ModelBackend:
 
         # Prefix caching is vLLM's default: the continuations of a fork share prompt and spine prefix.
         names = "tensor_parallel_size", "gpu_memory_utilization", "dtype", "adapter", "trust_remote_code"
-        folder = local_model(self.config.model_name_or_path, self.config.model_revision)
         settings = {name: getattr(self.config, name) for name in names}
+        folder = local_model(self.config.model_name_or_path, self.config.model_revision)
         return VLLMEngine(folder, max_model_len=self.longest, **settings)
 
     def _loaded_model(self) -> PreTrainedModel | PeftModel:
         if self._model is None:
             config = self.config
-            model = load_causal_lm(
-                config.model_name_or_path,
-                dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-                revision=config.model_revision,
-                trust_remote_code=config.trust_remote_code,
-            )
+            dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+            load = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+            model = load_causal_lm(config.model_name_or_path, dtype=dtype, **load)
             model = load_adapter(model, config.adapter) if config.adapter is not None else model
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         return self._model
