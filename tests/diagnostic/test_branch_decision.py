@@ -66,7 +66,9 @@ def test_at_the_students_own_rate_only_the_gradient_is_neutral():
     table = world(1, misled=(OWN - 0.02) / 0.96, problems=400)
     forks = fork_values(table)
     assert forks["value"][forks["relative_position"] < 0.3].mean() == pytest.approx(0.0, abs=0.01)
-    assert decided(table).by_divergence.early.high < -0.1
+    decision = decided(table)
+    assert decision.by_divergence.early.high < -0.1
+    assert "better" not in prediction(decision)
 
 
 def test_the_null_is_covered():
