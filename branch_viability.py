@@ -6,7 +6,8 @@
 
 Take a student rollout (the spine). At forks along it, force each of the privileged teacher's likeliest next
 tokens after the student's prompt and the spine so far, and let the student go on: the branch is viable if its
-continuations recover the answer. The control continues the same prefixes with nothing forced.
+continuations recover the answer. The control continues the same prefixes with nothing forced. From both
+follows whether PW-OPSD is to be expected above OPSD, and with --suggest_schedule which schedule gains most.
 
 Writes branches.csv, branches.parquet, viability_vs_position.png, report.md and journal.jsonl (every
 continuation) into --output_dir. The same command resumes a killed run, and analyses a finished one again
