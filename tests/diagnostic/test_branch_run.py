@@ -180,7 +180,7 @@ def test_teacher_and_student_alike_is_the_null(tmp_path):
     assert relative.low < 0.5 < relative.high
     assert analysis.decision.value.early.low < 0 < analysis.decision.value.early.high
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "These 60 problems do not determine the schedule. Open: whether the weight should rise" in text
+    assert "These 60 problems do not determine the schedule, and recommend none. Open: whether" in text
     assert "is predicted not told apart from OPSD" in text
     assert "is not told apart from chance" in text
     assert "Relative position predicts it" in text
