@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     position = everything.aurocs["relative_position"]
     print(
         f"{everything.branches} branches of {everything.problems} problems: {prediction(decision)} (value of "
-        f"the teacher's choices where it takes weight away: {decision.value.early.text(digits=3)}). AUROC of "
+        f"the teacher's choices where it takes weight away: {decision.early.text(digits=3)}). AUROC of "
         f"relative position {position['absolute'].text()} for absolute viability, "
         f"{position['relative'].text()} relative to the control; report in "
         f"{printable(Path(config.output_dir) / 'report.md')}"

@@ -80,25 +80,17 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """The mean value of the teacher's choices under two weightings, which split each position's pull."""
-
-    early: Estimate  # weighted by 1 − w, what the schedule takes away
-    late: Estimate  # weighted by w, what it keeps
-    difference: Estimate  # late − early
-
-
-@dataclass(frozen=True)
 class Decision:
-    """Whether the paper's Moderate schedule helps, to first order in the training step.
+    """Whether the paper's Moderate schedule w helps, to first order in the training step.
 
     The value of the teacher's choices at a fork is Σ (p_T − p_S)·(viability − control) over the forced
     tokens: the success that the teacher's next token has more than the student's own, and p_T − p_S is
     training's pull. A token that was not forced counts as the control. OPSD gains Σ value, PW-OPSD Σ w·value.
     """
 
-    value: Contrast
-    by_divergence: Contrast  # the same with every fork weighted by KL besides
+    early: Estimate  # mean value weighted by 1 − w, what the schedule takes away
+    late: Estimate  # weighted by w, what it keeps
+    difference: Estimate  # late − early
 
 
 @dataclass(frozen=True)
@@ -111,6 +103,7 @@ class Analysis:
     spine_success: float  # share of the spines that end right
     truncated: float  # share of the forced continuations that were cut
     decision: Decision
+    by_divergence: Decision  # the same with every fork weighted by KL besides
     suggestion: ScheduleFit | None  # None where none was asked for, or no schedule gains anything
 
 
@@ -185,6 +178,7 @@ def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
         spine_success=float(table.drop_duplicates("problem")["spine_correct"].mean()),
         truncated=float(table["truncated_share"].mean()),
         decision=decide(forks, weights),
+        by_divergence=decide(forks, weights, forks["kl"]),
         suggestion=suggestion,
     )
 
@@ -197,16 +191,12 @@ def fork_values(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(value=values).drop_duplicates(["problem", "position"])
 
 
-def decide(forks: pd.DataFrame, weights: NDArray[np.float64]) -> Decision:
-    """Compute the decision from the rows of `fork_values`."""
+def decide(forks: pd.DataFrame, weights: NDArray[np.float64], importance: ArrayLike = 1.0) -> Decision:
+    """Compute the decision from the rows of `fork_values`, each weighted by its importance."""
     weight = schedule(forks["relative_position"], **MODERATE)
-
-    def contrast(pull: ArrayLike) -> Contrast:
-        taken, kept = pull * (1 - weight), pull * weight
-        columns = (forks["value"], forks["code"], weights)
-        return Contrast(*(clustered_mean(*columns, *some) for some in ((taken,), (kept,), (kept, taken))))
-
-    return Decision(contrast(1.0), contrast(forks["kl"]))
+    taken, kept = importance * (1 - weight), importance * weight
+    columns = (forks["value"], forks["code"], weights)
+    return Decision(*(clustered_mean(*columns, *shares) for shares in ((taken,), (kept,), (kept, taken))))
 
 
 def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Subset:

@@ -37,7 +37,7 @@ def report(analysis: Analysis, config: BranchConfig, command: str) -> str:
         "# Branch viability\n",
         _setting(analysis, config),
         "![viability along the spine](viability_vs_position.png)\n",
-        _decision(analysis.decision),
+        _decision(analysis),
         f"## Along the spine\n\n{markdown_table(('relative position', 'branches', *along), curve)}",
         _reading(analysis.subsets[0]),
         _definitions(config),
@@ -79,20 +79,21 @@ def _verdict(estimate: Estimate) -> str:
 
 def prediction(decision: Decision) -> str:
     """Return what the decision predicts for PW-OPSD against OPSD, in a clause."""
-    low, high = decision.value.early.low, decision.value.early.high
+    low, high = decision.early.low, decision.early.high
     if low is None or high is None:
         return "too few problems for a prediction of PW-OPSD against OPSD"
     side = "better than" if high < 0 else "worse than" if low > 0 else "not told apart from"
     return f"PW-OPSD (Moderate) is predicted {side} OPSD"
 
 
-def _decision(decision: Decision) -> str:
-    splits = {"value": decision.value, "value, weighted by KL": decision.by_divergence}
+def _decision(analysis: Analysis) -> str:
+    decision = analysis.decision
+    splits = {"value": decision, "value, weighted by KL": analysis.by_divergence}
     contrasts = [(name, *(mean.text(digits=3) for mean in vars(of).values())) for name, of in splits.items()]
     return (
         "## Does the schedule help?\n\n"
         f"**{prediction(decision)}**: where the schedule takes weight away, the teacher's choices are worth "
-        f"{decision.value.early.text(digits=3)} of success against the student's own.\n\n"
+        f"{decision.early.text(digits=3)} of success against the student's own.\n\n"
         + markdown_table(("mean", "weighted by 1 − w", "by w", "later less earlier"), contrasts)
         + "\nThe *value* of the teacher's choices at a fork is the success of the token that it would write "
         "less that of the student's own: Σ (p_T − p_S)·(viability − control) over the forced tokens, where "

@@ -160,7 +160,7 @@ def test_the_forced_token_decides(tmp_path):
     assert figure(analysis, "relative_position", "graded").value == pytest.approx(0.77, abs=0.05)
     assert abs(figure(analysis, "teacher_entropy", "relative").value - 0.5) < 0.08
     # The teacher's early choices fail, so less weight there is predicted to help.
-    early, late = analysis.decision.value.early, analysis.decision.value.late
+    early, late = analysis.decision.early, analysis.decision.late
     assert early.high < 0 < late.low
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "**PW-OPSD (Moderate) is predicted better than OPSD**: where the schedule takes" in text
@@ -178,7 +178,7 @@ def test_teacher_and_student_alike_is_the_null(tmp_path):
             assert abs(figure(analysis, column, which).value - 0.5) < 0.09, (column, which)
     relative = figure(analysis, "relative_position", "relative")
     assert relative.low < 0.5 < relative.high
-    assert analysis.decision.value.early.low < 0 < analysis.decision.value.early.high
+    assert analysis.decision.early.low < 0 < analysis.decision.early.high
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "These 60 problems do not determine the schedule, and recommend none. Open: whether" in text
     assert "is predicted not told apart from OPSD" in text
