@@ -18,12 +18,12 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.checkpoints import Adapter, check_same_base, read_adapter
+from opsd.checkpoints import Adapter, read_adapter
 from opsd.errors import ArtefactError, OneLineParser, UsageError, run_cli
 from opsd.files import PARTIAL_MARK, atomic_directory, disk_errors
 from opsd.model_card import model_card
@@ -38,12 +38,12 @@ from opsd.models import (
 )
 from opsd.options import add_options, option, take
 from opsd.run_identity import (
-    FORMAT,
     MANIFEST_NAME,
     SENTINEL_NAME,
     IncompleteMergeError,
+    base_differences,
     check_merged,
-    file_list,
+    dataset_fingerprint,
     read_manifest,
     read_sentinel,
     run_arguments,
@@ -98,7 +98,7 @@ def merge(
     hollow = load_causal_lm(str(folder), dtype="auto", device_map="meta", trust_remote_code=trust_remote_code)
     needed = sum(weight.nbytes for weight in hollow.parameters()) + SPARE_BYTES
     load_adapter(hollow, checkpoint.path)
-    check_same_base(checkpoint, base, folder, accept_name=accept_base_name)
+    _check_base(checkpoint, base, folder, accept_name=accept_base_name)
     with disk_errors(out):
         _check_room(out, needed)
         with atomic_directory(out) as temporary:
@@ -111,9 +111,8 @@ def merge(
             write_manifest(temporary, manifest)
             card = model_card(manifest, adapter_step=checkpoint.step)
             (temporary / "README.md").write_text(card, encoding="utf-8")
-            files = file_list(temporary)
         return write_sentinel(
-            out, base_model=base, adapter=str(checkpoint.path), adapter_step=checkpoint.step, files=files
+            out, base_model=base, adapter=str(checkpoint.path), adapter_step=checkpoint.step
         )
 
 
@@ -145,6 +144,22 @@ def refuse_other_folder(out: Path, *, keep: Sequence[Path] = ()) -> None:
         raise UsageError(
             f"--output {out} holds a model without a {MANIFEST_NAME} or {SENTINEL_NAME} of this project; "
             "choose another folder, or move that one away"
+        )
+
+
+def _check_base(adapter: Adapter, base: str, folder: Path, *, accept_name: bool) -> None:
+    """Refuse a base model that is not the one the adapter was trained on.
+
+    The hash of the files in `folder` decides where the run's manifest has one, else the name, unless
+    `accept_name` takes a renamed copy.
+    """
+    recorded = adapter.manifest or {"base_model": adapter.base_model}
+    if not recorded["base_model"] or (accept_name and not recorded.get("base_weights")):
+        return
+    if wrong := base_differences(recorded, base, folder):
+        raise ArtefactError(
+            f"{adapter.path} was trained on another base model: {wrong[0]}; pass that one, or "
+            "--accept_base_name for a renamed copy, if no SHA-256 says that it is another"
         )
 
 
@@ -183,7 +198,6 @@ def _merged_model(folder: Path, checkpoint: Adapter, *, trust_remote_code: bool)
 def _third_party_manifest(checkpoint: Adapter, base: str, out: Path) -> dict[str, Any]:
     """Return what is known of an adapter that another project trained."""
     return {
-        "format": FORMAT,
         "run_name": out.name.removesuffix("_merged"),
         "method": "unknown",
         "base_model": base,
@@ -224,14 +238,26 @@ def _expected_arguments(words: Sequence[str], folder: str) -> dict[str, Any] | N
     return run_arguments(*parse_arguments(given))
 
 
+def _data_sha256(arguments: Mapping[str, Any]) -> str | None:
+    """Return the fingerprint of a training's local data; None for a hub id: its name and revision decide."""
+    source = arguments["train_dataset"]
+    if not Path(source).exists():
+        return None
+    from opsd.tables import load_table
+
+    return dataset_fingerprint(load_table(source))
+
+
 def _check(folder: str, options: MergeOptions, training_flags: Sequence[str]) -> int:
+    arguments = _expected_arguments(training_flags, folder)
     try:
         merged = check_merged(
             folder,
             expected_run_name=options.run_name,
             expected_base_model=options.base_model,
             expected_step=options.step,
-            expected_arguments=_expected_arguments(training_flags, folder),
+            expected_arguments=arguments,
+            expected_data=_data_sha256(arguments) if arguments else None,
             hashes=options.hashes,
         )
     except IncompleteMergeError as error:

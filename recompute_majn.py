@@ -106,7 +106,7 @@ def apply_regrade(
                     generation.setdefault(name + SAMPLE_BEFORE, generation[name])
                 generation[name] = new[name]
                 changed = True
-        counts = {"num_correct": grade.num_correct, "pass_at_n": grade.passed}
+        counts = {"num_correct": grade.num_correct, "pass_at_n": any(grade.correct)}
         changed |= any(record.get(name) != value for name, value in counts.items())
         record.update(counts)
     changed |= apply_votes(result, grades)

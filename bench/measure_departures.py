@@ -128,7 +128,7 @@ def _drift(world: World, make: Callable, rate: float, kept: bool) -> tuple[float
     """Return (standard deviation of the base's entries, what changed with each way of pushing)."""
     from peft import LoraConfig, get_peft_model
 
-    from opsd.merging import merged_weights
+    from opsd.merging import adapted_layers, merged_matrix
 
     cells = []
     for in_place in (True, False):
@@ -144,8 +144,8 @@ def _drift(world: World, make: Callable, rate: float, kept: bool) -> tuple[float
                 model.merge_adapter()
                 model.unmerge_adapter()
             else:
-                for _ in merged_weights(model):
-                    pass
+                for _, layer in adapted_layers(model):
+                    merged_matrix(layer, "default")
         total = sum(weight.numel() for weight in weights.values())
         changed = sum(int((weights[n] != before[n]).sum()) for n in weights) / total
         largest = max(float((weights[n].float() - before[n].float()).abs().max()) for n in weights)

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from opsd.errors import OneLineParser, UsageError
 from opsd.objectives import METHODS, Hyperparameters
@@ -35,9 +36,7 @@ class MethodArguments(Hyperparameters):
     """The objective: its name, its numbers and what it is normalised over."""
 
     method: str = option(help="objective", choices=tuple(METHODS))
-    loss_scope: str = option(
-        "micro_batch", "normalise over a micro-batch (paper) or an optimizer step", choices=LOSS_SCOPES
-    )
+    loss_scope: str = option("micro_batch", "what the loss is normalised over", choices=LOSS_SCOPES)
 
 
 @dataclass
@@ -56,11 +55,9 @@ class RolloutArguments:
     vllm_max_num_seqs: int = option(64, "vllm: completions in flight", range=AT_LEAST_ONE)
     vllm_enforce_eager: bool = option(False, "vllm: no CUDA graphs")
     rollout_audit_steps: int = option(
-        10, "compare the sampler with the trainer's logits every so many steps; 0 = never", range=NOT_NEGATIVE
+        10, "steps between audits of the sampler; 0 = never", range=NOT_NEGATIVE
     )
-    log_completions_steps: int = option(
-        10, "steps between written completions; 0 = never", range=NOT_NEGATIVE
-    )
+    log_completions_steps: int = option(10, "steps between written texts; 0 = never", range=NOT_NEGATIVE)
 
 
 @dataclass
@@ -71,13 +68,11 @@ class ModelArguments:
     model_revision: str | None = option(None, "hub branch, tag or commit")
     trust_remote_code: bool = option(False, "run code that the model ships")
     dtype: str = option("auto", "of the base; auto = bfloat16 with --bf16", choices=DTYPES)
-    attn_implementation: str = option("sdpa", "as in from_pretrained")
+    attn_implementation: str = option("sdpa", "transformers' name of the attention code")
     lora_r: int = option(64, "rank", range=AT_LEAST_ONE)
     lora_alpha: float = option(128, "scale is alpha / r", range=POSITIVE)
     lora_dropout: float = option(0.0, "dropout on the adapter's input", range=BELOW_ONE)
-    lora_target_modules: list[str] = option(  # noqa: RUF009 - a field
-        factory=lambda: list(LORA_TARGETS), help="linear layers to adapt"
-    )
+    lora_target_modules: list[str] = option(factory=lambda: [*LORA_TARGETS], help="linear layers to adapt")  # noqa: RUF009
     train_dataset: str = option(
         factory=lambda: os.environ.get("PWOPSD_TRAIN_DATASET") or DEFAULT_DATASET,
         help="hub id, folder, parquet, JSONL or CSV with the columns problem and solution",
@@ -86,9 +81,7 @@ class ModelArguments:
     max_length: int = option(20000, "tokens of prompt + completion; longer ones are skipped", range=Range(2))
     max_padding_ratio: float = option(1.15, "most padded / valid tokens of a forward pass", range=Range(1))
     skip_nonfinite: int = option(0, "steps with a NaN or infinite loss to leave out", range=NOT_NEGATIVE)
-    merge_step: int = option(
-        100, "step of the checkpoint to merge; --save_total_limit never deletes it", range=AT_LEAST_ONE
-    )
+    merge_step: int = option(100, "step of the checkpoint that is always kept", range=AT_LEAST_ONE)
 
 
 GROUPS = (MethodArguments, RolloutArguments, ModelArguments)
@@ -113,15 +106,17 @@ TRAINER_DEFAULTS = {
     "logging_steps": 1,
     "report_to": "none",
 }
-TRAINER_RANGES = (
-    dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), AT_LEAST_ONE)
-    | dict.fromkeys(("max_steps", "save_total_limit"), AT_LEAST_ONE)
-    | dict.fromkeys(("learning_rate", "adam_epsilon"), POSITIVE)
-    | dict.fromkeys(("save_steps", "logging_steps", "ddp_timeout"), POSITIVE)
-    | dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"), NOT_NEGATIVE)
-    | dict.fromkeys(("adam_beta1", "adam_beta2"), BELOW_ONE)
-    | dict.fromkeys(("seed", "data_seed"), SEED)
-)
+TRAINER_RANGES = {
+    name: allowed
+    for names, allowed in (
+        ("per_device_train_batch_size gradient_accumulation_steps max_steps save_total_limit", AT_LEAST_ONE),
+        ("learning_rate adam_epsilon save_steps logging_steps ddp_timeout", POSITIVE),
+        ("weight_decay max_grad_norm warmup_steps dataloader_num_workers", NOT_NEGATIVE),
+        ("adam_beta1 adam_beta2", BELOW_ONE),
+        ("seed data_seed", SEED),
+    )
+    for name in names.split()
+}
 # Fields that must stay off, and why.
 UNSUPPORTED = {
     "deepspeed": "the adapter run fits DistributedDataParallel",
@@ -164,7 +159,7 @@ def parse_arguments(argv: Sequence[str]):
     class TrainingParser(OneLineParser, HfArgumentParser):
         """transformers' flags from TrainingArguments; a mistake is one line."""
 
-    parser = TrainingParser(TrainingArguments, prog="ea_opsd_train.py", allow_abbrev=False)
+    parser = TrainingParser(cast("Any", TrainingArguments), prog="ea_opsd_train.py", allow_abbrev=False)
     add_options(parser, *GROUPS)
     parser.set_defaults(**TRAINER_DEFAULTS)
     values = vars(parser.parse_args(list(argv)))
@@ -200,7 +195,7 @@ def _check_trainer(values: dict) -> None:
 
 def _training_arguments(values: dict):
     from transformers import TrainingArguments
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     values = {name: value for name, value in values.items() if value is not argparse.SUPPRESS} | {
         "remove_unused_columns": False,
@@ -223,5 +218,5 @@ def _training_arguments(values: dict):
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()
     except (ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"--report_to {' '.join(arguments.report_to)}: {error}") from error
+        raise UsageError(f"--report_to {' '.join(arguments.report_to or ())}: {error}") from error
     return arguments

@@ -63,7 +63,7 @@ def role_batch(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     *,
-    pad_id: int,
+    pad_id: int = 0,
     max_padding_ratio: float,
     device: torch.device | str,
 ) -> RoleBatch:

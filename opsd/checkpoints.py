@@ -17,14 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from opsd.errors import ArtefactError
-from opsd.files import atomic_write_json, fsync_tree
-from opsd.provenance import file_sha256
+from opsd.files import atomic_write_json, changed_file, file_list, file_sha256, fsync_tree
 from opsd.run_identity import (
     MANIFEST_NAME,
-    base_differences,
-    changed_file,
     differences,
-    file_list,
     identity,
     read_json_object,
     read_manifest,
@@ -44,8 +40,7 @@ REQUIRED = (CONFIG_NAME, WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", STATE_NAM
 def mark_complete(checkpoint: Path) -> None:
     """Write the marker of a checkpoint that every rank has finished writing, with the identity of its run.
 
-    Raises:
-        ArtefactError: a required file, or the run's manifest beside the checkpoint, is missing.
+    Raises ArtefactError when a required file, or the run's manifest beside the checkpoint, is missing.
     """
     missing = [name for name in REQUIRED if not (checkpoint / name).is_file()]
     if missing:
@@ -54,7 +49,7 @@ def mark_complete(checkpoint: Path) -> None:
     marker = {
         "step": int(checkpoint.name.removeprefix("checkpoint-")),
         "run": identity(read_manifest(checkpoint.parent)),
-        "files": {name: entry for name, entry in file_list(checkpoint).items() if name != MARKER},
+        "files": file_list(checkpoint, but=MARKER),
     }
     atomic_write_json(checkpoint / MARKER, marker)
 
@@ -64,9 +59,8 @@ def incompleteness(
 ) -> str | None:
     """Return why `checkpoint` is not complete, in words; None when it is.
 
-    Args:
-        hashes: compare each file's SHA-256 too, not its size alone.
-        only: the files to check, in a folder of any name but another step's; default all.
+    `hashes` compares each file's SHA-256 too, not its size alone; `only` names the files to check, in a
+    folder of any name but another step's.
     """
     if not (checkpoint / MARKER).is_file():
         return f"it has no {MARKER} marker: saving it was interrupted"
@@ -74,22 +68,17 @@ def incompleteness(
         marker = read_json_object(checkpoint / MARKER, what="marker", fields={"step": int, "files": dict})
     except ArtefactError:
         return f"its {MARKER} marker is damaged"
-    files = marker["files"]
+    files, saved_as = marker["files"], f"checkpoint-{marker['step']}"
     if not files.keys() >= set(REQUIRED):
         return f"its {MARKER} marker is damaged or an earlier version's"
-    named = only is None or NAME.fullmatch(checkpoint.name)
-    if named and checkpoint.name != f"checkpoint-{marker['step']}":
-        return f"it was saved as checkpoint-{marker['step']}"
+    if checkpoint.name != saved_as and (only is None or NAME.fullmatch(checkpoint.name)):
+        return f"it was saved as {saved_as}"
     checked = files if only is None else {name: files[name] for name in only}
     return changed_file(checkpoint, checked, file_sha256 if hashes else None)
 
 
 def check_run(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a complete checkpoint of another run.
-
-    Raises:
-        ArtefactError: its marker holds another identity than the manifest; the message has every difference.
-    """
+    """Raise ArtefactError, with every difference, for a complete checkpoint of another run."""
     recorded = read_json_object(checkpoint / MARKER, what="marker").get("run")
     differing = differences(recorded if isinstance(recorded, dict) else {}, identity(manifest))
     if differing:
@@ -122,10 +111,9 @@ def _remove(checkpoint: Path) -> None:
 
 
 def remove_incomplete(run_folder: Path) -> list[Path]:
-    """Delete the checkpoints without a marker, rename the damaged ones, log and return both.
+    """Delete the checkpoints without a marker, rename the damaged ones (once complete), log and return both.
 
-    A checkpoint with a marker was complete once (or is an earlier version's): its files stay, as
-    `damaged-checkpoint-N-<time>`.
+    The files of a damaged one, or of an earlier version's, stay in `damaged-checkpoint-N-<time>`.
     """
     removed = [path for _, path in checkpoints(run_folder) if incompleteness(path, hashes=True) is not None]
     for path in removed:
@@ -139,13 +127,10 @@ def remove_incomplete(run_folder: Path) -> list[Path]:
 
 
 def rotate(run_folder: Path, limit: int | None, *, keep: int | None = None) -> list[Path]:
-    """Delete the oldest complete checkpoints until `limit` are left, and return what was deleted.
+    """Delete the oldest complete checkpoints until `limit` are left (None or below 1: all), and return them.
 
-    An incomplete one does not count, so it never displaces the one to resume from.
-
-    Args:
-        limit: None or a number below 1 keeps all.
-        keep: the step that will be merged: its checkpoint is never deleted and does not count.
+    The checkpoint of step `keep`, which will be merged, is never deleted and does not count; an incomplete
+    one does not count, so that it never displaces the one to resume from.
     """
     complete = [p for step, p in checkpoints(run_folder) if step != keep and incompleteness(p) is None]
     surplus = complete[: max(len(complete) - limit, 0)] if limit is not None and limit > 0 else []
@@ -157,11 +142,7 @@ def rotate(run_folder: Path, limit: int | None, *, keep: int | None = None) -> l
 
 
 def resolve_resume(run_folder: Path, asked: str | None) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint` means.
-
-    Args:
-        asked: None starts a new run, "auto" or "True" takes the newest complete one (None without one),
-            anything else is a folder.
+    """Return the checkpoint that `--resume_from_checkpoint` means: "auto" the newest complete one, if any.
 
     Raises:
         ArtefactError: the folder is not a complete checkpoint; or checkpoints exist and `asked` is None.
@@ -187,26 +168,20 @@ def resolve_resume(run_folder: Path, asked: str | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A complete LoRA checkpoint.
-
-    Attributes:
-        path: its folder.
-        base_model: the base that it was trained on, as recorded; "" where none was.
-        step: optimizer steps behind it; None for an adapter that no Trainer saved.
-        manifest: its run's manifest; None for a third-party adapter.
-    """
+    """A complete LoRA checkpoint."""
 
     path: Path
-    base_model: str
-    step: int | None
-    manifest: dict[str, Any] | None
+    base_model: str  # the base that it was trained on, as recorded; "" where none was
+    step: int | None  # optimizer steps behind it; None for an adapter that no Trainer saved
+    manifest: dict[str, Any] | None  # its run's; None for a third-party adapter
 
 
 def read_adapter(path: Path | str) -> Adapter:
     """Return the LoRA checkpoint in a folder; `models.load_adapter` checks that its matrices fit a base.
 
     Raises:
-        ArtefactError: the folder, or a part of it, is missing, damaged or of another kind.
+        ArtefactError: the folder, or a part of it, is missing, damaged or of another kind; or it is this
+            project's checkpoint and incomplete, another run's, or without its run's manifest.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -216,57 +191,25 @@ def read_adapter(path: Path | str) -> Adapter:
         )
     if not (folder / WEIGHTS_NAME).is_file():
         raise ArtefactError(f"{folder} has no {WEIGHTS_NAME} (pickled weights are not loaded); take another")
-    manifest = run_manifest_of(folder)
-    config = read_json_object(folder / CONFIG_NAME, what="adapter configuration")
-    if config.get("peft_type") != "LORA":
-        raise ArtefactError(f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r}, not LORA")
-    step = None
-    if (folder / STATE_NAME).is_file():
-        step = read_json_object(folder / STATE_NAME, what="trainer state").get("global_step")
-    return Adapter(folder, str(config.get("base_model_name_or_path") or ""), step, manifest)
-
-
-def run_manifest_of(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of the run that a checkpoint belongs to; None for a third-party adapter.
-
-    Raises:
-        ArtefactError: the checkpoint is this project's and incomplete, damaged or another run's, or its
-            manifest is missing.
-    """
     places = (folder, Path(os.path.abspath(folder)).parent, folder.resolve().parent)
     place = next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
-    if place is None:
-        if not (folder / MARKER).is_file():
-            return None
+    manifest = step = None
+    if place is not None:
+        manifest = read_manifest(place)
+        reason = incompleteness(folder, hashes=True, only=(CONFIG_NAME, WEIGHTS_NAME, STATE_NAME))
+        if reason is not None:
+            raise ArtefactError(
+                f"the checkpoint {folder} is not complete or damaged: {reason}; take another one, or resume "
+                "the training, which saves it again"
+            )
+        check_run(folder, manifest)
+    elif (folder / MARKER).is_file():
         raise ArtefactError(
             f"{folder} has no {MANIFEST_NAME} beside it to say which run it is; put that run's there"
         )
-    manifest = read_manifest(place)
-    reason = incompleteness(folder, hashes=True, only=(CONFIG_NAME, WEIGHTS_NAME, STATE_NAME))
-    if reason is not None:
-        raise ArtefactError(
-            f"the checkpoint {folder} is not complete or damaged: {reason}; take another one, or resume the "
-            "training, which saves it again"
-        )
-    check_run(folder, manifest)
-    return manifest
-
-
-def check_same_base(adapter: Adapter, base: str, folder: Path, *, accept_name: bool = False) -> None:
-    """Refuse a base model that is not the one the adapter was trained on.
-
-    Args:
-        folder: the files of `base`. Their hash decides where the run's manifest has one, else the name.
-        accept_name: take a base of another name (a renamed copy) where there is no hash.
-
-    Raises:
-        ArtefactError: the recorded weights, or the recorded name, are others.
-    """
-    recorded = adapter.manifest or {"base_model": adapter.base_model}
-    if not recorded["base_model"] or (accept_name and not recorded.get("base_weights")):
-        return
-    if wrong := base_differences(recorded, base, folder):
-        raise ArtefactError(
-            f"{adapter.path} was trained on another base model: {wrong[0]}; pass that one, or "
-            "--accept_base_name for a renamed copy, if no SHA-256 says that it is another"
-        )
+    config = read_json_object(folder / CONFIG_NAME, what="adapter configuration")
+    if config.get("peft_type") != "LORA":
+        raise ArtefactError(f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r}, not LORA")
+    if (folder / STATE_NAME).is_file():
+        step = read_json_object(folder / STATE_NAME, what="trainer state").get("global_step")
+    return Adapter(folder, str(config.get("base_model_name_or_path") or ""), step, manifest)

@@ -10,10 +10,10 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch.utils.data import Dataset
 
@@ -27,7 +27,7 @@ from opsd.prompts import (
     student_message,
     teacher_message,
 )
-from opsd.provenance import dataset_fingerprint, versions
+from opsd.run_identity import dataset_fingerprint, versions
 
 if TYPE_CHECKING:
     import datasets
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("problem", "solution")
-# No tokenizer packs more characters of prose into a token; a longer row is over the limit without encoding.
-CHARACTERS_PER_TOKEN = 64
 ENCODING_BATCH = 512
 LEFT_OUT = {
     "empty": "are left out: their problem or solution is null, empty or not text",
@@ -60,7 +58,7 @@ class Problems(Dataset):
 
     def __init__(self, table: datasets.Dataset, sha256: str = ""):
         self.table = table  # the fields of `Example` as columns, memory-mapped, token ids as int32
-        self.sha256 = sha256  # of all rows as loaded (`opsd.provenance.dataset_fingerprint`)
+        self.sha256 = sha256  # of all rows as loaded (`opsd.run_identity.dataset_fingerprint`)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -83,10 +81,10 @@ class Problems(Dataset):
         return max(self._longest("student_ids"), self._longest("teacher_ids"))
 
     def _longest(self, column: str) -> int:
-        import pyarrow.compute
-
         # The Arrow file also holds the rows that are left out, without tokens.
-        return pyarrow.compute.max(pyarrow.compute.list_value_length(self.table.data[column])).as_py()
+        return max(
+            max(chunk.value_lengths().to_pylist()) for chunk in self.table.data[column].chunks if chunk
+        )
 
 
 def check_columns(rows: datasets.Dataset, source: str) -> None:
@@ -114,11 +112,7 @@ def warn_of_rows(numbers: Sequence[int], total: int, what: str) -> None:
 
 
 def encode_problems(
-    rows: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    source: str,
-    max_prompt_length: int,
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, source: str, max_prompt_length: int
 ) -> Problems:
     """Encode every row behind both prompts, or read the file that an earlier start or another rank wrote.
 
@@ -129,11 +123,11 @@ def encode_problems(
     Raises:
         ArtefactError: a missing column, no rows, or no usable one.
     """
-    import datasets
+    import datasets.config
     import pyarrow
 
     check_columns(rows, source)
-    sha256 = dataset_fingerprint(rows.select_columns(list(COLUMNS)))
+    sha256 = dataset_fingerprint(cast("Iterable[dict]", rows.select_columns(list(COLUMNS))))
     key = _key(sha256, tokenizer, max_prompt_length)
     file = Path(datasets.config.HF_DATASETS_CACHE) / "pwopsd_prompts" / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -156,8 +150,8 @@ def encode_problems(
         )
     except pyarrow.ArrowInvalid as error:
         raise ArtefactError(f"{file} is damaged ({error}); delete it and run again") from error
-    reasons = {kind: reason.format(limit=max_prompt_length) for kind, reason in LEFT_OUT.items()}
     left_out = table["left_out"][:]
+    reasons = {kind: reason.format(limit=max_prompt_length) for kind, reason in LEFT_OUT.items()}
     for kind, reason in reasons.items():
         warn_of_rows([row for row, why in enumerate(left_out) if why == kind], len(rows), reason)
     spelled = [row for row, spells in enumerate(table["spells_control"][:]) if spells]
@@ -182,23 +176,11 @@ def _key(sha256: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> str:
 
 def _encode(batch: dict, indices: list[int], *, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict:
     """Turn rows into columns of the cached file, where texts and tokens of what is left out are empty."""
-    rows = [
-        {
-            "index": i,
-            "problem": "",
-            "left_out": "",
-            "spells_control": False,
-            "student_ids": [],
-            "teacher_ids": [],
-        }
-        for i in indices
-    ]
-    kept = []
+    empty = {"problem": "", "left_out": "", "spells_control": False, "student_ids": [], "teacher_ids": []}
+    rows, kept = [{"index": i} | empty for i in indices], []
     for row, problem, solution in zip(rows, batch["problem"], batch["solution"], strict=True):
         if not has_text(problem, solution):
             row["left_out"] = "empty"
-        elif len(problem) + len(solution) > CHARACTERS_PER_TOKEN * limit:
-            row["left_out"] = "long"
         else:
             kept.append((row, problem, solution))
     students = [(student_message(p), render_student(tokenizer, p)) for _, p, _ in kept]

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders (temporary name beside the target, fsync, rename), and locks."""
+"""Atomic writes (temporary name beside the target, fsync, rename), locks, and hashes of files."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
+import operator
 import os
+import re
 import resource
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from opsd.errors import ArtefactError, UsageError, disk_reason
+
+logger = logging.getLogger(__name__)
 
 # A name that no reader of results, checkpoints or merged folders takes for a finished one.
 PARTIAL_MARK = ".partial-"
@@ -26,6 +33,11 @@ PARTIAL_MARK = ".partial-"
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 # No write of this project takes as long, so another host's partial file of this age is abandoned.
 _ABANDONED_SECONDS = 24 * 3600
+# What an unchanged file keeps; smaller files than _CACHED_BYTES are hashed each time.
+_STAMP = operator.attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+_CACHED_BYTES = 2**20
+# A file that changed more recently may change again under the same time stamp: its hash is not cached.
+_SETTLED_SECONDS = 2.0
 
 
 def fsync(path: Path) -> None:
@@ -98,13 +110,10 @@ def check_place(flag: str, path: str) -> None:
 
 @contextlib.contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn what Python, safetensors and torch raise when `target` cannot be written into one line.
+    """Turn what Python, safetensors and torch raise when `target` cannot be written into an ArtefactError.
 
-    Raises:
-        ArtefactError: the disk is full, a file grows over `ulimit -f`, or permission is missing.
+    It says that the disk is full, a file grows over `ulimit -f`, or permission is missing.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -128,12 +137,7 @@ def disk_errors(target: Path) -> Iterator[None]:
 def lock_file(path: Path, *, busy: str) -> IO[bytes]:
     """Open `path` for appending under an exclusive lock, which ends with the process or the returned file.
 
-    Args:
-        busy: the message where another process holds the lock.
-
-    Raises:
-        UsageError: another process holds it.
-        ArtefactError: the file system has no locks.
+    Raises UsageError(busy) when another process holds it, ArtefactError when the file system has no locks.
     """
     while True:
         file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
@@ -208,3 +212,67 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_sha256(path: Path) -> str:
+    """Return `file_sha256`, from the user's cache while the file's path, size, times and inode are unchanged.
+
+    The cache is the folder `pwopsd` below XDG_CACHE_HOME or ~/.cache, a file for each hash. Only
+    `file_sha256` notices a bit that the disk itself flips, which changes no time stamp.
+    """
+    path = path.resolve()
+    before = path.stat()
+    if before.st_size < _CACHED_BYTES:
+        return file_sha256(path)
+    key = hashlib.sha256(f"{path} {_STAMP(before)}".encode()).hexdigest()
+    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pwopsd" / key
+    with contextlib.suppress(OSError):
+        known = store.read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{64}", known):  # a damaged entry is written again
+            return known.decode()
+    digest = file_sha256(path)
+    if _STAMP(path.stat()) == _STAMP(before) and time.time() - before.st_ctime > _SETTLED_SECONDS:
+        try:
+            atomic_write_text(store, digest)
+        except OSError as error:
+            logger.warning("the hash of %s is not cached (%s): the next run computes it again", path, error)
+    return digest
+
+
+def combined_sha256(hashes: Mapping[str, str]) -> str:
+    """Return one SHA-256 (hex) over `name hash` of every file, sorted by name."""
+    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def file_list(folder: Path, *, but: str) -> dict[str, dict[str, Any]]:
+    """Return every file below `folder` but those of one name: `{name: {"bytes": int, "sha256": str}}`."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != but
+    }
+
+
+def changed_file(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], sha256: Callable[[Path], str] | None
+) -> str | None:
+    """Return, in words, the first file of a `file_list` that is missing or changed; None without one.
+
+    `sha256` hashes a file; None compares sizes alone.
+    """
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if sha256 is not None and sha256(path) != entry["sha256"]:
+            return f"the SHA-256 of {name} is not the one that was saved"
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,47 +17,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """A frozen LM head: z = softcap(scale · (h Wᵀ + b))."""
+    """A frozen LM head: logits = h Wᵀ + b."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
-    scale: float = 1.0  # Cohere's logit_scale, Granite's 1 / logits_scaling
-    softcap: float | None = None  # c in c · tanh(z / c), Gemma's final_logit_softcapping
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Compute the model's own logits, [C, H] -> [C, V] in the head's dtype, in `out` if given."""
         hidden = hidden.to(self.weight.dtype)
         if out is None:
-            logits = nn.functional.linear(hidden, self.weight, self.bias)
-        elif self.bias is None:
-            logits = torch.mm(hidden, self.weight.T, out=out)
-        else:
-            logits = torch.addmm(self.bias, hidden, self.weight.T, out=out)
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-    def softcap_slope(self, logits: Tensor) -> Tensor | None:
-        """Return the derivative of the soft cap at its output z, [C, V]; None without one."""
-        if self.softcap is None:
-            return None
-        return (logits / self.softcap).square_().neg_().add_(1.0)
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
 
     @torch.no_grad()
     def back_project(self, grad_logits: Tensor) -> Tensor:
-        """Turn a gradient with respect to scale · (h Wᵀ + b), [C, V], into one with respect to h, [C, H]."""
-        gradient = grad_logits.to(self.weight.dtype) @ self.weight
-        return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
+        """Turn a gradient with respect to the logits, [C, V], into one with respect to h, [C, H]."""
+        return grad_logits.to(self.weight.dtype) @ self.weight
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """Return the LM head of a causal language model.
 
     Raises:
-        UsageError: the head is not a plain linear layer, is trained, or is adapted.
+        UsageError: the head is not a plain linear layer without scale or soft cap, is trained, or is adapted.
     """
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:
@@ -72,24 +56,22 @@ def head_of(model: PreTrainedModel) -> Head:
             "Freeze lm_head (with tied embeddings, embed_tokens too)"
         )
     config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, scale, float(softcap) if softcap else None)
+    for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+        if getattr(config, name, None) not in (None, 1.0):
+            value = getattr(config, name)
+            raise UsageError(
+                f"config.json sets {name} {value}, which is not supported; choose a model without it"
+            )
+    return Head(layer.weight, layer.bias)
 
 
 def attach_hidden_forward(model: PreTrainedModel) -> None:
     """Add the keyword `positions` to a causal LM's forward, which then returns hidden states, not logits.
 
-    `model(input_ids, positions=flat_indices)` runs the backbone once and returns the last hidden states
-    [N, H] at `flat_indices` [N] of the flattened [B·T] grid. It remains the model's forward, so adapters,
-    gradient checkpointing, autocast and DistributedDataParallel work as usual.
+    `model(input_ids, positions=p)` returns the last hidden states [N, H] at p [N] of the flat [B·T] grid. It
+    remains a forward, for adapters, gradient checkpointing, autocast and DistributedDataParallel.
     """
     original = model.forward
-    # `functools.wraps` hides this function's own signature, so both are read.
-    signatures = (inspect.signature(original, follow_wrapped=follow) for follow in (True, False))
-    if any("positions" in signature.parameters for signature in signatures):
-        raise ValueError("the model's forward already takes `positions`")
 
     @functools.wraps(original)
     def forward(*args, positions: Tensor | None = None, **kwargs):
@@ -121,8 +103,7 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
     if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max().clamp(min=1.0))):
         raise UsageError(
             f"{type(model).__name__} changes its logits after the LM head (largest difference "
-            f"{float((own - ours).abs().max()):.3g}); opsd/head.py knows logit_scale, logits_scaling and "
-            "final_logit_softcapping only, so this model is not supported"
+            f"{float((own - ours).abs().max()):.3g}); choose a model that does not"
         )
     if not torch.allclose(hidden.float(), longer.float(), rtol=tolerance, atol=10 * tolerance):
         raise UsageError(

@@ -59,16 +59,6 @@ def merged_matrix(layer: LoraLayer, adapter: str) -> Tensor:
     return torch.addmm(weight.float(), up, down, alpha=float(layer.scaling[adapter])).to(weight.dtype)
 
 
-def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face weight name, merged matrix) of every adapted layer, formed one at a time.
-
-    Raises:
-        UsageError: see `adapted_layers`.
-    """
-    for name, layer in adapted_layers(model):
-        yield name, merged_matrix(layer, model.active_adapters[0])
-
-
 def adapted_names(model: PeftModel) -> list[str]:
-    """Return the names that `merged_weights` yields."""
+    """Return the names that `adapted_layers` yields."""
     return [name for name, _ in adapted_layers(model)]

@@ -33,12 +33,7 @@ transformers (AutoModelForCausalLM) and vLLM. The base model's licence applies.
 
 
 def model_card(manifest: Mapping[str, Any], *, adapter_step: int | None) -> str:
-    """Return Markdown with the front matter that model hubs read.
-
-    Args:
-        manifest: the training run's (opsd/run_identity.py).
-        adapter_step: optimizer steps behind the merged adapter.
-    """
+    """Return Markdown with the front matter that model hubs read, from the training run's manifest."""
     dataset, git = manifest["dataset"], manifest.get("git") or {}
     shown = {
         "Method": manifest["method"],
@@ -54,13 +49,10 @@ def model_card(manifest: Mapping[str, Any], *, adapter_step: int | None) -> str:
         "Code with local changes": git.get("dirty"),
         "Trained with": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
     }
-    return _TEMPLATE.format(
-        base=json.dumps(manifest["base_model"]),
-        method=json.dumps(manifest["method"]),
-        title=_cell(manifest["run_name"]),
-        rows="\n".join(f"| {name} | {_cell(value)} |" for name, value in shown.items() if value is not None),
-    )
 
+    def cell(value: object) -> str:
+        return printable(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
-def _cell(value: object) -> str:
-    return printable(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    rows = [f"| {name} | {cell(value)} |" for name, value in shown.items() if value is not None]
+    base, method = (json.dumps(manifest[key]) for key in ("base_model", "method"))
+    return _TEMPLATE.format(base=base, method=method, title=cell(manifest["run_name"]), rows="\n".join(rows))

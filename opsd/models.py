@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
 from opsd.checkpoints import WEIGHTS_NAME, read_adapter
 from opsd.errors import MALFORMED, ArtefactError, UsageError, printable
 from opsd.files import atomic_write_json
@@ -34,17 +37,12 @@ COPIED_FILES = (
 )  # fmt: skip
 # Spaces, tabs and newlines in runs, digits, TeX, an apostrophe, composed letters, signs beyond two bytes.
 PROBE = "Let x = 36+35;\n\n\tso  $\\boxed{\\frac{71}{2}}$ isn't 0.5 %, naïve 2 ≤ π · 漢字 🙂.\nDone"
-_INDISPENSABLE = " 0123456789"
 
 
 def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Return the model's folder: `name` itself, or a hub model's local copy, downloaded where needed.
+    """Return `name` itself, or a hub model's local copy, downloaded (with its `weights`) where needed.
 
-    Args:
-        weights: False does not download the weights of a hub model.
-
-    Raises:
-        ArtefactError: it is neither a model folder nor a hub model, or the hub cannot be reached.
+    Raises ArtefactError for what is neither a model folder nor a hub model that can be reached.
     """
     _check_folder(name)
     if Path(name).is_dir():
@@ -59,12 +57,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
 def load_config(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """Load the configuration of a decoder-only language model.
-
-    Raises:
-        ArtefactError: it cannot be loaded or describes another kind of model.
-        UsageError: it needs code of its own that was not allowed.
-    """
+    """Load the configuration of a causal language model. Raises ArtefactError for any other kind of model."""
     from transformers import AutoConfig
 
     _check_folder(name)
@@ -86,9 +79,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer; without a pad token, use the end-of-sequence token.
 
-    Raises:
-        ArtefactError: it cannot be loaded, changes a probe text, has no chat template or no end-of-sequence
-            token.
+    Raises ArtefactError when it changes a probe text or lacks a chat template or an end-of-sequence token.
     """
     folder = model_folder(name, revision, weights=False)
     tokenizer = _read_tokenizer(folder, name, trust_remote_code=trust_remote_code)
@@ -116,12 +107,12 @@ def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreT
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    file, reference = folder / "tokenizer.json", None
+    reference = None
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     with _explained("tokenizer", name, Exception):  # tokenizers raises no other class
-        if file.is_file():
-            reference = Tokenizer.from_file(str(file))
+        if (folder / "tokenizer.json").is_file():
+            reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -130,29 +121,20 @@ def _read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreT
 
 
 def check_round_trip(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer | None, name: str) -> None:
-    """Refuse a tokenizer that changes a text, or whose ids are not those of its `tokenizer.json`.
+    """Raise ArtefactError for a tokenizer that changes a text or disagrees with its `tokenizer.json`.
 
-    The probe has no characters that map to the unknown token, except space and digits. A normalizer in
-    `tokenizer.json` (lower case, say) may change the text; the log says so.
-
-    Args:
-        reference: the tokenizer that `tokenizer.json` holds, None without that file.
-
-    Raises:
-        ArtefactError: with the probe and its result.
+    The probe has no characters that map to the unknown token, except space and digits. `reference` is the
+    tokenizer that `tokenizer.json` holds, None without that file.
     """
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     unknown = tokenizer.unk_token_id
-    probe = "".join(c for c in PROBE if c in _INDISPENSABLE or unknown is None or unknown not in encode(c))
+    probe = "".join(c for c in PROBE if c in " 0123456789" or unknown is None or unknown not in encode(c))
     ids = encode(probe)
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    normalizer = reference.normalizer if reference is not None else None
-    if normalizer is not None and text != probe and text == normalizer.normalize_str(probe):
-        logger.warning("the tokenizer of %r normalizes %r to %r", name, probe, text)
-    elif text != probe:
+    if text != probe:
         raise ArtefactError(
             f"the tokenizer of {name!r} turns {probe!r} into {text!r}; copy the tokenizer.json that belongs "
             "to the model into its folder"
@@ -292,11 +274,7 @@ def merge_end_ids(*sources: int | Sequence[int] | None) -> list[int]:
 
 
 def end_token_ids(name: str, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> list[int]:
-    """Return the ids that end a completion: the generation configuration's or model's, and the tokenizer's.
-
-    Raises:
-        ArtefactError: the tokenizer, where there is one, cannot be used.
-    """
+    """Return the ids that end a completion: the tokenizer's and the generation or model configuration's."""
     from transformers import GenerationConfig
 
     try:
@@ -316,9 +294,6 @@ def first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _explained(what: str, name: str, *more: type[Exception]) -> Iterator[None]:
     """Turn what the libraries raise while they load `what` of the model `name` into one line."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
     try:
         yield
     except (OSError, RuntimeError, *MALFORMED, SafetensorError, StrictDataclassError, *more) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,9 +19,7 @@ logger = logging.getLogger(__name__)
 class NonFiniteGuard:
     """Collect the losses of an optimizer step and check them once, with the gradient norm.
 
-    Args:
-        output_dir: where `nonfinite-step-<N>-rank-<R>.json` is written.
-        tolerated: how many non-finite steps a run may leave out before it stops.
+    Up to `tolerated` steps are left out; each is recorded in `output_dir`/nonfinite-step-<N>-rank-<R>.json.
     """
 
     def __init__(self, output_dir: Path, *, tolerated: int):
@@ -32,16 +29,15 @@ class NonFiniteGuard:
     def see_loss(self, loss: Tensor, problems: list[int], stats: TokenStats) -> None:
         """Keep a micro-batch's values until `reset`; nothing is copied from the device."""
         # Attached to the graph, the term would keep [N, H] of each micro-batch until the end of the step.
-        stats = replace(stats, term=None if stats.term is None else stats.term.detach())
+        stats = TokenStats(**{name: value.detach() for name, value in vars(stats).items()})
         self._micro_batches.append((loss.detach(), problems, stats))
 
     def bad(self, norm: Tensor | float | None) -> bool:
         """Return whether a loss of this rank or the gradient norm is not finite; reads the device once."""
         losses = [loss.float() for loss, _, _ in self._micro_batches]
         total = torch.stack(losses).sum() if losses else torch.zeros(())
-        if norm is not None:
-            total = total + torch.as_tensor(norm, device=total.device, dtype=torch.float32)
-        return not bool(torch.isfinite(total))
+        norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=total.device)
+        return not bool(torch.isfinite(total + norm))
 
     def handle(self, step: int, norm: Tensor | float | None, *, is_main: bool) -> None:
         """Save the statistics of a non-finite step, and stop unless it is tolerated.
@@ -84,7 +80,7 @@ def _summary(stats: TokenStats) -> dict:
     """Return the extremes and the count of non-finite entries of every statistic."""
     summary = {}
     for name, values in vars(stats).items():
-        if values is None or values.numel() == 0:
+        if values.numel() == 0:
             continue
         finite = values[values.isfinite()].float()
         extremes = (float(finite.min()), float(finite.max())) if finite.numel() else (None, None)

@@ -119,10 +119,9 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind:
     if _is_required(field):
         # Without a value it is missing too, and `check_options` says so.
         known |= {"default": argparse.SUPPRESS, "nargs": "?"}
-    elif field.default_factory is not dataclasses.MISSING:
-        known["default"] = field.default_factory()
     else:
-        known["default"] = field.default
+        factory = field.default_factory
+        known["default"] = field.default if factory is dataclasses.MISSING else factory()
     names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
     if kind is bool:
         parser.add_argument(*names, type=_boolean, nargs="?", const=True, **known)
@@ -143,7 +142,7 @@ def check_options(group: type, values: Mapping[str, Any]) -> None:
     """
     for field in _options(group):
         value, choices = values.get(field.name), field.metadata["choices"]
-        if value in (None, "") and _is_required(field):
+        if not value and _is_required(field):
             wanted = (
                 f"choose one of {', '.join(choices)}" if choices else f"give the {field.metadata['help']}"
             )

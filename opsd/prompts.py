@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
@@ -68,12 +68,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, message: str, *, enable_thinking
             "model, or put a chat_template.jinja beside its tokenizer.json"
         )
     try:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=enable_thinking,
-        )
+        messages = [{"role": "user", "content": message}]
+        settings: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": enable_thinking}
+        return cast("str", tokenizer.apply_chat_template(messages, tokenize=False, **settings))
     except (TemplateError, *MALFORMED) as error:
         raise ArtefactError(
             f"the chat template of {tokenizer.name_or_path!r} fails on a user's message "
@@ -90,7 +87,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str]
     """
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special or re.search(r"[^\w\s]", token.content)}
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = json.loads(cast("Tokenizer", tokenizer.backend_tokenizer).to_str())
     backend["added_tokens"] = [t for t in backend["added_tokens"] if t["content"] not in names]
     spelled = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     return re.compile(spelled or "(?!)"), Tokenizer.from_str(json.dumps(backend))
@@ -104,13 +101,12 @@ def spells_control_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Encode (message, rendered prompt) pairs. A control token that a message spells is encoded as text.
 
-    The template writes its own control tokens, a beginning-of-sequence among them.
-
     Raises:
         ArtefactError: such a message is not in its rendered prompt exactly once.
     """
     if not prompts:
         return []
+    # The template writes its own control tokens, a beginning-of-sequence among them.
     rendered = [text for _, text in prompts]
     ids = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     for row, (message, text) in enumerate(prompts):

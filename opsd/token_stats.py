@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from opsd.head import Head
 from opsd.objectives import StatsConfig, TokenStats
+from opsd.rollout.engine import Sampling
 
 # Size of one role's logits of a chunk; both roles' logits are in memory at once.
 CHUNK_BYTES_CPU = 22 * 2**20
@@ -64,9 +65,13 @@ def token_statistics(
     vocabulary = head.weight.shape[0] if head is not None else student.shape[1]
     if config.top_k is not None and config.top_k > vocabulary:
         raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {vocabulary} entries")
-    outputs = _ChunkedStatistics.apply(student, teacher, token_ids, config, term, head)
-    names = _field_names(config, term)
-    return TokenStats(**{"term": None, **dict(zip(names, outputs, strict=True))})
+    differentiate = term is not None and student.requires_grad
+    values, gradient = _chunked_statistics(
+        student.detach(), teacher, token_ids, config=config, term=term, head=head, differentiate=differentiate
+    )
+    if gradient is not None:
+        values["term"] = _GradientOfTerm.apply(student, values["term"], gradient)
+    return TokenStats(**values)
 
 
 def dense_statistics(
@@ -87,25 +92,22 @@ def dense_statistics(
     if config.divergence_clip is not None:
         clip = config.divergence_clip or math.inf
         entries = teacher_probs * (teacher_log - student_log)
-        values["divergence"] = entries.sum(-1).detach()
-        values["clipped_divergence"] = entries.clamp(max=clip).sum(-1)
-        values["clipped_entries"] = (entries > clip).sum(-1).to(dtype)
+        total = entries.sum(-1)
+        values["divergence"] = total.detach()
+        if config.clip_scope == "token":
+            values["clipped_divergence"] = total.clamp(max=clip)
+            cut = (total > clip).unsqueeze(1).expand_as(entries)
+        else:
+            values["clipped_divergence"] = entries.clamp(max=clip).sum(-1)
+            cut = entries > clip
+        values["clipped_entries"] = cut.sum(-1).to(dtype)
+        values["clipped_teacher_mass"] = (teacher_probs * cut).sum(-1)
     if config.top_k is not None:
         top_log, top_ids = teacher_log.topk(config.top_k)
         top_log = top_log.log_softmax(-1)
         values["topk_divergence"] = (top_log.exp() * (top_log - student_log.gather(1, top_ids))).sum(-1)
-    result = term(TokenStats(term=None, **values)) if term is not None else None
-    return TokenStats(term=result, **{name: value.detach() for name, value in values.items()})
-
-
-def _field_names(config: StatsConfig, term: TermFunction | None) -> list[str]:
-    names = [] if term is None else ["term"]
-    names += ["student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy"]
-    if config.divergence_clip is not None:
-        names += ["divergence", "clipped_divergence", "clipped_entries"]
-    if config.top_k is not None:
-        names += ["topk_divergence"]
-    return names
+    terms = {"term": term(TokenStats(**values))} if term is not None else {}
+    return TokenStats(**{name: value.detach() for name, value in values.items()}, **terms)
 
 
 class _Workspace:
@@ -129,59 +131,60 @@ class _Workspace:
         return -torch.mul(probs, logs, out=self.product[: len(probs)]).sum(-1)
 
 
-class _ChunkedStatistics(torch.autograd.Function):
-    """Forward: statistics and ∂term/∂student by chunks. Backward: scale its rows by the upstream gradient."""
+class _GradientOfTerm(torch.autograd.Function):
+    """Attach to the term its gradient with respect to the student, which was formed beside it."""
 
     @staticmethod
-    def forward(ctx, student, teacher, token_ids, config, term, head):
-        positions = student.shape[0]
-        names = _field_names(config, term)
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        fields = {name: torch.empty(positions, dtype=dtype, device=student.device) for name in names}
-        differentiate = term is not None and ctx.needs_input_grad[0]
-        gradient = torch.empty(student.shape, dtype=dtype, device=student.device) if differentiate else None
-        vocabulary = head.weight.shape[0] if head is not None else student.shape[1]
-        on_cpu, row_bytes = student.device.type == "cpu", vocabulary * dtype.itemsize
-        automatic = (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_CUDA) // row_bytes
-        chunk = min(config.chunk_positions or max(automatic, 1), positions)
-        block = min(chunk, max(BLOCK_BYTES_CPU // row_bytes, 1)) if on_cpu else chunk
-        space = _Workspace(chunk, block, vocabulary, dtype, student.device)
-        for start in range(0, positions, max(chunk, 1)):
-            span = slice(start, min(start + chunk, positions))
-            student_logits, teacher_logits = _project(head, student[span], teacher[span], space.logits)
-            for low in range(0, student_logits.shape[0], block):
-                rows = slice(low, low + block)
-                block_inputs = student_logits[rows], teacher_logits[rows], token_ids[span][rows]
-                values = _block_statistics(
-                    *block_inputs,
-                    config=config,
-                    term=term,
-                    differentiate=differentiate,
-                    head=head,
-                    space=space,
-                )
-                for name in names:
-                    fields[name][span][rows] = values[name]
-            if gradient is not None:
-                gradient[span] = student_logits if head is None else head.back_project(student_logits)
+    def forward(ctx, student, term, gradient):
         ctx.save_for_backward(gradient)
-        outputs = tuple(fields[name] for name in names)
-        ctx.mark_non_differentiable(*outputs[1 if term is not None else 0 :])
         ctx.student_dtype = student.dtype
-        return outputs
+        return term.view_as(term)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
         (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0].unsqueeze(1)).to(ctx.student_dtype), None, None
+
+
+@torch.no_grad()
+def _chunked_statistics(
+    student: Tensor,
+    teacher: Tensor,
+    token_ids: Tensor,
+    *,
+    config: StatsConfig,
+    term: TermFunction | None,
+    head: Head | None,
+    differentiate: bool,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return the statistics by name, [N] each, and, if wanted, ∂term/∂student, [N, H]."""
+    positions, device = student.shape[0], student.device
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    gradient = torch.empty(student.shape, dtype=dtype, device=device) if differentiate else None
+    vocabulary = head.weight.shape[0] if head is not None else student.shape[1]
+    on_cpu, row_bytes = device.type == "cpu", vocabulary * dtype.itemsize
+    automatic = (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_CUDA) // row_bytes
+    chunk = max(min(config.chunk_positions or max(automatic, 1), positions), 1)
+    block = min(chunk, max(BLOCK_BYTES_CPU // row_bytes, 1)) if on_cpu else chunk
+    space = _Workspace(chunk, block, vocabulary, dtype, device)
+    blocks = []
+    # Without a position one empty block gives the names and the types of the statistics.
+    for start in range(0, max(positions, 1), chunk):
+        span = slice(start, start + chunk)
+        student_logits, teacher_logits = _project(head, student[span], teacher[span], space.logits)
+        for low in range(0, max(len(student_logits), 1), block):
+            rows = slice(low, low + block)
+            inputs = student_logits[rows], teacher_logits[rows], token_ids[span][rows]
+            blocks.append(_block_statistics(*inputs, config, term, space, differentiate=differentiate))
         if gradient is not None:
-            gradient = (gradient * upstream[0].unsqueeze(1)).to(ctx.student_dtype)
-        return gradient, None, None, None, None, None
+            gradient[span] = student_logits if head is None else head.back_project(student_logits)
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}, gradient
 
 
 def _project(head: Head | None, student: Tensor, teacher: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """Project [C, H] of both roles to raw logits, [C, V] each, in `buffer`; the weight is read once."""
-    hidden = torch.cat([student.detach(), teacher.to(student.dtype)])
+    hidden = torch.cat([student, teacher.to(student.dtype)])
     logits = buffer[: hidden.shape[0]]
     if head is None:
         logits.copy_(hidden)
@@ -196,18 +199,16 @@ def _block_statistics(
     student_logits: Tensor,
     teacher_logits: Tensor,
     token_ids: Tensor,
-    *,
     config: StatsConfig,
     term: TermFunction | None,
-    differentiate: bool,
-    head: Head | None,
     space: _Workspace,
+    *,
+    differentiate: bool,
 ) -> dict[str, Tensor]:
     """Compute the statistics of a block, [n] each; ∂term/∂(raw logits), if wanted, replaces `student_logits`.
 
     Both [n, V] logits are overwritten; every other tensor of that size is a buffer of `space`.
     """
-    slope = head.softcap_slope(student_logits) if head is not None and differentiate else None
     inverse_temperature = 1.0 / config.temperature
     student_log = space.log_softmax(student_logits.mul_(inverse_temperature), space.student_log)
     teacher_log = space.log_softmax(teacher_logits.mul_(inverse_temperature), space.teacher_log)
@@ -227,26 +228,21 @@ def _block_statistics(
         top_probs = top_log.exp()
         values["topk_divergence"] = (top_probs * (top_log - student_log.gather(1, top_ids))).sum(-1)
     if config.divergence_clip is not None:
-        kept_mass = _divergences(
-            values, student_log, teacher_log, teacher_probs, config.divergence_clip, space.product
-        )
+        kept_mass = _divergences(values, student_log, teacher_log, teacher_probs, config, space.product)
     if term is None:
         return values
     values["term"], slopes = _term_and_slopes(term, values, differentiate)
     if differentiate:
         _write_gradient(student_probs, teacher_probs, kept_mass, picked, top_ids, top_probs, slopes)
         student_probs.mul_(inverse_temperature)
-        if slope is not None:
-            student_probs.mul_(slope)
     return values
 
 
 def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest entries of each row of [n, V] and their indices, [n, k] each, largest first.
 
-    On a CPU `topk` copies each row into pairs of value and index. Here a row is divided into columns of every
-    C-th entry, with a few entries left over. The k largest are in the k columns with the largest maxima or
-    among those left over, so `topk` runs on these alone.
+    On a CPU `topk` copies each row into pairs of value and index, so it runs here on the k columns (of every
+    C-th entry) with the largest maxima and the few entries left over, which hold the k largest.
     """
     columns = rows.shape[1] // COLUMN_ENTRIES
     if rows.device.type != "cpu" or columns < 4 * k:
@@ -260,32 +256,40 @@ def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, places.gather(1, chosen)
 
 
-def _divergences(values, student_log, teacher_log, teacher_probs, clip, scratch) -> Tensor:
+def _divergences(values, student_log, teacher_log, teacher_probs, config: StatsConfig, scratch) -> Tensor:
     """Write the forward KL, clipped and not; zero p_T where the clip cuts and return its sums [n].
 
     A clipped entry has no gradient; one that equals the clip has, as in torch.clamp.
     """
+    clip = config.divergence_clip
     entries = torch.sub(teacher_log, student_log, out=teacher_log).mul_(teacher_probs)
-    values["divergence"] = entries.sum(-1)
-    if clip > 0:
-        # 1 and 0 in the dtype of the entries: their count is exact below 2^24 and needs no integer copy.
+    divergence = values["divergence"] = entries.sum(-1)
+    if not clip:
+        values["clipped_divergence"] = divergence.clone()
+        values["clipped_entries"] = values["clipped_teacher_mass"] = torch.zeros_like(divergence)
+        return torch.ones_like(divergence)
+    # 1 and 0 in the dtype of the entries: their count is exact below 2^24 and needs no integer copy.
+    if config.clip_scope == "token":
+        cut = (divergence > clip).to(entries.dtype).unsqueeze(1)
+        values["clipped_entries"] = cut.squeeze(1) * entries.shape[1]
+        values["clipped_divergence"] = divergence.clamp(max=clip)
+    else:
         cut = torch.gt(entries, clip, out=scratch[: len(entries)])
         values["clipped_entries"] = cut.sum(-1)
         values["clipped_divergence"] = entries.clamp_(max=clip).sum(-1)
-        teacher_probs.addcmul_(teacher_probs, cut, value=-1.0)
-        return teacher_probs.sum(-1)
-    values["clipped_entries"] = torch.zeros_like(values["divergence"])
-    values["clipped_divergence"] = values["divergence"].clone()
-    return torch.ones_like(values["divergence"])
+    teacher_probs.addcmul_(teacher_probs, cut, value=-1.0)
+    kept = teacher_probs.sum(-1)
+    values["clipped_teacher_mass"] = (1.0 - kept).clamp_(min=0.0)
+    return kept
 
 
 def _term_and_slopes(term: TermFunction, values: dict[str, Tensor], differentiate: bool):
     """Return the term [n] and its derivative with respect to each differentiable statistic, [n] each."""
     if not differentiate:
-        return term(TokenStats(term=None, **values)), {}
+        return term(TokenStats(**values)), {}
     with torch.enable_grad():
         leaves = {name: values[name].clone().requires_grad_() for name in DIFFERENTIABLE if name in values}
-        result = term(TokenStats(term=None, **{**values, **leaves}))
+        result = term(TokenStats(**values | leaves))
         slopes = torch.autograd.grad(result.sum(), list(leaves.values()), allow_unused=True)
     return result.detach(), {n: s for n, s in zip(leaves, slopes, strict=True) if s is not None}
 
@@ -313,26 +317,17 @@ def _write_gradient(student_probs, teacher_probs, kept_mass, picked, top_ids, to
 
 @torch.no_grad()
 def sampling_audit(
-    hidden: Tensor,
-    token_ids: Tensor,
-    *,
-    head: Head,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    chunk_positions: int | None = None,
+    hidden: Tensor, token_ids: Tensor, *, head: Head, sampling: Sampling, chunk_positions: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compare sampled tokens with the distribution of the trainer's own logits.
 
     The sampler's support: the `top_k` likeliest tokens (0 = all), then the smallest set of them whose mass
     reaches `top_p`. A large share outside it means that the sampler has other weights or other rules.
 
-    Args:
-        hidden, token_ids: [N, H] hidden states that predicted the tokens, and [N] these.
-
     Returns:
-        (outside [N] bool, logprob [N] float32 in nats at temperature 1).
+        (outside [N] bool, logprob [N] float32 in nats at temperature 1) of [N, H] states and [N] tokens.
     """
+    top_k = sampling.top_k
     chunk = chunk_positions or max(CHUNK_BYTES_CPU // (head.weight.shape[0] * 4), 1)
     outside = torch.zeros(len(token_ids), dtype=torch.bool, device=hidden.device)
     logprob = torch.empty(len(token_ids), device=hidden.device)
@@ -342,8 +337,8 @@ def sampling_audit(
         chosen = logits.gather(1, token_ids[span].unsqueeze(1))
         logprob[span] = chosen.squeeze(1) - logits.logsumexp(-1)
         support = logits.topk(min(top_k, logits.shape[1]) if top_k else logits.shape[1], dim=-1).values
-        masses = torch.softmax(support / temperature, dim=-1)
+        masses = torch.softmax(support / sampling.temperature, dim=-1)
         # Tokens strictly likelier than the chosen one; the nucleus still takes the token that crosses top_p.
         before = masses.masked_fill(support <= chosen, 0.0).sum(-1)
-        outside[span] = (chosen.squeeze(1) < support[:, -1]) | (before >= top_p)
+        outside[span] = (chosen.squeeze(1) < support[:, -1]) | (before >= sampling.top_p)
     return outside, logprob

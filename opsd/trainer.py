@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
-from transformers import Trainer
+from torch.distributed.checkpoint.stateful import Stateful
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from opsd.arguments import ModelArguments, RolloutArguments
+from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
 from opsd.batch import RoleBatch, role_batch
 from opsd.checkpoints import mark_complete, rotate
 from opsd.data import Example, Problems
 from opsd.files import disk_errors
 from opsd.head import Head
 from opsd.nonfinite import NonFiniteGuard
-from opsd.objectives import Hyperparameters, Method, ReductionInput, StepScale, TokenStats
+from opsd.objectives import METHODS, ReductionInput, StepScale, TokenStats
 from opsd.records import write_completions
 from opsd.rollout.engine import Completion, Engine, Request, Sampling
 from opsd.seeds import rollout_seed
@@ -50,12 +53,13 @@ class MicroBatch:
 class OPSDTrainer(Trainer):
     """A Trainer whose batches are problems and whose loss is a method's objective on fresh rollouts."""
 
+    train_dataset: Problems
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self,
         *,
-        method: Method,
-        hyper: Hyperparameters,
-        loss_scope: str,
+        method: MethodArguments,
         engine: Engine,
         head: Head,
         rollout: RolloutArguments,
@@ -66,7 +70,7 @@ class OPSDTrainer(Trainer):
         super().__init__(train_dataset=train_dataset, data_collator=_positions, **kwargs)
         # The objective is normalised here; the Trainer divides by the number of micro-batches only.
         self.model_accepts_loss_kwargs = False
-        self.method, self.hyper, self.loss_scope = method, hyper, loss_scope
+        self.method, self.hyper, self.loss_scope = METHODS[method.method], method, method.loss_scope
         self.engine, self.head, self.rollout, self.options = engine, head, rollout, options
         self.sampling = Sampling(
             temperature=rollout.rollout_temperature,
@@ -74,13 +78,12 @@ class OPSDTrainer(Trainer):
             top_k=rollout.rollout_top_k,
             max_new_tokens=rollout.max_completion_length,
         )
-        self.guard = NonFiniteGuard(Path(self.args.output_dir), tolerated=options.skip_nonfinite)
+        self.run_folder = Path(str(self.args.output_dir))
+        self.guard = NonFiniteGuard(self.run_folder, tolerated=options.skip_nonfinite)
         self._scale: StepScale | None = None
         self._metrics = StepMetrics()
         self._step_started: float | None = None
         self._loss_before_step = torch.zeros(())
-
-    # --- one optimizer step's data
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch the step's micro-batches, sample their completions in one call, score them (teacher)."""
@@ -100,30 +103,21 @@ class OPSDTrainer(Trainer):
         started = time.perf_counter()
         self.engine.push_weights(model)
         pushed = time.perf_counter()
-        step = self.state.global_step
-        requests = [
-            Request(e.student_ids, rollout_seed(seed=self.args.seed, step=step, problem=e.index))
-            for e in examples
-        ]
-        completions = self.engine.generate(requests, self.sampling, want_logprobs=self._audits())
+        seeds = {"seed": self.args.seed, "step": self.state.global_step}
+        requests = [Request(e.student_ids, rollout_seed(**seeds, problem=e.index)) for e in examples]
+        audit = self._due(self.rollout.rollout_audit_steps)
+        completions = self.engine.generate(requests, self.sampling, want_logprobs=audit)
         self._metrics["time/push_s"].append(pushed - started)
         self._metrics["time/rollout_s"].append(time.perf_counter() - pushed)
         return completions
 
-    def _audits(self) -> bool:
-        every = self.rollout.rollout_audit_steps
+    def _due(self, every: int) -> bool:
         return every > 0 and self.state.global_step % every == 0
 
     def _align(self, examples: list[Example], completions: list[Completion]) -> MicroBatch:
         device, ids = self.args.device, [completion.token_ids for completion in completions]
         student, teacher = (
-            role_batch(
-                prompts,
-                ids,
-                pad_id=self.processing_class.pad_token_id or 0,
-                max_padding_ratio=self.options.max_padding_ratio,
-                device=device,
-            )
+            role_batch(prompts, ids, max_padding_ratio=self.options.max_padding_ratio, device=device)
             for prompts in ([e.student_ids for e in examples], [e.teacher_ids for e in examples])
         )
         started = time.perf_counter()
@@ -149,20 +143,17 @@ class OPSDTrainer(Trainer):
         model.train(was_training)
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        """Return `inputs`: `_align` has put everything on the device."""
-        return inputs
+        return inputs  # `_align` has put everything on the device
 
-    # --- the objective
-
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, *args, **kwargs):
         """Run one micro-batch forward and backward.
 
-        PEFT casts the input of an adapter to the adapter's float32, and autocast casts it back to bfloat16.
-        Without dropout in between the two casts change nothing, so they are left out.
+        PEFT casts an adapter's input to float32 and autocast casts it back; without dropout in between that
+        changes nothing, so the casts are left out.
         """
         needless = self.args.bf16 and self.options.lora_dropout == 0
-        with disable_input_dtype_casting(self.model, active=needless):
-            return super().training_step(*args, **kwargs)
+        with disable_input_dtype_casting(model, active=needless):
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
         """Compute the method's loss on one micro-batch; see opsd/objectives.py."""
@@ -172,15 +163,13 @@ class OPSDTrainer(Trainer):
         threshold = None if scale is None else scale.threshold
         batch = ReductionInput(stats, inputs.lengths, self.state.global_step, threshold)
         reduction = self.method.reduce(batch, self.hyper)
-        if scale is None:
-            loss = reduction.loss()
-        else:
+        loss = reduction.loss(scale and scale.count)
+        if scale is not None:
             # DistributedDataParallel averages over ranks and the Trainer over micro-batches; undo both.
-            parts = self.args.world_size * self.current_gradient_accumulation_steps
-            loss = reduction.loss(scale.count) * parts
+            loss = loss * (self.args.world_size * self.current_gradient_accumulation_steps)
         self.guard.see_loss(loss, [example.index for example in inputs.examples], stats)
         self._metrics.record_objective(loss, reduction, stats, vocabulary=self.head.weight.shape[0])
-        if self._audits():
+        if self._due(self.rollout.rollout_audit_steps):
             self._metrics.record_audit(inputs, hidden, head=self.head, sampling=self.sampling)
         return loss
 
@@ -197,13 +186,14 @@ class OPSDTrainer(Trainer):
     def _step_scale(self, batches: Sequence[MicroBatch]) -> StepScale:
         """Compute what the loss is divided by, over all micro-batches and ranks of this optimizer step.
 
-        A method whose count depends on the statistics needs one more student pass, without gradients, and
-        without dropout, since a resumed run restores the random state only after this.
+        A count that depends on the statistics needs one more student pass, without gradients, and without
+        dropout, since a resumed run restores the random state only after this.
         """
-        if self.method.over_step is None:
+        if self.method.count is not None:
             lengths = torch.cat([batch.lengths for batch in batches])
             scale = StepScale(self.method.count(lengths, self.hyper))
         else:
+            assert self.method.over_step is not None, "a method has the one or the other"
             inputs = []
             for batch in batches:
                 with torch.no_grad(), self._evaluation_mode() as model:
@@ -211,15 +201,20 @@ class OPSDTrainer(Trainer):
                 stats = self._statistics(hidden, batch, with_term=False)
                 inputs.append(ReductionInput(stats, batch.lengths, self.state.global_step))
             scale = self.method.over_step(inputs, self.hyper, self._gather_tokens)
-        return replace(scale, count=self.accelerator.reduce(scale.count.double(), "sum"))
+        return replace(scale, count=self._sum_over_ranks(scale.count.double()))
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return cast("Tensor", self.accelerator.reduce(value, "sum"))
+
+    def _gather(self, values: Tensor) -> Tensor:
+        return cast("Tensor", self.accelerator.gather(values))
 
     def _gather_tokens(self, values: Sequence[Tensor]) -> Tensor:
         """Join [n] of each micro-batch into the finite values of all micro-batches and ranks, [M]."""
-        padded = self.accelerator.pad_across_processes(torch.cat(list(values)), pad_index=float("inf"))
-        gathered = self.accelerator.gather(padded)
+        infinity = cast("int", math.inf)  # accelerate's annotation is narrower than what it pads with
+        padded = self.accelerator.pad_across_processes(torch.cat(list(values)), pad_index=infinity)
+        gathered = self._gather(cast("Tensor", padded))
         return gathered[gathered.isfinite()]
-
-    # --- non-finite steps
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -235,7 +230,7 @@ class OPSDTrainer(Trainer):
     def _check_finite(self, model, norm) -> None:
         """Stop, or drop this step's gradients on all ranks, before the optimizer sees a NaN of any rank."""
         verdict = torch.tensor(float(self.guard.bad(norm)), device=self.args.device)
-        if self.accelerator.reduce(verdict, "sum") > 0:
+        if self._sum_over_ranks(verdict) > 0:
             self.guard.handle(self.state.global_step, norm, is_main=self.is_world_process_zero())
             # AdamW skips parameters without a gradient: neither weights nor moments change.
             model.zero_grad(set_to_none=True)
@@ -243,16 +238,13 @@ class OPSDTrainer(Trainer):
             self._tr_loss.copy_(self._loss_before_step)
         self.guard.reset()
 
-    # --- records
-
     def _record_rollout(self, batches: Sequence[MicroBatch]) -> None:
         self._metrics.record_rollout(batches)
-        every = self.rollout.log_completions_steps
-        if every and self.state.global_step % every == 0 and self.is_world_process_zero():
+        if self._due(self.rollout.log_completions_steps) and self.is_world_process_zero():
             examples = [example for batch in batches for example in batch.examples]
             completions = [completion for batch in batches for completion in batch.completions]
-            folder, step = Path(self.args.output_dir), self.state.global_step
-            write_completions(folder, step, examples, completions, self.processing_class)
+            step = self.state.global_step
+            write_completions(self.run_folder, step, examples, completions, self.processing_class)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """Record the seconds of the optimizer step that ends, then log and save."""
@@ -265,20 +257,17 @@ class OPSDTrainer(Trainer):
     def log(self, logs, start_time=None):
         """Add the means of what was recorded since the last log."""
         if self._metrics:
-            logs = {**logs, **self._metrics.means(self.accelerator.gather, self.args.device)}
+            logs = {**logs, **self._metrics.means(self._gather, self.args.device)}
             self._metrics.clear()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
-        """Return 0: the Trainer's formula counts one pass over `input_ids`, which is not a step here."""
-        return 0
-
-    # --- checkpoints
+        return 0  # the Trainer's formula counts one pass over `input_ids`, which is not a step here
 
     def _save_checkpoint(self, model, trial):
         """Save, mark as complete, and only then delete the oldest, so that one to resume is always there."""
-        run_folder, limit = Path(self.args.output_dir), self.args.save_total_limit
-        checkpoint = run_folder / f"checkpoint-{self.state.global_step}"
+        limit = self.args.save_total_limit
+        checkpoint = self.run_folder / f"checkpoint-{self.state.global_step}"
         self.args.save_total_limit = None
         try:
             with disk_errors(checkpoint):
@@ -288,7 +277,7 @@ class OPSDTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             mark_complete(checkpoint)
-            rotate(run_folder, limit, keep=self.options.merge_step)
+            rotate(self.run_folder, limit, keep=self.options.merge_step)
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -296,7 +285,8 @@ class OPSDTrainer(Trainer):
         if checkpoint is None:
             return
         for name, owner in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
-            owner.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+            state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            cast("Stateful", owner).load_state_dict(state)
 
 
 def _positions(items: list[int]) -> dict[str, Tensor]:

@@ -7,26 +7,25 @@ import os
 import pickle
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import ProgressCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
-from opsd.checkpoints import NAME, check_run, remove_incomplete, resolve_resume
+from opsd.checkpoints import check_run, remove_incomplete, resolve_resume
 from opsd.data import Problems, check_positions, encode_problems
 from opsd.errors import ArtefactError, UsageError
 from opsd.files import atomic_write_text, lock_file, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
-from opsd.objectives import METHODS
-from opsd.provenance import weights_sha256
 from opsd.rollout.vllm_setup import local_model, require_vllm
 from opsd.run_identity import (
     MANIFEST_NAME,
     differences,
     identity,
+    model_sha256,
     read_manifest,
     run_arguments,
     run_manifest,
@@ -48,10 +47,7 @@ LOCK_NAME = ".lock"
 
 
 def train(
-    training: TrainingArguments,
-    method: MethodArguments,
-    rollout: RolloutArguments,
-    options: ModelArguments,
+    training: TrainingArguments, method: MethodArguments, rollout: RolloutArguments, options: ModelArguments
 ) -> int:
     """Run the training under a lock of its main process on the run folder; return the exit code.
 
@@ -60,9 +56,9 @@ def train(
     """
     _check_devices(training)
     _check_engine(rollout, training.world_size)
+    folder = Path(str(training.output_dir))
     if training.process_index > 0:
-        return _train(training, method, rollout, options)
-    folder = Path(training.output_dir)
+        return _train(folder, training, method, rollout, options)
     busy = f"another process is training in --output_dir {folder}; wait for it, or choose another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,12 +67,13 @@ def train(
         raise ArtefactError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
     with lock:
         try:
-            return _train(training, method, rollout, options)
+            return _train(folder, training, method, rollout, options)
         finally:
             (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
 def _train(
+    output_dir: Path,
     training: TrainingArguments,
     method: MethodArguments,
     rollout: RolloutArguments,
@@ -84,7 +81,6 @@ def _train(
 ) -> int:
     from opsd.trainer import OPSDTrainer  # late, since it imports what an error in the data does not need
 
-    output_dir = Path(training.output_dir)
     resume = resolve_resume(output_dir, training.resume_from_checkpoint)
     load = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model_name_or_path, **load)
@@ -94,7 +90,7 @@ def _train(
     check_positions(problems, max_completion_length=rollout.max_completion_length, positions=positions)
     manifest = _manifest(training, method, rollout, options, config, problems)
     _check_same_run(output_dir, manifest, resume)
-    if resume is not None and int(NAME.fullmatch(resume.name)[1]) >= training.max_steps:
+    if resume is not None and int(resume.name.removeprefix("checkpoint-")) >= training.max_steps:
         logger.info("%s is already the last step of %d; nothing to train", resume, training.max_steps)
         return 0
     if training.process_index == 0:
@@ -104,23 +100,21 @@ def _train(
         _identify_wandb_run(training, output_dir)
     logger.info("resuming from %s", resume) if resume is not None else logger.info("starting afresh")
     model = _load_model(training, options).to(training.device)
-    base = model.get_base_model()
+    base = cast("PreTrainedModel", model.get_base_model())
     head = head_of(base)
     attach_hidden_forward(base)
     check_head(base, head)
     engine = _build_engine(model, tokenizer, problems, rollout, options, training)
     trainer = OPSDTrainer(
-        model=model,
-        args=training,
-        processing_class=tokenizer,
-        train_dataset=problems,
-        method=METHODS[method.method],
-        hyper=method,
-        loss_scope=method.loss_scope,
+        method=method,
         engine=engine,
         head=head,
         rollout=rollout,
         options=options,
+        model=model,
+        args=training,
+        processing_class=tokenizer,
+        train_dataset=problems,
         callbacks=[MetricsFile(output_dir)],
     )
     progress = ConciseProgress()
@@ -138,7 +132,7 @@ def _train(
 
 def _run(trainer: OPSDTrainer, resume: Path | None) -> None:
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
     except pickle.UnpicklingError as error:
         raise ArtefactError(
             f"{resume} holds more than tensors and numbers in its optimizer, scheduler or random state, "
@@ -166,11 +160,9 @@ def _check_engine(rollout: RolloutArguments, world_size: int) -> None:
     if rollout.rollout != "vllm":
         return
     require_vllm()
-    size = rollout.vllm_tensor_parallel_size
-    if world_size % size:
+    if world_size % (size := rollout.vllm_tensor_parallel_size):
         raise UsageError(
-            f"--vllm_tensor_parallel_size {size} does not divide the {world_size} processes: each engine "
-            f"takes that many ranks. Start a multiple of {size} processes or choose a divisor of {world_size}"
+            f"--vllm_tensor_parallel_size {size} does not divide the {world_size} processes; choose a divisor"
         )
 
 
@@ -202,9 +194,9 @@ def _load_problems(
 
 def _manifest(training, method, rollout, options, config, problems: Problems) -> dict:
     revision = getattr(config, "_commit_hash", None)
-    # The main process hashes the weights; the others find the hash in the user's cache.
-    with training.main_process_first(desc="hashing the base model's weights"):
-        base_weights = weights_sha256(model_folder(options.model_name_or_path, revision))
+    # The main process hashes the model; the others find the hash in the user's cache.
+    with training.main_process_first(desc="hashing the base model"):
+        base_weights = model_sha256(model_folder(options.model_name_or_path, revision))
     return run_manifest(
         run_arguments(training, method, rollout, options),
         base_revision=revision,
@@ -242,14 +234,14 @@ def _check_same_run(output_dir: Path, manifest: dict, resume: Path | None) -> No
 def _resumed(output_dir: Path, manifest: dict, resume: Path) -> dict:
     """Return the run's first manifest with the present arguments and one more entry under `resumed`."""
     before = read_manifest(output_dir)
-    kept = ("created", "command", "git", "versions")
-    start = {"checkpoint": resume.name} | {name: manifest[name] for name in kept}
-    return before | {"arguments": manifest["arguments"], "resumed": [*before.get("resumed", ()), start]}
+    start = {name: manifest[name] for name in ("created", "command", "git", "versions")}
+    resumed = [*before.get("resumed", ()), {"checkpoint": resume.name} | start]
+    return before | {"arguments": manifest["arguments"], "resumed": resumed}
 
 
 def _identify_wandb_run(training: TrainingArguments, output_dir: Path) -> None:
     """Let a resumed run continue its own W&B run instead of opening a second one."""
-    if "wandb" not in training.report_to or "WANDB_RUN_ID" in os.environ:
+    if "wandb" not in (training.report_to or ()) or "WANDB_RUN_ID" in os.environ:
         return
     path = output_dir / "wandb_run_id"
     if not path.exists():
@@ -264,7 +256,7 @@ def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftMod
     from transformers import set_seed
 
     use_bf16 = training.bf16 if options.dtype == "auto" else options.dtype == "bfloat16"
-    model: PreTrainedModel = load_causal_lm(
+    model = load_causal_lm(
         options.model_name_or_path,
         dtype=torch.bfloat16 if use_bf16 else torch.float32,
         revision=options.model_revision,
@@ -275,7 +267,7 @@ def _load_model(training: TrainingArguments, options: ModelArguments) -> PeftMod
     targets = list(options.lora_target_modules)
     lora = LoraConfig(
         r=options.lora_r,
-        lora_alpha=options.lora_alpha,
+        lora_alpha=options.lora_alpha,  # pyright: ignore[reportArgumentType]  # PEFT takes any number
         lora_dropout=options.lora_dropout,
         # In a list, PEFT's keyword all-linear would be the name of a module.
         target_modules="all-linear" if targets == ["all-linear"] else targets,

@@ -89,6 +89,12 @@ def difference(results: Results, cell: str, other: str, benchmark: str) -> tuple
     return float(gap.mean()), float(low), float(high)
 
 
+def interval(results: Results, cell: str, other: str, benchmark: str) -> str:
+    """Return `difference` as `+1.2 [-0.3, +2.7]`."""
+    mean, low, high = difference(results, cell, other, benchmark)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table whose header is the first row."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -143,6 +149,21 @@ def ablation_table(results: Results) -> str:
     return markdown(rows)
 
 
+def clip_table(results: Results) -> str:
+    """Return OPSD and PW-OPSD with the published clip, without it, and with the cap on a token's term."""
+    results = of_kind(results, "study")
+    cells = [f"{method}{form}" for method in ("opsd", "pwopsd") for form in ("", "_noclip", "_tokenclip")]
+    rows = [["", *(TITLES[b] for b in BENCHMARKS), *(f"against the clip, {TITLES[b]}" for b in BENCHMARKS)]]
+    for cell in cells:
+        method = cell.split("_")[0]
+        values = [list(seed_means(results, cell, b, "average_at_n").values()) for b in BENCHMARKS]
+        gaps = ["—" if cell == method else interval(results, cell, method, b) for b in BENCHMARKS]
+        rows.append([CELLS[cell], *map(spread, values), *gaps])
+    gaps = [interval(results, "pwopsd_noclip", "opsd_noclip", b) for b in BENCHMARKS]
+    rows.append(["PW-OPSD − OPSD, both without the clip", *gaps, "", ""])
+    return markdown(rows)
+
+
 def search_table(training: Results) -> str:
     """Return the percentage of right rollouts in the search's last steps, the chosen rate in bold."""
     scores = search_scores(training)
@@ -182,9 +203,9 @@ def differences_table(results: Results) -> str:
     ]
     rows = [["difference, points", *(TITLES[b] for b in BENCHMARKS)]]
     for cell, other in pairs:
-        found = [difference(results, cell, other, b) for b in BENCHMARKS]
-        texts = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" for mean, low, high in found]
-        rows.append([f"{CELLS[cell]} − {CELLS[other]}", *texts])
+        rows.append(
+            [f"{CELLS[cell]} − {CELLS[other]}", *(interval(results, cell, other, b) for b in BENCHMARKS)]
+        )
     return markdown(rows)
 
 
@@ -302,6 +323,7 @@ def report() -> int:
             "long": long_table(results, training),
             "differences": differences_table(results),
             "ablation": ablation_table(results),
+            "clip": clip_table(results),
             "search": search_table(training),
             "other": other_metrics_table(results),
         },

@@ -38,16 +38,10 @@ DEEP = '{"a":' * 200_000 + "1" + "}" * 200_000
 
 @dataclass(frozen=True)
 class World:
-    """Valid artefacts to copy and damage, and an empty folder for each case.
+    """Valid artefacts to copy and damage, and an empty folder for each case."""
 
-    Attributes:
-        root: holds base/ (a tiny causal model), outputs/tiny_pwopsd/checkpoint-100, tiny_pwopsd_merged/,
-            rows.jsonl (training problems) and sums.jsonl (a benchmark).
-        new: the case's own folder.
-    """
-
-    root: Path
-    new: Path
+    root: Path  # base/ (a tiny model), outputs/tiny_pwopsd/, tiny_pwopsd_merged/, rows.jsonl, sums.jsonl
+    new: Path  # the case's own folder
 
     @property
     def base(self) -> Path:
@@ -86,7 +80,7 @@ def build_world(root: Path) -> World:
         merge_lora.merge(str(base), checkpoint, root / "tiny_pwopsd_merged")
     world = World(root, root)
     rows = world.rows(
-        *[{"problem": f"{n}+1", "solution": str(n + 1), "answer": str(n + 1)} for n in range(8)]
+        *[{"problem": f"{n}+1", "solution": f"{n + 1}", "answer": f"{n + 1}"} for n in range(8)]
     )
     shutil.copy(rows, root / "sums.jsonl")
     return world
@@ -211,25 +205,15 @@ def full_disk(patch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One mistake.
+    """One mistake."""
 
-    Attributes:
-        name: the mistake in words, as in the table.
-        program: a module with `main`, or a launcher's name.
-        argv: world -> the command line.
-        code: 2 = usage, 3 = an artefact is missing or invalid.
-        says: parts of the message: the wrong value and the remedy.
-        settings: environment variables, for a launcher.
-        circumstance: what the machine is like.
-    """
-
-    name: str
-    program: str
+    name: str  # in words, as in the table
+    program: str  # a module with `main`, or a launcher's name
     argv: Callable[[World], list[str]]
-    code: int
-    says: tuple[str, ...]
-    settings: dict[str, str] | None = None
-    circumstance: Callable[[pytest.MonkeyPatch], None] | None = None
+    code: int  # 2 = usage, 3 = an artefact is missing or invalid
+    says: tuple[str, ...]  # parts of the message: the wrong value and the remedy
+    settings: dict[str, str] | None = None  # environment variables, for a launcher
+    circumstance: Callable[[pytest.MonkeyPatch], None] | None = None  # what the machine is like
 
 
 def with_one(prefix: str, program: str, argv: Callable[[World, Callable], list[str]]) -> Callable[..., Case]:
@@ -275,15 +259,12 @@ CASES: list[Case] = [
     training("no --method", "--method", "opsd, eopd, reopold, pwopsd", method=None),
     training("--method sft", "'sft'", "opsd, eopd, reopold, pwopsd", method="sft"),
     training("a flag that does not exist", "--learning_rat", "--help", learning_rat=1),
-    training("--learning_rate fast", "fast", "--help", learning_rate="fast"),
     training("--learning_rate nan", "nan", "more than 0", learning_rate="nan"),
     training("--position_w_min 1.5", "1.5", "[0, 1]", position_w_min="1.5"),
-    training("--rollout sglang", "'sglang'", "hf, vllm", rollout="sglang"),
     training("--max_completion_length 2000", "2000", "--max_length", max_completion_length="2000"),
     training("--save_only_model True", "resumed", save_only_model="True"),
     training("--optim adam9", "adam9", optim="adam9"),
     training("--push_to_hub True", "not supported", "hf upload", push_to_hub="True"),
-    training("--report_to trackio", "pip install trackio", report_to="trackio"),
     training("--report_to wandb", "pip install wandb", report_to="wandb"),
     training("no --model_name_or_path", "--model_name_or_path", "hub id or folder", model_name_or_path=None),
     training("no --output_dir", "--output_dir", output_dir=None),
@@ -300,14 +281,12 @@ CASES: list[Case] = [
     model("that ships code", ships_code, "code of its own", "--trust_remote_code", code=2),
     model("whose tokenizer has no chat template", lambda f: (f / "chat_template.jinja").unlink(), "no chat template", "chat_template.jinja"),
     model("whose chat template raises", lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no\\nerror: x') }}"), "chat template", "no\\nerror: x", "repair"),
-    model("whose chat template is no Jinja", lambda f: (f / "chat_template.jinja").write_text("{% if %}"), "chat template", "TemplateSyntaxError", "repair"),
     model("whose tokenizer has no end token", lambda f: edit(f / "tokenizer_config.json", eos_token=None), "no end-of-sequence token", "eos_token"),
     model("without weights", lambda f: (f / "model.safetensors").unlink(), "weights", "cannot be loaded"),
     model("with cut weights", lambda f: cut(f / "model.safetensors"), "weights", "cannot be loaded"),
     # training: the data
     data("without the column solution", lambda w: w.rows({"problem": "1", "answer": "1"}), "no column solution", "problem, answer"),
     data("of null and empty texts alone", lambda w: w.rows(ROW | {"solution": None}, ROW | {"problem": " "}), "2 are left out", "null, empty or not text"),
-    data("that is not UTF-8", lambda w: w.file("rows.jsonl", b'{"problem": "a\xff", "solution": "2"}\n'), "rows.jsonl", "utf-8", "save it as UTF-8"),
     data("with half a surrogate pair", lambda w: w.file("rows.jsonl", '{"problem": "\\ud800", "solution": "2"}\n'), "rows.jsonl", "surrogate", "repair"),
     data("smaller than one step", lambda w: w.rows(ROW), "takes 2 problems", "has 1", code=2),
     training("training data: a hub name, HF_HUB_OFFLINE=1, nothing in the cache", "no-one/no-problems", "HF_HUB_OFFLINE", code=3, circumstance=offline, train_dataset="no-one/no-problems"),
@@ -321,7 +300,6 @@ CASES: list[Case] = [
     Case("--resume_from_checkpoint with an empty list in its marker", TRAIN, lambda w: train(w, resume_from_checkpoint=w.copy(w.run, empty_marker) / "checkpoint-100"), 3, ("checkpoint-100", "marker", "auto")),
     # merging
     merging("merging without --adapter", "--adapter missing", adapter=None),
-    Case("merging: a flag that does not exist", MERGE, lambda w: merge(w, "--fast"), 2, ("--fast", "merge_lora.py --help")),
     Case("merging: no such checkpoint", MERGE, lambda w: merge(w, adapter=w.run / "checkpoint-75"), 3, ("checkpoint-75", "holds checkpoint-100")),
     adapter("with an empty list in its marker", empty_marker, "checkpoint-100", "damaged"),
     adapter("with a torn manifest", lambda r: cut(r / "manifest.json"), "manifest", "not valid JSON"),
@@ -334,20 +312,14 @@ CASES: list[Case] = [
     # evaluation
     evaluation("evaluating without --base_model", "--base_model is missing", "hub id", base_model=None),
     evaluation("--temperature nan", "temperature is nan", "at least 0", temperature="nan"),
-    evaluation("--val_n many", "many", "--help", val_n="many"),
     evaluation("--max_new_tokens beyond the model", "--max_new_tokens 4000", "lower", max_new_tokens=4000),
     evaluation("--max_model_len beyond the model", "4000", "2048", max_model_len=4000),
     evaluation("--output without permission", "r.json", "no permission", circumstance=no_permission),
-    evaluation("evaluating a model that is not there", "./none", "folder", code=3, base_model="./none"),
     evaluation("evaluating an adapter that is not there", "no checkpoint at none", "train first", code=3, adapter="./none"),
-    evaluation("evaluating a hub name, HF_HUB_OFFLINE=1, nothing in the cache", "no-one/nothing-4b", code=3, circumstance=offline, base_model="no-one/nothing-4b"),
-    evaluation("evaluating without vLLM", "vLLM is not installed", "hf", circumstance=without_vllm, engine="vllm"),
     evaluation("evaluating: the disk is full", "disk is full", "same command", code=3, circumstance=full_disk),
     merged("that is cut", lambda f: cut(f / "model.safetensors"), "not complete", "merge_lora.py again"),
     merged("without tokenizer", no_tokenizer, "is missing", "merge_lora.py again"),
     Case("evaluating a model without weights", EVALUATE, lambda w: evaluate(w, base_model=w.copy(w.base, lambda f: (f / "model.safetensors").unlink())), 3, ("model.safetensors", "cannot be loaded")),
-    benchmark("that is not UTF-8", lambda w: w.file("sums.jsonl", b'{"problem": "a\xff", "answer": "2"}\n'), "sums.jsonl", "utf-8"),
-    benchmark("with half a surrogate pair", lambda w: w.file("sums.jsonl", '{"problem": "\\ud800", "answer": "2"}\n'), "row 0", "surrogates", "repair"),
     benchmark("nested 200,000 deep", lambda w: w.file("sums.jsonl", "[" * 200_000), "damaged", "recursion"),
     benchmark("with a problem of 50 MB", lambda w: w.rows(ROW | {"problem": "1" * 50_000_000, "answer": "2"}), "row 0", "50000000 characters", "at most 1000000"),
     Case("--output holds another run's result", EVALUATE, lambda w: evaluate(w, output=w.file("r.json", json.dumps(a_result()))), 2, ("base_model", "--replace")),
@@ -358,8 +330,6 @@ CASES: list[Case] = [
     Case("summarize_results.py --plot of an unknown kind", "summarize_results", lambda w: ["--plot", "x.docx"], 2, ("x.docx", ".png")),
     Case("prepare_hmmt25.py: no such file", "data.prepare_hmmt25", lambda w: ["--source", "./no.jsonl"], 3, ("./no.jsonl",)),
     Case("plot_run.py of a log of 1e999", "plot_run", lambda w: [str(w.file("metrics.jsonl", '{"step": 1, "loss": 1e999}\n').parent)], 3, ("line 1", "1e999", "delete the line")),
-    Case("plot_run.py of a log of garbage", "plot_run", lambda w: [str(w.file("metrics.jsonl", "[" * 200_000 + "\n").parent)], 3, ("line 1", "no logged step", "delete the line")),
-    Case("branch_viability.py: a flag that does not exist", "branch_viability", lambda w: branch(w, "--deep"), 2, ("--deep", "--help")),
     Case("testbed/problems.py --check of files that are not there", "testbed.problems", lambda w: ["--check", "--output", str(w.new)], 3, ("heldout.jsonl", "run python testbed/problems.py")),
     # launchers
     launcher("a GPU count that does not divide the batch", "train.sh", ["small", "opsd"], "NUM_PROCESSES=3", "32", NUM_PROCESSES="3"),
@@ -376,11 +346,11 @@ def run_case(case: Case, world: World) -> tuple[int, str]:
     """Return (exit code, what was written to stderr)."""
     argv = case.argv(world)
     if case.settings is not None:
-        environment = {
-            name: value for name, value in os.environ.items() if name not in SETTINGS
-        } | case.settings
+        environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
         command = ["bash", str(ROOT / "launchers" / case.program), *argv]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=environment | case.settings, capture_output=True, text=True, check=False
+        )
         return done.returncode, done.stderr
     said = io.StringIO()
     main = importlib.import_module(case.program).main

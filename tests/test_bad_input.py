@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import re
 import subprocess
 import sys
@@ -78,22 +76,6 @@ def test_a_tokenizer_without_pad_token_is_no_mistake(w: World) -> None:
     base = w.copy(w.base, lambda f: edit(f / "tokenizer_config.json", pad_token=None))
     tokenizer = load_tokenizer(str(base))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-
-
-def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(w: World) -> None:
-    """A real one: 300 KB, the checkpoint needs more."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    small = w.new / "small"
-    small.mkdir()
-    if libc.mount(b"none", os.fsencode(small), b"tmpfs", 0, b"size=300k"):
-        pytest.skip("needs the right to mount a file system of 300 KB")
-    try:
-        argv = train(w, output_dir=small / "run", lora_r=64, save_steps=1)
-        code, said = run_case(Case("full", TRAIN, lambda w: argv, 3, ()), w)
-    finally:
-        libc.umount2(os.fsencode(small), 2)
-    assert (code, "Traceback" in said) == (3, False), said
-    assert "checkpoint-1 was not written; free some space and run the same command" in error_line(said)
 
 
 def shell(command: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -130,6 +130,10 @@ def encoded(problems: list, solutions: list, *, limit: int = 2000):
         ),
         ({"problem": ["a"], "solution": [3]}, "null, empty or not text"),
         ({"problem": [["a"]], "solution": ["b"]}, "null, empty or not text"),
+        (
+            {"problem": ["p" * 999], "solution": ["s"]},
+            r"\(1 are left out: .* 99 tokens\); .*raise --max_length",
+        ),
     ],
 )
 def test_tables_that_cannot_be_trained_on(columns, match):
@@ -190,19 +194,6 @@ def test_spelled_control_tokens_are_counted(caplog):
     assert "(rows 1, 2)" in caplog.text
 
 
-def test_problems_are_encoded_behind_both_prompts():
-    tokenizer, problems = tokenizer_with(QWEN3), encoded(*zip(*EXPECTED, strict=True))
-    examples = examples_of(problems)
-    assert [example.index for example in examples] == list(range(7))
-    assert [problems[position] for position in range(len(problems))] == list(range(7))
-    for example, row in zip(examples, ROWS, strict=True):
-        assert example.problem == row["problem"]
-        assert example.student_ids == encode_student(tokenizer, row["problem"])
-        assert example.teacher_ids == encode_teacher(tokenizer, row["problem"], row["solution"])
-    assert problems.longest_student_prompt == max(len(e.student_ids) for e in examples)
-    assert problems.longest_prompt == max(len(e.teacher_ids) for e in examples)
-
-
 def test_long_prompts_are_left_out_whole_with_one_counted_warning(caplog):
     tokenizer = tokenizer_with(QWEN3)
     limit = len(encode_teacher(tokenizer, "p" * 10, "s" * 10))
@@ -218,14 +209,12 @@ def test_long_prompts_are_left_out_whole_with_one_counted_warning(caplog):
     assert sorted(map(int, shown)) == [1, 2, 3]
 
 
-def test_no_usable_problem_is_an_error():
-    message = r"no problem of 'd' is usable \(1 are left out: .* 50 tokens\); .* raise --max_length"
-    with pytest.raises(ArtefactError, match=message):
-        encoded(["p" * 100], ["s" * 100], limit=50)
-
-
 def test_positions_of_the_model():
-    problems = encoded(["p"], ["s"])
+    problems = encoded(*zip(*EXPECTED, strict=True))
+    examples = examples_of(problems)
+    assert [problems[position] for position in range(len(problems))] == [e.index for e in examples]
+    assert problems.longest_student_prompt == max(len(e.student_ids) for e in examples)
+    assert problems.longest_prompt == max(len(e.teacher_ids) for e in examples)
     fits = problems.longest_prompt + 100
     check_positions(problems, max_completion_length=100, positions=fits)
     check_positions(problems, max_completion_length=100, positions=None)

@@ -20,13 +20,7 @@ import pytest
 
 from opsd import checkpoints, files
 from opsd.evaluation.journal import Journal
-from opsd.run_identity import (
-    SENTINEL_NAME,
-    file_list,
-    read_sentinel,
-    write_manifest,
-    write_sentinel,
-)
+from opsd.run_identity import SENTINEL_NAME, read_sentinel, write_manifest, write_sentinel
 
 ROOT = Path(__file__).resolve().parents[1]
 # Path and shutil call these through the module, so that patching the module is enough.
@@ -36,18 +30,13 @@ FAILURES = ("kill", "power cut")
 
 @dataclass(frozen=True)
 class Way:
-    """One way of writing: make the old state in an empty folder, make the new one, read the state.
-
-    Attributes:
-        allowed: the states that a reader may see after a failure, old first and new last.
-        first: the state that a kill at the first call leaves; a power cut there leaves the old one.
-    """
+    """One way of writing: make the old state in an empty folder, make the new one, read the state."""
 
     prepare: Callable[[Path], object]
     write: Callable[[Path], object]
     read: Callable[[Path], object]
-    allowed: tuple[object, ...]
-    first: int = 0
+    allowed: tuple[object, ...]  # what a reader may see after a failure, old first and new last
+    first: int = 0  # the state that a kill at the first call leaves; a power cut there leaves the old one
 
 
 def _tree(folder: Path, text: str) -> None:
@@ -81,11 +70,9 @@ def _save(folder: Path) -> None:
 
 
 def _run(folder: Path) -> None:
-    """Write a manifest."""
-    manifest = {"arguments": {}, "versions": {}, "dataset": {}, "seeds": {}, "method": "opsd"}
-    write_manifest(
-        folder, manifest | {"run_name": "x", "base_model": "x", "world_size": 1, "effective_batch": 1}
-    )
+    manifest: dict = {name: {} for name in ("arguments", "versions", "dataset", "seeds")}
+    manifest |= dict.fromkeys(("run_name", "base_model", "method"), "x")
+    write_manifest(folder, manifest | {"world_size": 1, "effective_batch": 1})
 
 
 def _run_of_two(folder: Path) -> None:
@@ -101,7 +88,7 @@ def _complete(folder: Path) -> list[str]:
 
 
 def _sentinel(folder: Path) -> None:
-    write_sentinel(folder, base_model="m", adapter="a", adapter_step=1, files=file_list(folder / "merged"))
+    write_sentinel(folder, base_model="m", adapter="a", adapter_step=1)
 
 
 def _read_sentinel(folder: Path) -> bool:
@@ -179,9 +166,7 @@ WAYS = {
 class Disk:
     """Record the calls of CALLS, and what of `folder` a power cut would leave of each file's contents.
 
-    Attributes:
-        events: (call, path below the folder, `~` for a temporary name).
-        die_at: the call that ends this process, -1 for none.
+    `events` are (call, path below the folder, `~` for a temporary name); call `die_at` ends this process.
     """
 
     def __init__(self, folder: Path, die_at: int = -1, failure: str = "kill") -> None:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -22,34 +21,26 @@ from transformers import (
 )
 
 import merge_lora
-import opsd.files
 from opsd.arguments import parse_arguments
 from opsd.checkpoints import MARKER, mark_complete
 from opsd.errors import ArtefactError, UsageError
-from opsd.provenance import weights_sha256
+from opsd.files import PARTIAL_MARK
 from opsd.run_identity import (
     SENTINEL_NAME,
     check_merged,
+    model_sha256,
     read_manifest,
     run_arguments,
     run_manifest,
     write_manifest,
 )
 
-TEMPLATE = (
-    "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+}  # fmt: skip
 KINDS = {
     "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, True),
     "qwen3-untied": (Qwen3Config, Qwen3ForCausalLM, False),
@@ -68,14 +59,9 @@ def tiny_base(folder: Path, kind: str = "qwen3-tied", *, dtype: torch.dtype = to
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<p>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<p>",
-        unk_token="<p>",
-        eos_token="<e>",
-        additional_special_tokens=["<u>", "<a>"],
-    )
-    tokenizer.chat_template = TEMPLATE
+    special = {"pad_token": "<p>", "unk_token": "<p>", "eos_token": "<e>"}
+    special["additional_special_tokens"] = ["<u>", "<a>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, **special)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -100,12 +86,13 @@ def train_nothing(base: Path, run: Path, *flags: str, step: int = 100, targets=T
 
 def manifest_of(run_name: str, base: Path, *flags: str) -> dict:
     command = ["--method", "pwopsd", "--model_name_or_path", str(base), "--output_dir", run_name, *flags]
+    arguments = run_arguments(*parse_arguments([*command, "--use_cpu", "True"]))
     return run_manifest(
-        run_arguments(*parse_arguments([*command, "--use_cpu", "True"])),
+        arguments,
         base_revision=None,
-        base_weights=weights_sha256(base),
+        base_weights=model_sha256(base),
         dataset_rows=10,
-        dataset_sha256="0" * 64,
+        dataset_sha256=merge_lora._data_sha256(arguments) or "0" * 64,
         world_size=4,
     )
 
@@ -118,31 +105,26 @@ def world(tmp_path_factory) -> tuple[Path, Path]:
     return base, train_nothing(base, root / "outputs" / "tiny_pwopsd")
 
 
-def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(ids).logits.float()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_merged_logits_equal_the_adapter_models(tmp_path, kind, dtype):
     base = tiny_base(tmp_path / "base", kind, dtype=dtype)
     checkpoint = train_nothing(base, tmp_path / "run")
     merge_lora.merge(str(base), checkpoint, tmp_path / "run_merged")
-
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run_merged", dtype="auto")
+    plain, second, merged = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        for folder in (base, base, tmp_path / "run_merged")
+    )
     assert merged.dtype is dtype
     assert type(merged) is KINDS[kind][1]
     ids = torch.arange(24).view(2, 12)
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), checkpoint)
-    plain = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), ids)
-    expected = logits_of(adapted, ids)
-    found = logits_of(merged, ids)
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(second, checkpoint)
+        base_logits, expected, found = (m.eval()(ids).logits.float() for m in (plain, adapted, merged))
     # bfloat16 keeps 8 bits: one rounding of W' moves a logit by about 2^-8 of the logits' spread per layer.
-    tolerance = 1e-5 if dtype is torch.float32 else 0.04
-    spread = expected.std()
+    tolerance, spread = 1e-5 if dtype is torch.float32 else 0.04, expected.std()
     assert (found - expected).abs().max() < tolerance * spread.clamp(min=1.0) * 3
-    assert (plain - expected).abs().max() > 0.5 * spread, "the adapter changes nothing"
+    assert (base_logits - expected).abs().max() > 0.5 * spread, "the adapter changes nothing"
 
 
 def test_merged_matrices_are_float32_sums_cast_once(tmp_path):
@@ -167,41 +149,28 @@ def test_merged_folder_is_complete_and_says_what_it_is(world, tmp_path):
     out = tmp_path / "tiny_pwopsd_merged"
     merge_lora.merge(str(base), checkpoint, out)
     merged = check_merged(out, expected_base_model=str(base), hashes=True)
-    assert merged["adapter_step"] == 100
-    assert merged["base_model"] == str(base)
+    assert (merged["adapter_step"], merged["base_model"]) == (100, str(base))
     assert {"python", "torch", "peft"} <= merged["versions"].keys()
-    assert read_manifest(out) == read_manifest(checkpoint.parent)
+    assert merged["manifest"] == read_manifest(checkpoint.parent)
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False) == "<u>1"
     card = (out / "README.md").read_text()
     assert "| Method | pwopsd |" in card
     assert "| Optimizer steps | 100 |" in card
-    assert not list(tmp_path.glob(".*partial*"))
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_a_merge_killed_at_its_sentinel_is_incomplete_and_merged_again(world, tmp_path, monkeypatch, torn):
-    base, checkpoint = world
-    out, seen = tmp_path / "m", []
-
-    def killed(path, value, real=opsd.files.atomic_write_json):
-        if Path(path).name != SENTINEL_NAME:
-            return real(path, value)
-        seen.extend(p.name for p in out.iterdir())
-        if torn:
-            Path(path).with_name(f".{SENTINEL_NAME}{opsd.files.PARTIAL_MARK}1-0").write_text("{")
-        raise KeyboardInterrupt
-
+def test_a_merge_killed_at_its_sentinel_is_incomplete_and_merged_again(world, tmp_path, monkeypatch):
+    out = tmp_path / "m"
     with monkeypatch.context() as patch:
-        patch.setattr("opsd.run_identity.atomic_write_json", killed)
-        with pytest.raises(KeyboardInterrupt):
-            merge_lora.merge(str(base), checkpoint, out)
+        patch.setattr(merge_lora, "write_sentinel", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge_lora.merge(str(world[0]), world[1], out)
+    written = {path.name for path in out.iterdir()}
+    (out / f".{SENTINEL_NAME}{PARTIAL_MARK}1-0").write_text("{")
     assert merge_lora.main(["--check", str(out)]) == 1
-    merge_lora.merge(str(base), checkpoint, out)
+    merge_lora.merge(str(world[0]), world[1], out)
     assert merge_lora.main(["--check", str(out), "--hashes"]) == 0
-    assert sorted([*seen, SENTINEL_NAME]) == sorted(p.name for p in out.iterdir()), "the sentinel comes last"
+    assert {path.name for path in out.iterdir()} == written | {SENTINEL_NAME}, "the sentinel comes last"
 
 
 def scale_weights(base: Path) -> None:
@@ -246,6 +215,17 @@ def test_the_weights_of_the_base_decide_and_for_third_parties_its_name(world, tm
         check_merged(tmp_path / "theirs_merged", expected_arguments={"method": "pwopsd"})
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_another_configuration_or_tokenizer_is_another_base(world, tmp_path, name):
+    """A position scaling or a template that was edited since the training gives another model."""
+    base = shutil.copytree(world[0], tmp_path / "base")
+    with open(base / name, "a") as file:
+        file.write(" ")
+    refused(ArtefactError, "another base model.* SHA-256", tmp_path, base, world[1])
+
+
 def drop(*parts: str):
     """Return a damage that removes the matrices of layer 1's up_proj whose names hold one of `parts`."""
 
@@ -273,10 +253,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
     ("ours", "name", "damage", "words"),
     [
         (True, WEIGHTS, Path.unlink, "has no adapter_model.safetensors"),
-        (True, WEIGHTS, cut, r"adapter_model.safetensors has \d+ bytes instead of"),
         (True, WEIGHTS, flip_a_bit, "SHA-256 of adapter_model.safetensors"),
         (True, CONFIG, Path.unlink, "adapter_config.json is missing"),
-        (True, CONFIG, flip_a_bit, "SHA-256 of adapter_config.json"),
         (True, "trainer_state.json", Path.unlink, "trainer_state.json is missing"),
         (True, ".complete", cut, "marker is damaged"),
         (True, "../manifest.json", Path.unlink, "no manifest.json beside it"),
@@ -311,27 +289,6 @@ def test_a_base_without_the_adapted_layers_is_refused(world, tmp_path):
 def test_more_than_plain_lora_is_refused(tmp_path, options):
     base = tiny_base(tmp_path / "base", "qwen3-untied")
     refused(UsageError, "plain LoRA", tmp_path, base, train_nothing(base, tmp_path / "run", **options))
-
-
-def encoder(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["ViTModel"]}))
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
-        (lambda f: (f / "config.json").write_text('{"a":' * 10**5 + "1" + "}" * 10**5), "recursion"),
-        (encoder, "not a causal language model"),
-        (lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
-    ],
-)
-def test_bases_that_cannot_be_used_are_refused(world, tmp_path, damage, words):
-    """A few: tests/bad_input_cases.py has them all, for the training, which loads with the same functions."""
-    base = shutil.copytree(world[0], tmp_path / "base")
-    damage(base)
-    refused(ArtefactError, words, tmp_path, base, world[1], accept_base_name=True)
 
 
 def test_inputs_and_links_to_themselves_are_never_replaced(world, tmp_path):
@@ -381,31 +338,23 @@ def test_a_linked_output_stays_a_link(world, tmp_path, target):
     assert [path.name for path in disk.glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_a_linked_checkpoint_is_its_runs_and_a_renamed_one_refused(world, tmp_path):
-    base, checkpoint = world
-    run = tmp_path / "run"
-    run.mkdir()
-    shutil.copyfile(checkpoint.parent / "manifest.json", run / "manifest.json")
-    shutil.copytree(checkpoint, tmp_path / "disk" / "hundred")
-    (tmp_path / "disk" / "hundred" / "optimizer.pt").unlink()  # a merge does not need it
-    (run / checkpoint.name).symlink_to(tmp_path / "disk" / "hundred")
-    merge_lora.merge(str(base), run / checkpoint.name, tmp_path / "m")
+def test_a_renamed_checkpoint_is_refused_and_one_without_its_optimizer_merged(world, tmp_path):
+    run = shutil.copytree(world[1].parent, tmp_path / "run")
+    (run / world[1].name / "optimizer.pt").unlink()
+    merge_lora.merge(str(world[0]), run / world[1].name, tmp_path / "m")
     check_merged(tmp_path / "m", expected_run_name="tiny_pwopsd", expected_step=100)
-    shutil.copytree(checkpoint, run / "checkpoint-75")
-    refused(ArtefactError, "was saved as checkpoint-100", tmp_path, base, run / "checkpoint-75")
+    renamed = (run / world[1].name).rename(run / "checkpoint-75")
+    refused(ArtefactError, "was saved as checkpoint-100", tmp_path, world[0], renamed)
 
 
 @pytest.mark.parametrize("side", ["base", "adapter"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_merges_that_are_not_finite_are_refused(world, tmp_path, side, value):
-    base, checkpoint = (
-        shutil.copytree(world[0], tmp_path / "base"),
-        third_party(world[1], tmp_path / "theirs"),
-    )
-    file = base / "model.safetensors" if side == "base" else checkpoint / "adapter_model.safetensors"
+    base = shutil.copytree(world[0], tmp_path / "base")
+    checkpoint = third_party(world[1], tmp_path / "theirs")
+    file = base / "model.safetensors" if side == "base" else checkpoint / WEIGHTS
     weights = load_file(file)
-    name = next(key for key in weights if "norm" in key or "up_proj.lora_B" in key)
-    weights[name].view(-1)[3] = value
+    weights[next(key for key in weights if "norm" in key or "up_proj.lora_B" in key)].view(-1)[3] = value
     save_file(weights, file, metadata={"format": "pt"})
     words = "not finite in .*(norm|up_proj)"
     refused(ArtefactError, words, tmp_path, base, checkpoint, accept_base_name=True)
@@ -420,13 +369,11 @@ def test_command_line(world, tmp_path, capsys):
     assert merge_lora.main(["--base_model", str(base), "--adapter", str(checkpoint), "--output", out]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     check = ["--check", out, "--run_name", "tiny_pwopsd", "--step", "100", "--base_model", str(base)]
-    same = ["--method", "pwopsd", "--position_w_min=0.250", "--report_to", "tensorboard"]
-    assert merge_lora.main([*check, "--", *same]) == 0
+    assert merge_lora.main([*check, "--", "--method", "pwopsd", "--position_w_min=0.250"]) == 0
     for changed, words in (
-        ([*check, "--", *same, "--method", "opsd"], "method is 'pwopsd', expected 'opsd'"),
-        ([*check, "--", *same, "--position_w_min", "1"], "position_w_min is 0.25, expected 1"),
-        ([*check, "--run_name", "x"], "run_name is 'tiny_pwopsd', expected 'x'"),
-        ([*check, "--step", "125"], "adapter step is 100, expected 125"),
+        (["--run_name", "x"], "run_name is 'tiny_pwopsd', expected 'x'"),
+        (["--step", "125"], "adapter step is 100, expected 125"),
+        (["--", "--method", "opsd"], "method is 'pwopsd', expected 'opsd'"),
     ):
         with pytest.raises(ArtefactError, match=words):
-            merge_lora.main(changed)
+            merge_lora.main([*check, *changed])

@@ -68,13 +68,9 @@ FORMS = {
         OLMO3,
     ),
 }  # fmt: skip
-FORMS["olmo3-v5"] = (
-    "olmo3",
-    {"backend": "tokenizers", "extra_special_tokens": ["<|im_start|>"]}
-    | FORMS["olmo3"][1]
-    | {"tokenizer_class": "TokenizersBackend"},
-    OLMO3,
-)
+_V5 = {"backend": "tokenizers", "extra_special_tokens": ["<|im_start|>"]}
+_V5 |= FORMS["olmo3"][1] | {"tokenizer_class": "TokenizersBackend"}
+FORMS["olmo3-v5"] = ("olmo3", _V5, OLMO3)
 
 
 def tokenizer_files(folder: Path, form: str) -> Tokenizer:
@@ -89,11 +85,6 @@ def tokenizer_files(folder: Path, form: str) -> Tokenizer:
     _, settings, template = FORMS[form]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     return raw
-
-
-@pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def base_of(form: str, folder: Path) -> tuple[Path, Tokenizer]:
@@ -113,6 +104,7 @@ def base_of(form: str, folder: Path) -> tuple[Path, Tokenizer]:
     return folder, raw
 
 
+@pytest.mark.parametrize("form", FORMS)
 def test_each_base_models_folder_keeps_spaces_and_has_one_beginning(form: str, tmp_path: Path) -> None:
     """DSR1's came back as 'Compute36+35'; Qwen3's ids were not tokenizer.json's."""
     folder, raw = base_of(form, tmp_path / "base")
@@ -163,6 +155,7 @@ def merged_and_judged(form: str, tmp_path: Path, engine: str) -> None:
     assert " " in found, "a text without spaces shows nothing"
 
 
+@pytest.mark.parametrize("form", FORMS)
 def test_merged_folders_are_evaluated_with_their_tokenizer_json(form: str, tmp_path: Path) -> None:
     merged_and_judged(form, tmp_path, "hf")
 
@@ -173,35 +166,25 @@ def test_vllm_gives_dsr1s_texts_with_their_spaces(tmp_path: Path) -> None:
     merged_and_judged("dsr1", tmp_path, "vllm")
 
 
-def without_decoder(raw: Tokenizer) -> None:
-    raw.decoder = decoders.Fuse()
-
-
-def without_spaces(raw: Tokenizer) -> None:
-    raw.normalizer = normalizers.Replace(" ", "")
-    raw.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("x", "y")])
+OTHER_LETTER = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("x", "y")])
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
-    [(without_decoder, r'turns "Let x .* into "LetĠx'), (without_spaces, r'turns "Let x .* into "Lety=36')],
+    ("changes", "words"),
+    [
+        ({"decoder": decoders.Fuse()}, "LetĠx"),
+        ({"normalizer": normalizers.Replace(" ", ""), "decoder": OTHER_LETTER}, "Lety=36"),
+        ({"normalizer": normalizers.Lowercase()}, "let x"),
+    ],
 )
-def test_a_tokenizer_that_changes_texts_is_refused(tmp_path: Path, damage: Callable, words: str) -> None:
+def test_a_tokenizer_that_changes_texts_is_refused(tmp_path: Path, changes: dict, words: str) -> None:
     folder = shutil.copytree(BASE, tmp_path / "base")
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    damage(raw)
+    for name, part in changes.items():
+        setattr(raw, name, part)
     raw.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ArtefactError, match=words):
+    with pytest.raises(ArtefactError, match=rf'turns "Let x .* into "{words}'):
         load_tokenizer(str(folder))
-
-
-def test_a_declared_normalizer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = shutil.copytree(BASE, tmp_path / "base")
-    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    raw.normalizer = normalizers.Lowercase()
-    raw.save(str(folder / "tokenizer.json"))
-    load_tokenizer(str(folder))
-    assert 'normalizes "Let x' in caplog.text
 
 
 def test_a_hub_id_is_read_from_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

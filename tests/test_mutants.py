@@ -15,7 +15,3 @@ def test_a_mutant_alters_one_place_and_stays_python(mutant):
     assert text.count(mutant.old) == 1
     assert mutant.new != mutant.old
     ast.parse(text.replace(mutant.old, mutant.new))
-
-
-def test_names_are_unique():
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)

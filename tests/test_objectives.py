@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsd.objectives import (
+    CLIP_SCOPES,
     METHODS,
     Hyperparameters,
-    ReductionInput,
     entropy_threshold,
     position_fractions,
     position_weights,
 )
-from opsd.token_stats import token_statistics
 from tests.reference_objectives import reference_loss
+from tests.test_token_stats import chunked_loss
 
 # tests/golden/losses.npz: 8 cases (L1..L8) produced by running the published PW-OPSD training code
 # (SaFo-Lab/PW-OPSD, commit 35303e0) on CPU with torch 2.13.0, trl 0.26.0 and transformers 4.57.1; see
@@ -38,16 +38,10 @@ CASES = {
 }
 
 
-def dense_loss(method, student, teacher, ids, mask, *, hyper, step=0, **config):
+def dense_loss(method, student, teacher, ids, mask, *, hyper, step=0, chunk=None):
     """The project's own objective on [B, T, V] logits: the valid positions, flat, go through the chunks."""
-    row = METHODS[method]
-    stats_config = row.statistics(hyper)
-    if config:
-        stats_config = type(stats_config)(**{**vars(stats_config), **config})
-    stats = token_statistics(
-        student[mask], teacher[mask], ids[mask], config=stats_config, term=lambda s: row.term(s, hyper)
-    )
-    return row.reduce(ReductionInput(stats, mask.sum(1), step), hyper).loss()
+    inputs = student[mask], teacher[mask], ids[mask], mask.sum(1).tolist()
+    return chunked_loss(method, *inputs, head=None, hyper=hyper, step=step, chunk=chunk)
 
 
 def golden(name, key):
@@ -84,6 +78,7 @@ HYPERPARAMETERS = st.builds(
     Hyperparameters,
     temperature=st.sampled_from([0.7, 1.0, 1.1, 2.0]),
     jsd_token_clip=st.sampled_from([0.0, 0.01, 0.05, 0.3]),
+    divergence_clip_scope=st.sampled_from(CLIP_SCOPES),
     position_w_min=st.sampled_from([0.0, 0.25, 1.0]),
     position_global_reduction=st.booleans(),
 )
@@ -100,7 +95,7 @@ HYPERPARAMETERS = st.builds(
 )
 def test_agrees_with_plain_loops(seed, shape, method, step, chunk, hyper):
     student, teacher, ids, mask = random_case(seed, *shape)
-    ours = dense_loss(method, student, teacher, ids, mask, hyper=hyper, step=step, chunk_positions=chunk)
+    ours = dense_loss(method, student, teacher, ids, mask, hyper=hyper, step=step, chunk=chunk)
     (gradient,) = torch.autograd.grad(ours, student)
     naive = reference_loss(method, student, teacher, ids, mask, hyper=hyper, step=step)
     (expected,) = torch.autograd.grad(naive, student)
@@ -137,6 +132,28 @@ def test_hand_arithmetic_of_the_clip():
         hyper = Hyperparameters(temperature=1.0, jsd_token_clip=clip)
         loss = dense_loss("opsd", student, teacher, ids, mask, hyper=hyper)
         assert loss.item() == pytest.approx(first + 0.2 * math.log(0.4), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("clip", "scope", "gradient"),
+    [
+        (0.05, "entry", [0.05, -0.05]),
+        (0.05, "token", [0.0, 0.0]),
+        (0.5, "token", [-0.4, 0.4]),
+        (0.0, "entry", [-0.4, 0.4]),
+    ],
+)
+def test_hand_arithmetic_of_a_cut_entrys_gradient(clip, scope, gradient):
+    """p_T = (0.9, 0.1), p_S = (0.5, 0.5): entry 0.9 ln 1.8 = 0.529 is cut; the token's sum is 0.368.
+
+    A cut entry's gradient is p_S Σ_kept p_T > 0: descent lowers the teacher's favourite.
+    """
+    student = torch.zeros(1, 1, 2, dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[[0.9, 0.1]]], dtype=torch.float64).log()
+    ids, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    hyper = Hyperparameters(temperature=1.0, jsd_token_clip=clip, divergence_clip_scope=scope)
+    dense_loss("opsd", student, teacher, ids, mask, hyper=hyper).backward()
+    assert student.grad.flatten().tolist() == pytest.approx(gradient, abs=1e-9)
 
 
 def test_reward_floor_and_quantile_by_hand():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow.parquet
 import pytest
@@ -36,8 +37,9 @@ def prepare(*argv: object) -> int:
 
 
 def test_the_benchmark_reads_what_is_made(tmp_path, monkeypatch, capsys):
-    # An empty image column is no image.
-    source = write_source(tmp_path / "hmmt.jsonl", [row | {"image": None} for row in release()])
+    # An empty image column is no image, and an answer may be a number.
+    rows = [row | {"image": None} for row in release(row=0, answer=103)]
+    source = write_source(tmp_path / "hmmt.jsonl", rows)
     output = tmp_path / "clean" / "train.parquet"
     monkeypatch.setenv(HMMT25_VARIABLE, str(output))
     with pytest.raises(ArtefactError, match=r"train\.parquet.*python data/prepare_hmmt25\.py"):
@@ -47,24 +49,15 @@ def test_the_benchmark_reads_what_is_made(tmp_path, monkeypatch, capsys):
     loaded = load_benchmark("hmmt25")
     assert [p.problem for p in loaded.problems] == [f"Compute ${n}$ of $\\triangle ABC$." for n in range(30)]
     assert [p.answer for p in loaded.problems] == ANSWERS
-
-
-def test_both_columns_are_text_and_nothing_else_is_kept(tmp_path):
-    rows = [row | {"answer": n} for n, row in enumerate(release())]
-    output = tmp_path / "train.parquet"
-    assert prepare("--source", write_source(tmp_path / "h.jsonl", rows), "--output", output) == 0
-    table = pyarrow.parquet.read_table(output)
-    assert [(f.name, str(f.type)) for f in table.schema] == [("problem", "string"), ("answer", "string")]
-    assert table["answer"].to_pylist() == [str(n) for n in range(30)]
+    columns = pyarrow.parquet.read_schema(output)
+    assert [(f.name, str(f.type)) for f in columns] == [("problem", "string"), ("answer", "string")]
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (release(29), "29 problems; HMMT February 2025 has 30"),
         (release(31), "31 problems"),
         (release(row=4, problem="  "), "row 5 .* lacks `problem` or `answer`"),
-        (release(row=4, answer=None), "row 5 .* lacks"),
         (release(row=4, answer=""), "row 5 .* lacks"),
         (release(row=29, problem=release()[0]["problem"]), "a problem twice"),
         (release(row=2, problem="See ![](a.png)."), "row 3 .* has an image"),
@@ -85,23 +78,18 @@ def test_a_refused_source_and_a_full_disk_leave_the_old_parquet(tmp_path, capsys
     before = output.read_bytes()
     bad = write_source(tmp_path / "bad.jsonl", release(29))
     assert prepare("--source", bad, "--output", output) == 3
-    with monkeypatch.context() as patched:
-        patched.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-        assert prepare("--source", good, "--output", output) == 3
-        assert "cannot be written: No space" in capsys.readouterr().err
+    assert "29 problems; HMMT February 2025 has 30" in capsys.readouterr().err
+    assert prepare("--source", tmp_path / "absent.jsonl", "--output", output) == 3
+    assert "absent.jsonl' does not exist" in capsys.readouterr().err
+    monkeypatch.setattr(files.os, "replace", Mock(side_effect=OSError(28, "No space left")))
+    assert prepare("--source", good, "--output", output) == 3
+    assert "cannot be written: No space" in capsys.readouterr().err
     assert output.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [bad, good, output]
 
 
-def test_a_missing_source_is_named(tmp_path, capsys):
-    assert prepare("--source", tmp_path / "absent.jsonl", "--output", tmp_path / "t.parquet") == 3
-    assert "absent.jsonl' does not exist" in capsys.readouterr().err
-
-
 def test_a_hub_that_cannot_be_reached_names_the_local_way(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline"))
-    )
+    monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=ConnectionError("offline")))
     assert prepare("--output", tmp_path / "t.parquet") == 3
     assert "--source FILE" in capsys.readouterr().err
     assert not (tmp_path / "t.parquet").exists()

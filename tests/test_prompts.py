@@ -22,16 +22,15 @@ from opsd.prompts import (
     render_student,
     render_teacher,
     spells_control_token,
-    student_message,
-    teacher_message,
 )
 
 PROBLEM, SOLUTION = "What is {x} if 2x = 6?\n(a) <b>", "Half of 6 is 3.\n\\boxed{3}"
 
-STUDENT = (
-    "Problem: What is {x} if 2x = 6?\n(a) <b>\n\n"
+EVALUATION = (
+    "What is {x} if 2x = 6?\n(a) <b>\n\n"
     "Please reason step by step, and put your final answer within \\boxed{}."
 )
+STUDENT = f"Problem: {EVALUATION}"
 TEACHER = (
     "Problem: What is {x} if 2x = 6?\n(a) <b>\n\n"
     "Here is a reference solution to this problem:\n"
@@ -42,10 +41,6 @@ TEACHER = (
     "each step \u2014 do not copy or paraphrase it. Now, using your own words and independent reasoning, "
     "derive the same final answer to the problem above. Think step by step, explore different approaches, "
     "and don't be afraid to backtrack or reconsider if something doesn't work out:\n\n"
-    "Please reason step by step, and put your final answer within \\boxed{}."
-)
-EVALUATION = (
-    "What is {x} if 2x = 6?\n(a) <b>\n\n"
     "Please reason step by step, and put your final answer within \\boxed{}."
 )
 
@@ -86,12 +81,6 @@ def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<BOS>", eos_token="<|im_end|>")
     tokenizer.chat_template = template
     return tokenizer
-
-
-def test_the_messages_letter_for_letter():
-    assert student_message(PROBLEM) == STUDENT
-    assert teacher_message(PROBLEM, SOLUTION) == TEACHER
-    assert evaluation_message(PROBLEM) == EVALUATION
 
 
 # (template, end of the student's prompt, end of the teacher's and the evaluation's)
@@ -202,6 +191,11 @@ def test_control_tokens_that_a_text_spells_stay_text(tmp_path, family):
     clean = prompts_of(tokenizer, PROBLEM, SOLUTION)
     for ids, rendered in clean:
         assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"], "as it always was"
+    for problem in (PROBLEM, " 12+30", "x\n"):
+        # The path of texts with control tokens gives clean texts the ids of the ordinary path.
+        rendered = render_evaluation(tokenizer, problem)
+        ids = prompts_module._encode_as_text(tokenizer, evaluation_message(problem), rendered)
+        assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
     of_templates = [[token for token in ids if token in control] for ids, _ in clean]
     assert all(of_templates)
     for text in TEXTS[family]:
@@ -211,16 +205,6 @@ def test_control_tokens_that_a_text_spells_stay_text(tmp_path, family):
             for (ids, rendered), expected in zip(prompts, of_templates, strict=True):
                 assert tokenizer.decode(ids) == rendered
                 assert [token for token in ids if token in control] == expected
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_text_with_control_tokens_joins_the_template_as_any_other(tmp_path, family):
-    """The path of such texts gives clean texts the very ids that the ordinary path gives them."""
-    tokenizer = tokenizer_on_disk(tmp_path / "base", family)
-    for problem in (PROBLEM, " 12+30", "x\n"):
-        rendered = render_evaluation(tokenizer, problem)
-        ids = prompts_module._encode_as_text(tokenizer, evaluation_message(problem), rendered)
-        assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def test_runs_of_spaces_and_added_words_are_no_control_tokens():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,8 +71,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, subproce
 
 
 def update(run: Path) -> torch.Tensor:
-    """Return what training added to the adapter, [number of weights]. B starts at zero, and A does not move
-    in the first step: its gradient is a multiple of B."""
+    """Return what training added to the adapter, [number of weights].
+
+    B starts at zero, and A does not move in the first step: its gradient is a multiple of B.
+    """
     weights = load_file(run / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     start = load_file(run / "checkpoint-1" / "adapter_model.safetensors")
     parts = [w if "lora_B" in name else w - start[name] for name, w in sorted(weights.items())]
@@ -91,20 +94,14 @@ def test_two_ranks_make_one_ranks_update(runs, name: str) -> None:
     difference = float((shared - alone).norm() / alone.norm())
     print(f"{name}: gradient norm {gradient:.1e}, update {difference:.1e}")  # for docs/reliability.md
     assert difference < TOLERANCE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_ranks_hold_equal_weights_and_see_different_problems(runs, name: str) -> None:
-    one, two, _ = runs
-    alone = records(one / f"{name}_records")
-    first, second = (records(two / f"{name}_records", rank) for rank in (0, 1))
-    assert len(alone) == STEPS + 1
-    for mine, theirs, whole in zip(first, second, alone, strict=True):
+    # Both ranks hold equal weights after each step and see their halves of one rank's problems.
+    whole = records(one / f"{name}_records")
+    assert len(whole) == STEPS + 1
+    for mine, theirs, both in zip(*(records(two / f"{name}_records", r) for r in (0, 1)), whole, strict=True):
         assert mine["adapter"] == theirs["adapter"]
         assert len(mine["problems"]) == len(theirs["problems"])
-        assert not set(mine["problems"]) & set(theirs["problems"])
-        assert sorted(mine["problems"] + theirs["problems"]) == sorted(whole["problems"]), "one rank's step"
+        assert sorted(mine["problems"] + theirs["problems"]) == sorted(both["problems"])
+        assert len(set(both["problems"])) == len(both["problems"])
 
 
 @pytest.mark.slow
@@ -121,18 +118,15 @@ def test_memory_that_runs_out_on_one_rank_ends_the_launch(runs) -> None:
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [
-        ("exception", 1, ("RuntimeError: the planned defect of rank 1", "rank 1 ended with exit code 1")),
-        ("kill", 137, ("rank 1 was killed by signal 9",)),
+        ("exception", 1, r"RuntimeError: the planned defect of rank 1[\s\S]*rank 1 ended with exit code 1"),
+        ("kill", 137, "rank 1 was killed by signal 9"),
     ],
 )
-def test_a_rank_that_fails_ends_the_launch(
-    tmp_path: Path, fault: str, code: int, said: tuple[str, ...]
-) -> None:
+def test_a_rank_that_fails_ends_the_launch(tmp_path: Path, fault: str, code: int, said: str) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 24)
     done = launch(tmp_path / "plan.json", [entry(rows, tmp_path / "run", {}, world_size=2, fault=fault)])
     assert done.returncode == code, done.stderr[-3000:]
-    for words in said:
-        assert words in done.stderr, done.stderr[-3000:]
+    assert re.search(said, done.stderr), done.stderr[-3000:]
     assert not (tmp_path / "run" / "checkpoint-2").exists()
 
 

@@ -1,4 +1,4 @@
-"""opsd/run_identity.py and opsd/provenance.py: what a run was, and which merged folders are complete."""
+"""opsd/run_identity.py: what a run was, and which merged folders are complete."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import merge_lora
-from opsd import arguments, provenance
+from opsd import files
 from opsd import run_identity as m
-from opsd.arguments import parse_arguments
+from opsd.arguments import MethodArguments, parse_arguments
 from opsd.diagnostic.config import BranchConfig
 from opsd.errors import ArtefactError
 from opsd.evaluation.config import EvalConfig
@@ -33,16 +33,15 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def a_manifest(*, command=None, **arguments):
+def a_manifest(**arguments):
     """Return the manifest of a run with ARGUMENTS, except for these."""
     return m.run_manifest(
-        provenance.plain(ARGUMENTS | arguments),
+        m.plain(ARGUMENTS | arguments),
         base_revision="abc123",
         base_weights=None,
         dataset_rows=10,
         dataset_sha256="0" * 64,
         world_size=4,
-        command=command,
     )
 
 
@@ -53,14 +52,14 @@ def merged_folder(folder: Path, **arguments) -> Path:
     for name in ("config.json", "tokenizer.json", "README.md"):
         (folder / name).write_text("{}")
     m.write_manifest(folder, a_manifest(**arguments))
-    files = m.file_list(folder)
-    m.write_sentinel(folder, base_model="Qwen/Qwen3-4B", adapter="a", adapter_step=100, files=files)
+    m.write_sentinel(folder, base_model="Qwen/Qwen3-4B", adapter="a", adapter_step=100)
     return folder
 
 
-def test_a_manifest_survives_writing_and_hides_secrets(tmp_path):
-    command = ["python", "train.py", "--hub_token", "hf_x", "--wandb_api_key=k", "--seed", "1"]
-    written = a_manifest(command=command)
+def test_a_manifest_survives_writing_and_hides_secrets(tmp_path, monkeypatch):
+    command = ["train.py", "--hub_token", "hf_x", "--wandb_api_key=k", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    written = a_manifest()
     m.write_manifest(tmp_path, written)
     read = m.read_manifest(tmp_path)
     assert read == written
@@ -72,17 +71,14 @@ def test_a_manifest_survives_writing_and_hides_secrets(tmp_path):
     text = (tmp_path / "manifest.json").read_text()
     assert "hf_very_secret" not in text
     assert "hf_x" not in text
-    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         (None, "no run manifest at"),
-        ("", "not valid JSON"),
         ('{"run_name": "x"', "not valid JSON"),
         ("[]", "holds a list"),
-        ("{}", "'run_name' is None"),
         ('{"run_name": 3}', "'run_name' is 3"),
         ("[" * 100_000, "not valid JSON"),
         ("\xff\xfe", "not valid JSON"),
@@ -100,37 +96,26 @@ def test_bad_manifests_are_refused(tmp_path, text, words):
 
 def test_fingerprint_depends_on_rows_order_and_columns_alone():
     rows = [{"problem": "1+1", "solution": "2", "extra": 1}, {"problem": "2+2", "solution": "4"}]
-    same = [{"solution": "2", "problem": "1+1"}, {"problem": "2+2", "solution": "4", "extra": 9}]
-    fingerprint = provenance.dataset_fingerprint(rows)
-    assert fingerprint == provenance.dataset_fingerprint(iter(same))
     # By hand: the column names, then one JSON line a row.
     stated = b'["problem", "solution"]["1+1", "2"]\n["2+2", "4"]\n'
-    assert fingerprint == hashlib.sha256(stated).hexdigest()
-    assert fingerprint != provenance.dataset_fingerprint(rows[::-1])
-    assert fingerprint != provenance.dataset_fingerprint(rows, columns=("solution", "problem"))
+    assert m.dataset_fingerprint(iter(rows)) == hashlib.sha256(stated).hexdigest()
     moved = [{"problem": "1+12", "solution": ""}, rows[1]]
-    assert fingerprint != provenance.dataset_fingerprint(moved), "a text that moves between columns"
+    found = {m.dataset_fingerprint(some) for some in (rows, rows[::-1], moved)}
+    assert len(found | {m.dataset_fingerprint(rows, columns=("solution", "problem"))}) == 4
 
 
 def test_git_state(tmp_path):
-    assert provenance.git_state(tmp_path) == {"commit": None, "dirty": None}
-
-    def git(*words):
-        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
-
-    git("init")
+    assert m.git_state(tmp_path) == {"commit": None, "dirty": None}
     (tmp_path / "a").write_text("1")
-    git("add", "a")
-    git("commit", "-m", "one")
-    git("tag", "v1")
-    clean = provenance.git_state(tmp_path)
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["init"], ["add", "a"], [*identity, "commit", "-m", "one"], ["tag", "v1"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "notes.txt").write_text("beside the code")
+    clean = m.git_state(tmp_path)
     assert len(clean["commit"]) == 40
     assert clean["dirty"] is False
-    (tmp_path / "notes.txt").write_text("beside the code")
-    assert provenance.git_state(tmp_path) == clean
     (tmp_path / "a").write_text("2")
-    assert provenance.git_state(tmp_path) == clean | {"dirty": True}
+    assert m.git_state(tmp_path) == clean | {"dirty": True}
 
 
 FLAGS = ["--method", "pwopsd", "--model_name_or_path", "Qwen/Qwen3-4B", "--output_dir", "outputs/x"]
@@ -164,7 +149,7 @@ def test_every_argument_may_change_or_may_not(tmp_path, every_argument):
 
 
 def test_what_decides_the_numbers_is_not_in_the_table(every_argument):
-    method = {field.name for field in fields(arguments.MethodArguments)}
+    method = {field.name for field in fields(MethodArguments)}
     others = {"max_steps", "dtype", "bf16", "lora_target_modules", "adam_beta2", "seed", "warmup_steps"}
     others |= {"dataset_revision", "rollout_top_k", "per_device_train_batch_size", "max_length"}
     assert method | others <= every_argument.keys() - m.MAY_CHANGE["training"] - m.BY_CONTENT
@@ -197,6 +182,19 @@ def test_check_reads_the_launchers_complete_command_line(tmp_path, every_argumen
             merge_lora.main(check)
 
 
+def test_check_compares_the_content_of_local_data(tmp_path, every_argument):
+    data, row = tmp_path / "rows.jsonl", {"problem": "1+1", "solution": "2"}
+    data.write_text(json.dumps(row))
+    folder = merged_folder(tmp_path / "m", **every_argument | {"train_dataset": str(data)})
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace("0" * 64, m.dataset_fingerprint([row])))
+    check = ["--check", str(folder), "--", *FLAGS, "--train_dataset", str(data)]
+    assert merge_lora.main(check) == 0
+    data.write_text(json.dumps(row | {"solution": "3"}))
+    with pytest.raises(ArtefactError, match=r"data is '.*', expected '.*'"):
+        merge_lora.main(check)
+
+
 def relist(change):
     """Return a damage that changes the sentinel's list of files."""
 
@@ -210,7 +208,7 @@ def relist(change):
 
 SHARD = "model-0000{}-of-00002.safetensors"
 DAMAGE = {
-    "no folder": (lambda f: f.rename(f.with_name("gone")), "no merged model"),
+    "no folder": (lambda f: f.rename(f.with_name("gone")), "it does not exist"),
     "no sentinel": (lambda f: (f / ".ready_for_eval").unlink(), "no sentinel"),
     "torn sentinel": (lambda f: os.truncate(f / ".ready_for_eval", 100), "not valid JSON"),
     "touched sentinel": (lambda f: (f / ".ready_for_eval").write_text("{}"), "is no sentinel"),
@@ -242,7 +240,8 @@ def test_identity_is_the_weights_not_the_notes(tmp_path):
     one = m.read_sentinel(merged_folder(tmp_path / "one"))["identity"]
     assert m.read_sentinel(merged_folder(tmp_path / "two", run_name="other"))["identity"] == one
     (tmp_path / "two" / "config.json").write_text('{"rope": 1}')
-    assert m.model_identity({n: e["sha256"] for n, e in m.file_list(tmp_path / "two").items()}) != one
+    sentinel = m.write_sentinel(tmp_path / "two", base_model="x", adapter="a", adapter_step=1)
+    assert sentinel["identity"] != one
 
 
 CACHED = "/home/x/.cache/huggingface/hub/models--Qwen--Qwen3-4B/snapshots/1cfa9a7"
@@ -278,10 +277,10 @@ def test_checking_needs_no_torch():
 @pytest.fixture
 def hashed(tmp_path, monkeypatch) -> list[str]:
     """The names of the files that were really read, with an empty cache that keeps new files too."""
-    read, real = [], provenance.file_sha256
+    read, real = [], files.file_sha256
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(provenance, "_SETTLED_SECONDS", -1.0)
-    monkeypatch.setattr(provenance, "file_sha256", lambda path: (read.append(path.name), real(path))[1])
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(files, "file_sha256", lambda path: (read.append(path.name), real(path))[1])
     return read
 
 
@@ -291,13 +290,13 @@ def test_weights_are_hashed_once_until_they_change(tmp_path, hashed):
     shards = [folder / f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for shard in shards:
         shard.write_bytes(shard.name.encode() * 2**16)
-    first = provenance.weights_sha256(folder)
+    first = m.model_sha256(folder)
     by_hand = "\n".join(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in shards)
     assert first == hashlib.sha256(by_hand.encode()).hexdigest()
-    assert provenance.weights_sha256(folder) == first
+    assert m.model_sha256(folder) == first
     assert hashed == [shard.name for shard in shards], "the second time from the cache"
     (tmp_path / "link").symlink_to(folder)
-    assert provenance.weights_sha256(tmp_path / "link") == first
+    assert m.model_sha256(tmp_path / "link") == first
     assert len(hashed) == 2
     assert sorted(folder.iterdir()) == shards, "nothing is written into the model's folder"
     # One bit, the size and even the time stamp as before: the inode's change time tells.
@@ -306,23 +305,23 @@ def test_weights_are_hashed_once_until_they_change(tmp_path, hashed):
     content[-1] ^= 1
     shards[1].write_bytes(content)
     os.utime(shards[1], ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert provenance.weights_sha256(folder) != first
+    assert m.model_sha256(folder) != first
     with pytest.raises(ArtefactError, match=r"no model\*\.safetensors"):
-        provenance.weights_sha256(tmp_path)
+        m.model_sha256(tmp_path)
 
 
 @pytest.mark.parametrize("cache", ["damaged", "a file in its place", "of a file that just changed"])
 def test_without_a_usable_cache_the_weights_are_hashed_again(tmp_path, hashed, monkeypatch, cache):
-    if cache == "damaged":
-        (tmp_path / "cache" / "pwopsd").mkdir(parents=True)
-        (tmp_path / "cache" / "pwopsd" / "sha256.json").write_text("{")
-    elif cache == "a file in its place":
-        (tmp_path / "cache").touch()
-    else:
-        monkeypatch.setattr(provenance, "_SETTLED_SECONDS", 1e9)
     (tmp_path / "model.safetensors").write_bytes(b"w" * 2**20)
-    assert provenance.weights_sha256(tmp_path) == provenance.weights_sha256(tmp_path)
-    assert len(hashed) == 1 + (cache != "damaged")
+    if cache == "a file in its place":
+        (tmp_path / "cache").touch()
+    if cache == "of a file that just changed":
+        monkeypatch.setattr(files, "_SETTLED_SECONDS", 1e9)
+    first = m.model_sha256(tmp_path)
+    for entry in (tmp_path / "cache").glob("pwopsd/*"):
+        entry.write_text("{")
+    assert m.model_sha256(tmp_path) == first
+    assert len(hashed) == 2
 
 
 def test_an_evaluation_is_of_the_weights_wherever_they_lie(tmp_path):

@@ -56,9 +56,6 @@ def w(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return replace(world, new=tmp_path)
 
 
-# -- the source ----------------------------------------------------------------------------------------------
-
-
 def keyword(call: ast.Call, name: str) -> str | None:
     return next((ast.unparse(word.value) for word in call.keywords if word.arg == name), None)
 
@@ -88,9 +85,6 @@ def test_nothing_in_the_source_unpickles_evaluates_or_shells_out() -> None:
     assert loaders == {"opsd/models.py"}
 
 
-# -- third-party files ---------------------------------------------------------------------------------------
-
-
 class Bomb:
     """Writes `pwned` into the working directory where it is unpickled."""
 
@@ -114,6 +108,15 @@ def test_a_third_party_checkpoint_is_not_unpickled(
     assert not (w.new / "pwned").exists()
 
 
+def programs(w: World, base: Path) -> list[tuple]:
+    """Return the three that load a base model, with their command lines for this one."""
+    return [
+        (ea_opsd_train.main, train(w, model_name_or_path=base)),
+        (merge_lora.main, merge(w, "--accept_base_name", base_model=base)),
+        (evaluate_math.main, evaluate(w, base_model=base)),
+    ]
+
+
 def test_pickled_weights_are_not_loaded(w: World) -> None:
     def pickled(folder: Path, name: str, instead: str) -> None:
         (folder / name).unlink()
@@ -122,13 +125,11 @@ def test_pickled_weights_are_not_loaded(w: World) -> None:
     base = w.copy(w.base, lambda f: pickled(f, "model.safetensors", "pytorch_model.bin"))
     names = "adapter_model.safetensors", "adapter_model.bin"
     checkpoint = w.copy(w.run, lambda f: pickled(f / "checkpoint-100", *names)) / "checkpoint-100"
-    for main, argv in (
-        (ea_opsd_train.main, train(w, model_name_or_path=base)),
-        (merge_lora.main, merge(w, "--accept_base_name", base_model=base)),
+    adapters = [
         (merge_lora.main, merge(w, adapter=checkpoint)),
-        (evaluate_math.main, evaluate(w, base_model=base)),
         (evaluate_math.main, evaluate(w, adapter=checkpoint)),
-    ):
+    ]
+    for main, argv in programs(w, base) + adapters:
         with pytest.raises(ArtefactError):
             main(argv)
     assert not (w.new / "pwned").exists()
@@ -136,33 +137,19 @@ def test_pickled_weights_are_not_loaded(w: World) -> None:
 
 def test_code_that_a_model_ships_does_not_run_unasked(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks the terminal"))
-    base = w.copy(w.base, ships_code)
-    for main, argv in (
-        (ea_opsd_train.main, train(w, model_name_or_path=base)),
-        (merge_lora.main, merge(w, "--accept_base_name", base_model=base)),
-        (evaluate_math.main, evaluate(w, base_model=base)),
-    ):
+    for main, argv in programs(w, w.copy(w.base, ships_code)):
         # The code itself would end the process with SystemExit.
         with pytest.raises((ArtefactError, UsageError), match=r"trust_remote_code|code of its own"):
             main(argv)
 
 
 def test_answers_are_never_run(w: World) -> None:
-    answers = [
-        "__import__('os').system('touch pwned')",
-        "$__import__('os').system('touch pwned')$",
-        "(lambda: open('pwned', 'w'))()",
-        "\\input{/etc/passwd}",
-        "\\write18{touch pwned}",
-        "{{ ''.__class__.__mro__ }}",
-    ]
+    call = "__import__('os').system('touch pwned')"
+    answers = [call, f"${call}$", "(lambda: open('pwned', 'w'))()", "\\write18{touch pwned}"]
     with Grader(workers=1) as grader:
-        (grade,) = grader.grade([("2", [*answers, "2"])])
-    assert grade.correct == [False] * len(answers) + [True]
+        (grade,) = grader.grade([("2", [*answers, "\\input{/etc/passwd}", "{{ ''.__class__ }}", "2"])])
+    assert grade.correct == [False] * 6 + [True]
     assert not list(w.new.iterdir())
-
-
-# -- one writer at a time ------------------------------------------------------------------------------------
 
 
 def test_two_bare_starts_do_not_share_a_run(w: World) -> None:
@@ -171,10 +158,8 @@ def test_two_bare_starts_do_not_share_a_run(w: World) -> None:
     # train.sh locks the folder itself, which is another lock.
     launcher = os.open(run, os.O_RDONLY)
     fcntl.flock(launcher, fcntl.LOCK_EX)
-    with (
-        files.lock_file(run / LOCK_NAME, busy=""),
-        pytest.raises(UsageError, match="another process is trai"),
-    ):
+    words = "another process is training"
+    with files.lock_file(run / LOCK_NAME, busy=""), pytest.raises(UsageError, match=words):
         ea_opsd_train.main(train(w))
     assert [path.name for path in run.iterdir()] == [LOCK_NAME]
     assert ea_opsd_train.main(train(w)) == 0
@@ -208,9 +193,6 @@ def test_partial_files_of_other_hosts_are_left_until_they_are_old(tmp_path: Path
     alive = [leave(f"{host}-{os.getppid()}-d"), leave(f"feedbeef-{nobody.pid}-e"), leave(f"{nobody.pid}-f")]
     assert sorted(files.remove_partials(target)) == sorted(killed)
     assert all(path.exists() for path in alive)
-
-
-# -- terminal and tables -------------------------------------------------------------------------------------
 
 
 def is_harmless(text: str) -> bool:
@@ -282,9 +264,6 @@ def test_a_model_card_of_hostile_names_stays_one(world: World) -> None:
     assert card.count("\n---\n") == 1, "the front matter ends where it should"
     rows = [line.replace("\\|", "") for line in card.split("\n") if line.startswith("|")]
     assert {row.count("|") for row in rows} == {3}
-
-
-# -- launchers -----------------------------------------------------------------------------------------------
 
 
 RECORDER = """

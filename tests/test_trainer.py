@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opsd.trainer
 from opsd.arguments import parse_arguments
@@ -45,13 +45,9 @@ SMALL = (
 
 
 def run(tmp_path: Path, method: str, *flags: str, inside=None, name: str = "run"):
-    """The real training, from flags to checkpoints, with a trainer that `inside` may take over or look into.
+    """The real training, from flags to checkpoints; `inside` gets the trainer in place of `Trainer.train`.
 
-    Args:
-        inside: called with the trainer, ready to train, in place of `Trainer.train`.
-
-    Returns:
-        (output folder, what `inside` returned).
+    Returns (output folder, what `inside` returned).
     """
     tmp_path.mkdir(exist_ok=True)
     table = tmp_path / "rows.jsonl"
@@ -64,8 +60,7 @@ def run(tmp_path: Path, method: str, *flags: str, inside=None, name: str = "run"
         outcome = None
 
         def train(self, **kwargs):
-            action = inside or (lambda trainer: OPSDTrainer.train(trainer))
-            type(self).outcome = action(self)
+            type(self).outcome = (inside or OPSDTrainer.train)(self)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(opsd.trainer, "OPSDTrainer", Opened)
@@ -95,28 +90,15 @@ def score(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
 def independent_loss(trainer, teacher, batch) -> float:
     """The micro-batch's loss from full logits of each sequence alone, by the dense form."""
     tokenizer = trainer.processing_class
-    student_rows, teacher_rows, ids = [], [], []
+    students, teachers, ids = [], [], []
     for example, completion in zip(batch.examples, batch.completions, strict=True):
-        row = ROWS[example.index]
-        tokens = completion.token_ids
-        student_rows.append(score(trainer.model, encode_student(tokenizer, row["problem"]), tokens))
-        prompt = encode_teacher(tokenizer, row["problem"], row["solution"])
-        teacher_rows.append(score(teacher, prompt, tokens))
+        row, tokens = ROWS[example.index], completion.token_ids
+        students.append(score(trainer.model, encode_student(tokenizer, row["problem"]), tokens))
+        teachers.append(score(teacher, encode_teacher(tokenizer, row["problem"], row["solution"]), tokens))
         ids.append(torch.tensor(tokens))
     name = next(name for name, method in METHODS.items() if method == trainer.method)
-    step = trainer.state.global_step
-    logits, lengths = (torch.cat(student_rows), torch.cat(teacher_rows)), [len(row) for row in ids]
-    return float(dense_loss(name, *logits, torch.cat(ids), lengths, hyper=trainer.hyper, step=step))
-
-
-class Watch(TrainerCallback):
-    """The names of the parameters with a gradient, before each optimizer step."""
-
-    def __init__(self):
-        self.with_gradient: list[list[str]] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.with_gradient.append([name for name, p in model.named_parameters() if p.grad is not None])
+    flat, lengths = [torch.cat(rows) for rows in (students, teachers, ids)], [len(row) for row in ids]
+    return float(dense_loss(name, *flat, lengths, hyper=trainer.hyper, step=trainer.state.global_step))
 
 
 COMMON_KEYS = {
@@ -126,7 +108,9 @@ COMMON_KEYS = {
     "rollout/outside_support_share", "rollout/logprob_difference",
     "time/push_s", "time/rollout_s", "time/teacher_s", "time/step_s",
 }  # fmt: skip
-DIVERGENCE_KEYS = {"loss/divergence", "loss/clip_fraction", "loss/clipped_token_share"}
+DIVERGENCE_KEYS = {
+    "loss/divergence", "loss/clip_fraction", "loss/clipped_token_share", "loss/clipped_teacher_mass"
+}  # fmt: skip
 METHOD_KEYS = {
     "opsd": DIVERGENCE_KEYS,
     "pwopsd": DIVERGENCE_KEYS | {"method/mean_weight"},
@@ -162,20 +146,18 @@ def test_three_steps_of_each_method(tmp_path, method):
             return loss
 
         trainer.engine.generate, trainer.compute_loss = counted, checked
-        watch = Watch()
-        trainer.add_callback(watch)
         OPSDTrainer.train(trainer)
-        return trainer, watch
+        return trainer
 
     settings = ("--log_completions_steps", "1", "--rollout_audit_steps", "1")
-    folder, (trainer, watch) = run(tmp_path, method, *settings, inside=inside)
+    folder, trainer = run(tmp_path, method, *settings, inside=inside)
     # One engine call an optimizer step, for both of its micro-batches.
     assert [len(call) for call in seen["calls"]] == [4, 4, 4]
     assert len({seed for call in seen["calls"] for seed in call}) == 12
     assert len(seen["losses"]) == 2
     for ours, expected in seen["losses"]:
         assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    _check_weights(trainer, watch)
+    _check_weights(trainer)
     _check_records(folder, method, seen["norms"])
     _check_first_rollout(folder, trainer)
     checkpoint = folder / "checkpoint-3"
@@ -185,10 +167,7 @@ def test_three_steps_of_each_method(tmp_path, method):
         assert torch.equal(saved[name.replace(".default", "")], value)
 
 
-def _check_weights(trainer, watch) -> None:
-    for names in watch.with_gradient:
-        assert names
-        assert all("lora_" in name for name in names)
+def _check_weights(trainer) -> None:
     assert all("lora_" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
     _check_base(trainer, torch.float32)
     for name, value in adapter(trainer.model).items():
@@ -321,21 +300,15 @@ def perturb(model, size: float = 0.03) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
 
-class CutEngine:
-    """The real engine, its completions cut to lengths that differ from problem to problem."""
+def cut_completions(trainer, lengths: list[int]) -> None:
+    """Let the trainer's real engine return completions cut to these lengths."""
+    generate = type(trainer.engine).generate
 
-    def __init__(self, engine, lengths):
-        self.engine, self.lengths = engine, lengths
+    def cut(requests, sampling, *, want_logprobs=False):
+        drawn = generate(trainer.engine, requests, sampling)
+        return [Completion(c.token_ids[:n], True) for c, n in zip(drawn, lengths, strict=True)]
 
-    def push_weights(self, model):
-        self.engine.push_weights(model)
-
-    def generate(self, requests, sampling, *, want_logprobs=False):
-        drawn = self.engine.generate(requests, sampling)
-        return [
-            Completion(completion.token_ids[:length], True)
-            for completion, length in zip(drawn, self.lengths, strict=True)
-        ]
+    trainer.engine.generate = cut
 
 
 def update(trainer, split: list[list[int]], scope: str) -> torch.Tensor:
@@ -371,8 +344,7 @@ def test_the_split_into_micro_batches(tmp_path, method):
 
     def inside(trainer):
         perturb(trainer.model)
-        lengths = [2, 9, 16, 4, 12, 3, 14, 7]
-        trainer.engine = CutEngine(trainer.engine, lengths)
+        cut_completions(trainer, [2, 9, 16, 4, 12, 3, 14, 7])
         for step in (0, 60) if method == "reopold" else (0,):
             trainer.state.global_step = step
             whole = {name: update(trainer, split, "global") for name, split in SPLITS.items()}
@@ -386,7 +358,7 @@ def test_the_split_into_micro_batches(tmp_path, method):
                 assert distance(whole["8x1"], parts["2x4"]) < 1e-5
             else:
                 assert distance(whole["8x1"], parts["2x4"]) > 1e-2
-        trainer.engine.lengths = [2, 9, 0, 4, 12, 3, 14, 7]
+        cut_completions(trainer, [2, 9, 0, 4, 12, 3, 14, 7])
         assert distance(*(update(trainer, SPLITS[name], "global") for name in ("8x1", "2x4"))) < 1e-5
         _empty_step(trainer)
 
@@ -394,8 +366,8 @@ def test_the_split_into_micro_batches(tmp_path, method):
 
 
 def _empty_step(trainer) -> None:
-    """Not one token in the step: loss 0 and gradients 0, under both scopes."""
-    trainer.engine.lengths = [0] * 8
+    """No token in the step: loss 0 and gradients 0, under both scopes."""
+    cut_completions(trainer, [0] * 8)
     for scope in ("micro_batch", "global"):
         gradient = update(trainer, SPLITS["2x4"], scope)
         assert torch.equal(gradient, torch.zeros_like(gradient))

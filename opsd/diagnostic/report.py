@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from opsd.diagnostic.analysis import PREDICTORS
 from opsd.diagnostic.schedule import MODERATE, PLACES, SHOWN, schedule
 from opsd.errors import printable
-from opsd.provenance import versions
 from opsd.report.markdown import markdown_table
+from opsd.run_identity import versions
 
 if TYPE_CHECKING:
     from opsd.diagnostic.analysis import Analysis, Decision, Subset

@@ -23,8 +23,7 @@ from opsd.evaluation.journal import Journal
 from opsd.evaluation.model import check_model
 from opsd.files import atomic_write_bytes, atomic_write_text
 from opsd.models import load_config, load_tokenizer
-from opsd.provenance import dataset_fingerprint
-from opsd.run_identity import MAY_CHANGE
+from opsd.run_identity import MAY_CHANGE, dataset_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.grading import extract_boxed
-from opsd.provenance import REPO_ROOT
 from opsd.tables import load_table
 
 HMMT25_VARIABLE = "HMMT25_PARQUET_PATH"
@@ -64,7 +64,7 @@ LONGEST_PROBLEM = 1_000_000
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: its row number, its text, its gold answer as text."""
+    """One problem; `problem_id` is its row number."""
 
     problem_id: int
     problem: str
@@ -109,8 +109,8 @@ def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> Load
         source = where = str(dataset_path)
         if not os.path.exists(source):
             raise ArtefactError(f"the problems of {name} are not at {source}; {remedy}")
-    rows = load_table(source, split=split, remedy="pass --dataset_path FILE")
-    problems = [_problem(index, fields, source) for index, fields in enumerate(rows.to_list())]
+    rows = load_table(source, split=split, remedy="pass --dataset_path FILE").to_list()
+    problems = [_problem(index, fields, source) for index, fields in enumerate(rows)]
     if row is not None and len(problems) != row.size:
         raise ArtefactError(
             f"{where} holds {len(problems)} problems, but {name} has {row.size}; "
@@ -128,31 +128,24 @@ def fingerprint(problems: Iterable[Problem]) -> str:
 
 
 def _problem(index: int, fields: Mapping[str, Any], source: str) -> Problem:
-    text = fields.get("problem")
+    text, where = fields.get("problem"), f"row {index} of {source} has"
     if not isinstance(text, str) or not text.strip():
-        columns = ", ".join(map(str, fields))
-        raise ArtefactError(f"row {index} of {source} has no text in column `problem` (columns: {columns})")
+        raise ArtefactError(f"{where} no text in column `problem` (columns: {', '.join(map(str, fields))})")
     if len(text) > LONGEST_PROBLEM:
         raise ArtefactError(
-            f"row {index} of {source} has a problem of {len(text)} characters, more than a model can read; "
-            f"give problems of at most {LONGEST_PROBLEM}"
+            f"{where} a problem of {len(text)} characters, more than a model can read; give problems of at "
+            f"most {LONGEST_PROBLEM}"
         )
     answer = answer_text(fields.get("answer"))
     if not answer and isinstance(fields.get("solution"), str):
         answer = extract_boxed(fields["solution"]) or ""
     if not answer:
-        raise ArtefactError(
-            f"row {index} of {source} has neither an `answer` nor a `solution` with a \\boxed answer"
-        )
+        raise ArtefactError(f"{where} neither an `answer` nor a `solution` with a \\boxed answer")
     return Problem(index, text, answer)
 
 
 def answer_text(value: Any) -> str:
-    """Return a gold answer as text: a whole float without its decimal point, '' for None and NaN.
-
-    Raises:
-        ArtefactError: it is neither text nor a number.
-    """
+    """Return a gold answer as text, 27 for 27.0, '' for None and NaN. ArtefactError for another type."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):

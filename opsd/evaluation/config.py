@@ -31,7 +31,7 @@ from opsd.options import (
 )
 from opsd.rollout.engine import Sampling, check_sampling
 
-# The paper's model length in tokens; a model built for fewer positions sets the limit itself.
+# The paper's model length in tokens.
 MAX_MODEL_LEN = 40960
 
 
@@ -109,26 +109,22 @@ def check_config(config: EvalConfig) -> None:
 def check_output(config: EvalConfig) -> None:
     """Raise UsageError where the result cannot be written."""
     output = Path(config.output)
+    existing = next(folder for folder in output.absolute().parents if folder.exists())
+    reason = ""
     if output.suffix != ".json":
-        raise UsageError(f"--output is {config.output!r}, but must end in .json")
-    if output.is_dir():
-        raise UsageError(f"--output {config.output!r} is a folder; give the name of a file in it")
-    if not output.exists():
-        existing = next(folder for folder in output.absolute().parents if folder.exists())
-        if not existing.is_dir():
-            raise UsageError(f"--output {config.output!r} cannot be created: {str(existing)!r} is a file")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UsageError(
-                f"--output {config.output!r} cannot be written: no permission in {str(existing)!r}"
-            )
+        reason = "does not end in .json"
+    elif output.is_dir():
+        reason = "is a folder; give the name of a file in it"
+    elif not existing.is_dir():
+        reason = f"cannot be created: {str(existing)!r} is a file"
+    elif not output.exists() and not os.access(existing, os.W_OK | os.X_OK):
+        reason = f"cannot be written: no permission in {str(existing)!r}"
+    if reason:
+        raise UsageError(f"--output {config.output!r} {reason}")
 
 
 def parse_config(argv: Sequence[str] | None) -> tuple[EvalConfig, bool]:
-    """Return the configuration that a command line asks for, and whether --replace was given.
-
-    Raises:
-        UsageError: an unknown or malformed flag, a required one that is missing, or a value out of its range.
-    """
+    """Return a command line's configuration, and whether --replace was given. Raises UsageError."""
     parser = OneLineParser(
         prog="evaluate_math.py",
         description="Sample a benchmark from a model, grade it, write the result JSON.",

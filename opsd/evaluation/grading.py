@@ -5,7 +5,7 @@ are equivalent, in separate processes that are killed when a comparison does not
 nor vLLM, so that stored results can be graded again anywhere.
 
     with Grader() as grader:
-        grade = grader.grade_problem("\\\\frac{1}{2}", ["0.5", None, "\\\\frac12", "3"])
+        (grade,) = grader.grade([("\\\\frac{1}{2}", ["0.5", None, "\\\\frac12", "3"])])
     grade.correct, grade.majority_correct
 """
 
@@ -26,8 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import UsageError
-from opsd.evaluation.grading_shortcuts import decide_texts
+from opsd.evaluation.grading_shortcuts import MARGIN, plain_number
+from opsd.options import AT_LEAST_ONE, POSITIVE, Range, check_range
 
 # What the authors' files, and ours, hold as `predicted_answer` of an unformatted sample.
 NO_ANSWER = "[No boxed answer found]"
@@ -72,9 +72,9 @@ class ProblemGrade:
     """Verdicts on the samples of one problem.
 
     Attributes:
-        correct: for each sample, in order, whether it is equivalent to the gold answer; unformatted is False.
+        correct: of each sample, in order; an unformatted one is False.
         clusters: sample indices by cluster, in the order in which the clusters were founded.
-        winner: index in `clusters` of the largest cluster, the earliest on a tie; None without samples.
+        winner: index in `clusters` of the largest, the earliest on a tie; None without samples.
         majority_correct: whether the winner is not the INVALID cluster and its first member is correct.
     """
 
@@ -87,17 +87,9 @@ class ProblemGrade:
     def num_correct(self) -> int:
         return sum(self.correct)
 
-    @property
-    def passed(self) -> bool:
-        return any(self.correct)
-
 
 def group(texts: Sequence[str], equal: Equal) -> list[list[int]]:
-    """Cluster samples: each joins the first cluster whose first member is equivalent in either direction.
-
-    Returns:
-        Clusters of positions in `texts`, in the order in which they were founded.
-    """
+    """Return clusters of positions: each text joins the first whose first member is equivalent either way."""
     clusters: list[list[int]] = []
     for position, text in enumerate(texts):
         for cluster in clusters:
@@ -143,7 +135,7 @@ class Grader:
 
     Args:
         workers: processes; None takes the cores this process may use, at most 8.
-        time_limit_s: seconds of CPU time for one parse or one comparison; afterwards the kernel ends it.
+        time_limit_s: seconds of CPU time for one parse or one comparison.
         memory_limit_mb: MiB of address space for each worker.
 
     Raises:
@@ -157,12 +149,9 @@ class Grader:
         time_limit_s: float = DEFAULT_TIME_LIMIT_S,
         memory_limit_mb: int = DEFAULT_MEMORY_LIMIT_MB,
     ) -> None:
-        if workers is not None and workers < 1:
-            raise UsageError(f"grading needs at least one worker process, not {workers}")
-        if not time_limit_s > 0:
-            raise UsageError(f"the grading time limit must be more than 0 seconds, not {time_limit_s}")
-        if memory_limit_mb < 256:
-            raise UsageError(f"the grading memory limit must be at least 256 MiB, not {memory_limit_mb}")
+        check_range("workers", workers, AT_LEAST_ONE)
+        check_range("time_limit_s", time_limit_s, POSITIVE)
+        check_range("memory_limit_mb", memory_limit_mb, Range(256))
         self.workers = workers or min(8, len(os.sched_getaffinity(0)))
         self.time_limit_s = time_limit_s
         self.memory_limit_mb = memory_limit_mb
@@ -170,9 +159,10 @@ class Grader:
         self._verdicts: dict[tuple[str, str], Verdict] = {}
         self._lock = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
-        self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        # The connection of each worker; None where its process has not started, or has died.
+        self._workers: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         for _ in range(self.workers):
-            self._workers.put(_Worker(self._new_process))
+            self._workers.put(None)
 
     def __enter__(self) -> Grader:
         return self
@@ -183,9 +173,9 @@ class Grader:
     def close(self) -> None:
         """End the worker processes. The grader may be used again and then starts new ones."""
         for _ in range(self.workers):
-            worker = self._workers.get()
-            worker.close()
-            self._workers.put(worker)
+            if (connection := self._workers.get()) is not None:
+                connection.close()
+            self._workers.put(None)
         if self._server is not None:
             self._requests.close()
             self._server.kill()
@@ -195,16 +185,14 @@ class Grader:
     def limits(self, *, since: int = 0) -> dict[str, Any]:
         """Return what a result records about its grading; `since` leaves out the first kills."""
         killed = self.killed[since:]
+        cut = slice(NAMED_CHARACTERS)
         return {
             "math_verify": version("math-verify"),
             "time_limit_s": self.time_limit_s,
             "memory_limit_mb": self.memory_limit_mb,
             "killed": len(killed),
             "killed_items": [
-                {
-                    "gold": k.gold[:NAMED_CHARACTERS],
-                    "predicted": k.predicted and k.predicted[:NAMED_CHARACTERS],
-                }
+                {"gold": k.gold[cut], "predicted": k.predicted and k.predicted[cut]}
                 for k in killed[:NAMED_KILLS]
             ],
         }
@@ -221,10 +209,6 @@ class Grader:
         known = {pair: verdict for part in self._map(verdicts, answers) for pair, verdict in part.items()}
         return [bool(known[pair]) for pair in pairs]
 
-    def grade_problem(self, gold: str, predicted: Sequence[str | None]) -> ProblemGrade:
-        """Return `grade` of a single problem."""
-        return self.grade([(gold, predicted)])[0]
-
     def grade(self, problems: Sequence[tuple[str, Sequence[str | None]]]) -> list[ProblemGrade]:
         """Return the grade of each (gold answer, predicted answers; None = unformatted)."""
         return self._map(lambda problem, equal: grade_answers(problem[0], problem[1], equal), problems)
@@ -237,7 +221,7 @@ class Grader:
             try:
                 return decide(problem, equal), equal.killed
             finally:
-                equal.finish()
+                self._workers.put(equal._connection)
 
         with ThreadPoolExecutor(self.workers) as threads:
             done = list(threads.map(run, problems))
@@ -273,37 +257,31 @@ class _Comparison:
     def __init__(self, grader: Grader) -> None:
         self.killed: list[Killed] = []
         self._grader = grader
-        self._worker: _Worker | None = None
+        self._connection = grader._workers.get()
         self._own: dict[tuple[str, str], Verdict] = {}
         self._killed_texts: set[str] = set()
         self._idle_deaths = 0
 
-    def finish(self) -> None:
-        if self._worker is not None:
-            self._grader._workers.put(self._worker)
-
     def __call__(self, gold: str, predicted: str) -> Verdict:
         known, pair = self._grader._verdicts, (gold, predicted)
         if pair not in known and pair not in self._own:
-            verdict = decide_texts(gold, predicted)
-            if verdict is None:
-                verdict = self._ask(gold, predicted)
-            if verdict is None or self._killed_texts.intersection(pair):
-                self._own[pair] = verdict
+            a, b = plain_number(gold), plain_number(predicted)
+            if a is not None and b is not None and (a == b or abs(a - b) > MARGIN):
+                verdict = a == b
             else:
-                known[pair] = verdict
+                verdict = self._decide(gold, predicted)
+            own = verdict is None or self._killed_texts.intersection(pair)
+            (self._own if own else known)[pair] = verdict
         return self._own[pair] if pair in self._own else known[pair]
 
-    def _ask(self, gold: str, predicted: str) -> Verdict:
+    def _decide(self, gold: str, predicted: str) -> Verdict:
         """Let a worker decide; what dies is tried once more, in a fresh process that did nothing else."""
-        if self._worker is None:
-            self._worker = self._grader._workers.get()
         died_once: set[tuple[str, ...]] = set()
         while not self._killed_texts.intersection((gold, predicted)):
             limit_s = self._grader.time_limit_s
             if len(self.killed) >= FULL_LIMIT_KILLS:
                 limit_s /= 10
-            answer = self._worker.ask(gold, predicted, limit_s)
+            answer = self._ask(gold, predicted, limit_s)
             if answer in ("0", "1"):
                 return answer == "1"
             item = {"": (), "g": (gold,), "p": (predicted,), "c": (gold, predicted)}[answer]
@@ -323,25 +301,12 @@ class _Comparison:
                 died_once.add(item)
         return False
 
-
-class _Worker:
-    """One worker process at a time; after its death the next question starts a fresh one."""
-
-    def __init__(self, start: Callable[[], socket.socket]) -> None:
-        self._start = start
-        self._connection: socket.socket | None = None
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def ask(self, gold: str, predicted: str, cpu_limit_s: float) -> str:
+    def _ask(self, gold: str, predicted: str, cpu_limit_s: float) -> str:
         """Return "1" or "0"; when the process died, the stage it was at (see `grading_worker`) or ""."""
         last = ""
         try:
             if self._connection is None:
-                self._connection = self._start()
+                self._connection = self._grader._new_process()
             self._connection.sendall(json.dumps([gold, predicted, cpu_limit_s]).encode("ascii") + b"\n")
             while received := self._connection.recv(64).decode("ascii"):
                 last = received[-1]
@@ -349,5 +314,7 @@ class _Worker:
                     return last
         except OSError:
             pass
-        self.close()
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
         return last

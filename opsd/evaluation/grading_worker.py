@@ -12,6 +12,7 @@ each with letters: `g` or `p` before it parses the gold or the predicted answer,
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -21,14 +22,13 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from opsd.evaluation.grading_shortcuts import MARGIN, plain_number, value
+from opsd.evaluation.grading_shortcuts import MARGIN, plain_tree, value
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # The wall-clock limit of one parse or comparison, in units of its limit of CPU time.
 WALL_FACTOR = 60
 
 MAX_PARSED = 8192
-
 # The kinds of answers that competitions have. Parsing them fills the parser's tables before a fork.
 _WARM_FORMS = (
     "\\frac{1}{2}", "-\\frac{3}{4}\\pi", "2\\sqrt{3}", "\\frac{1+\\sqrt{5}}{2}", "1 + 2\\sqrt{3}", "2.5",
@@ -37,8 +37,6 @@ _WARM_FORMS = (
     "\\log_2 3", "50\\%", "10,\\!080", "\\begin{pmatrix} 1 \\\\ -2 \\end{pmatrix}", "\\text{(C)}",
     "\\text{even}", "12_{5}", "\\binom{4}{2}",
 )  # fmt: skip
-
-
 _parsed: dict[str, tuple[list, complex | None]] = {}
 
 
@@ -46,10 +44,10 @@ def parse_answer(text: str) -> tuple[list, complex | None]:
     """Return math_verify's parse of `text` and its value (see `grading_shortcuts`)."""
     from math_verify import parse
 
-    number = plain_number(text)
+    tree = plain_tree(text)
     wrapped = text if "$" in text else f"${text}$"
     # The time limit is the worker's: math_verify's own cannot interrupt C code.
-    trees = [number] if number is not None else parse(wrapped, fallback_mode="no_fallback", parsing_timeout=0)
+    trees = [tree] if tree is not None else parse(wrapped, fallback_mode="no_fallback", parsing_timeout=0)
     return trees, value(trees)
 
 
@@ -57,9 +55,12 @@ def compare(gold: str, predicted: str) -> bool:
     """Return math_verify's verdict on two parsed answers."""
     from math_verify import verify
 
-    (gold_trees, gold_value), (trees, its_value) = _parsed[gold], _parsed[predicted]
-    if gold_value is not None and its_value is not None and abs(gold_value - its_value) > MARGIN:
-        return False
+    (gold_trees, a), (trees, b) = _parsed[gold], _parsed[predicted]
+    if a is not None and b is not None:
+        # Two equations may be equivalent although their right sides differ.
+        equations = gold_trees[0].is_Relational and trees[0].is_Relational
+        if abs(a - b) > MARGIN and not equations:
+            return False
     try:
         return verify(gold_trees, trees, timeout_seconds=0)
     except Exception:
@@ -114,6 +115,8 @@ def serve_forks(memory_limit_mb: int) -> None:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     for form in _WARM_FORMS:
         parse_answer(form)
+    # The collector of a worker leaves alone, and so does not copy, what it shares with the server.
+    gc.freeze()
     # The kernel reaps workers that end.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     requests = socket.socket(fileno=os.dup(0))

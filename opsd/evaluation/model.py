@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from opsd.checkpoints import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.config import MAX_MODEL_LEN, EvalConfig
+from opsd.files import cached_sha256
 from opsd.models import load_adapter, load_causal_lm, load_config, model_folder
-from opsd.provenance import cached_sha256
 from opsd.run_identity import SENTINEL_NAME, base_differences, check_merged, model_identity, same_source
 
 if TYPE_CHECKING:

@@ -60,14 +60,13 @@ def problem_record(
     predicted: Sequence[str | None],
     truncated: Sequence[bool],
     grade: ProblemGrade,
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int],
 ) -> dict[str, Any]:
     """Return one entry of `results`.
 
     Args:
         texts, predicted, truncated, tokens: of each sample, in order: the full generation, its answer (None
             when it is unformatted), whether it was cut at max_new_tokens, its length.
-        grade: verdicts and vote of the same samples.
     """
     generations = [
         {
@@ -76,12 +75,12 @@ def problem_record(
             "correct": correct,
             "formatted": answer is not None,
             "truncated": cut,
+            "tokens": length,
         }
-        for text, answer, cut, correct in zip(texts, predicted, truncated, grade.correct, strict=True)
+        for text, answer, cut, length, correct in zip(
+            texts, predicted, truncated, tokens, grade.correct, strict=True
+        )
     ]
-    if tokens is not None:
-        for generation, length in zip(generations, tokens, strict=True):
-            generation["tokens"] = length
     return {
         "problem_id": problem_id,
         "problem": problem,
@@ -89,7 +88,7 @@ def problem_record(
         "val_n": len(generations),
         "generations": generations,
         "num_correct": grade.num_correct,
-        "pass_at_n": grade.passed,
+        "pass_at_n": any(grade.correct),
         "majority_vote_correct": grade.majority_correct,
     }
 
@@ -163,9 +162,8 @@ def load_result(path: Path | str) -> dict[str, Any]:
     result = _strict_json(path)
     if not isinstance(result, dict):
         raise ArtefactError(f"{path} is not a result file: its top level is not an object")
-    if missing := [
-        name for name, kind in FIELDS.items() if name not in result and not isinstance(None, kind)
-    ]:
+    needed = [name for name, kind in FIELDS.items() if not isinstance(None, kind)]
+    if missing := [name for name in needed if name not in result]:
         raise ArtefactError(f"{path} is not a result file: it lacks {', '.join(missing)}")
     if fault := _fault(result):
         raise ArtefactError(f"{path} is damaged: {fault}; move it away and evaluate again")
@@ -194,9 +192,8 @@ def _fault(result: Mapping[str, Any]) -> str | None:
     for name, kind in FIELDS.items():
         value = result.get(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind != bool | None):
-            return (
-                f"{name} is {printable(value, 60)!r}, but must be of type {getattr(kind, '__name__', kind)}"
-            )
+            wanted = getattr(kind, "__name__", kind)
+            return f"{name} is {printable(value, 60)!r}, but must be of type {wanted}"
     if (version := result.get("schema_version")) not in (None, SCHEMA_VERSION):
         return f"schema_version is {version}, but {SCHEMA_VERSION} is the newest that this checkout reads"
     killed = (result.get("grading") or {}).get("killed", 0)

@@ -2,8 +2,8 @@
 
     result = evaluate(EvalConfig(base_model="Qwen/Qwen3-4B", dataset="aime25", output="results/x.json"))
 
-The same call resumes a killed run from the journal beside the output; since every sample has its own seed,
-the result is the one of the uninterrupted run (apart from `date` and `timing`).
+The same call resumes a killed run from the journal beside the output, to the result of the uninterrupted run
+(apart from `date` and `timing`), since every sample has its own seed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from opsd.evaluation.scoreboard import Scoreboard
 from opsd.files import remove_partials
 from opsd.models import load_tokenizer
 from opsd.prompts import encode_evaluation, evaluation_message
-from opsd.provenance import versions
 from opsd.rollout.engine import Completion, Request
+from opsd.run_identity import versions
 from opsd.seeds import evaluation_seed
 
 if TYPE_CHECKING:
@@ -54,14 +54,11 @@ class Plan:
 
 
 def evaluate(config: EvalConfig, *, replace: bool = False, show: bool = True) -> dict[str, Any]:
-    """Run one evaluation to its end and write its result; a finished result of this run is returned as is.
+    """Run one evaluation, write its result and return it; a finished result of this run is returned as is.
 
     Args:
         replace: rename another run's result at `config.output` instead of raising.
         show: whether to draw a progress bar on stderr.
-
-    Returns:
-        The result, as `opsd.evaluation.results.load_result` reads it back.
 
     Raises:
         UsageError: a setting is out of range, the prompts do not fit, or the output has the journal or
@@ -72,8 +69,7 @@ def evaluate(config: EvalConfig, *, replace: bool = False, show: bool = True) ->
     check_config(config)
     check_output(config)
     plan = prepare(config)
-    result = existing_result(plan, replace=replace)
-    if result is not None:
+    if (result := existing_result(plan, replace=replace)) is not None:
         # A kill between writing the result and deleting its journal leaves the journal behind. One of another
         # run, or in use, stays.
         with contextlib.suppress(UsageError, ArtefactError):
@@ -86,9 +82,7 @@ def evaluate(config: EvalConfig, *, replace: bool = False, show: bool = True) ->
         result = existing_result(plan, replace=replace)
         if result is None:
             if journal.dropped_bytes:
-                logger.warning(
-                    "dropped the torn last line of %s (%d bytes)", journal.path, journal.dropped_bytes
-                )
+                logger.warning("dropped the torn last line of %s", journal.path)
             result = _sample_and_grade(plan, journal, show=show, started=started)
             remove_partials(Path(config.output))
             write_result(config.output, result)
@@ -108,10 +102,8 @@ def prepare(config: EvalConfig) -> Plan:
     tokenizer = load_tokenizer(
         config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
-    prompts = [
-        encode_evaluation(tokenizer, problem.problem, enable_thinking=config.enable_thinking)
-        for problem in problems
-    ]
+    thinking = config.enable_thinking
+    prompts = [encode_evaluation(tokenizer, p.problem, enable_thinking=thinking) for p in problems]
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
     if len(prompts[longest]) + config.max_new_tokens > facts.max_model_len:
         raise UsageError(
@@ -169,11 +161,10 @@ def _sample_and_grade(plan: Plan, journal: Journal, *, show: bool, started: floa
     engines = {record["engine"] for record in journal.records}
     if engines - {config.engine}:
         logger.warning("samples of engine %s are continued with %s", sorted(engines), config.engine)
+    resumed = journal.records
     with (
         Grader(workers=config.grading_workers, time_limit_s=config.time_limit) as grader,
-        Scoreboard(
-            plan.problems, val_n=config.val_n, grader=grader, resumed=journal.records, show=show
-        ) as board,
+        Scoreboard(plan.problems, val_n=config.val_n, grader=grader, resumed=resumed, show=show) as board,
     ):
         if board.missing():
             engines.add(config.engine)
@@ -204,13 +195,11 @@ def _sample_and_grade(plan: Plan, journal: Journal, *, show: bool, started: floa
 def _sample(plan: Plan, journal: Journal, board: Scoreboard) -> None:
     """Draw every sample that `board` lacks; each goes into the journal as it finishes."""
     config, pending = plan.config, board.missing()
-    requests = [
-        Request(
-            plan.prompts[problem],
-            evaluation_seed(seed=config.seed, problem_id=plan.problems[problem].problem_id, sample=number),
-        )
-        for problem, number in pending
-    ]
+    requests = []
+    for problem, number in pending:
+        identifier = plan.problems[problem].problem_id
+        seed = evaluation_seed(seed=config.seed, problem_id=identifier, sample=number)
+        requests.append(Request(plan.prompts[problem], seed))
 
     def finish(index: int, completion: Completion) -> None:
         record = {
@@ -232,9 +221,6 @@ def _sample(plan: Plan, journal: Journal, board: Scoreboard) -> None:
             engine.close()
     except BaseException:
         total = len(plan.problems) * config.val_n
-        tqdm.write(
-            f"{total - len(board.missing())} of {total} samples are finished and kept in {journal.path}; the "
-            "same command resumes there",
-            file=sys.stderr,
-        )
+        kept = f"{total - len(board.missing())} of {total} samples are finished and kept in {journal.path}"
+        tqdm.write(f"{kept}; the same command resumes there", file=sys.stderr)
         raise

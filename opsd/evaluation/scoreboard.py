@@ -44,15 +44,9 @@ class Scoreboard:
         for record in resumed:
             self._samples[record["problem"]][record["sample"]] = record
         self.resumed = sum(map(len, self._samples))
-        self._bar = tqdm(
-            initial=self.resumed,
-            total=len(problems) * val_n,
-            unit="sample",
-            desc="evaluating",
-            mininterval=TERMINAL_INTERVAL_S if sys.stderr.isatty() else LOG_INTERVAL_S,
-            disable=not show,
-            dynamic_ncols=True,
-        )
+        interval_s = TERMINAL_INTERVAL_S if sys.stderr.isatty() else LOG_INTERVAL_S
+        size = {"initial": self.resumed, "total": len(problems) * val_n, "dynamic_ncols": True}
+        self._bar = tqdm(unit="sample", desc="evaluating", mininterval=interval_s, disable=not show, **size)
         self._graded = self._correct = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(grader.workers, thread_name_prefix="grading")
@@ -84,12 +78,7 @@ class Scoreboard:
         self._grade_if_complete(record["problem"])
 
     def finish(self) -> list[dict[str, Any]]:
-        """Wait for the grading and return the result's record of every problem, in order.
-
-        Raises:
-            ValueError: samples are missing.
-            Exception: what the grader raised.
-        """
+        """Wait for the grading and return every problem's record, in order; raise what the grader raised."""
         if missing := self.missing():
             raise ValueError(f"{len(missing)} samples are missing")
         return [self._records[problem].result() for problem in range(len(self._problems))]

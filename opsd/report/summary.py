@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError
 from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.names import parse_name
 from opsd.evaluation.results import load_result, regime_differences
 from opsd.objectives import METHODS
-from opsd.provenance import REPO_ROOT
 
 METRICS = ("average", "pass", "majority")
 BOOTSTRAP_DRAWS = 2000

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw from the next-token distribution.
-
-    Filters apply in vLLM's order: temperature, min_p, top_k, top_p.
-    """
+    """How to draw the next token; the filters apply in vLLM's order: temperature, min_p, top_k, top_p."""
 
     temperature: float = option(help="divides the logits; 0 takes the likeliest token", range=NOT_NEGATIVE)
     top_p: float = option(1.0, "nucleus mass; 1 = off", range=PROPER_SHARE)
@@ -50,11 +47,7 @@ class Request:
 def check_requests(
     requests: Sequence[Request], sampling: Sampling, *, vocabulary: int, max_model_len: int | None = None
 ) -> None:
-    """Check the sampling parameters and every prompt before anything is sampled.
-
-    Args:
-        vocabulary: how many token ids the model has.
-        max_model_len: the engine's limit on prompt + completion, in tokens; None = no limit.
+    """Check the sampling parameters and every prompt; `max_model_len` limits prompt + completion, in tokens.
 
     Raises:
         UsageError: a parameter is out of range; a prompt is empty, too long or outside the vocabulary.
@@ -79,17 +72,11 @@ def check_requests(
 
 @dataclass(frozen=True)
 class Completion:
-    """The completion of one request.
+    """The completion of one request."""
 
-    Attributes:
-        token_ids: the completion's own tokens, including the end-of-sequence token that ended it.
-        truncated: whether it was cut at max_new_tokens.
-        logprobs: log-probability of each token in nats, before temperature and filters; None if not wanted.
-    """
-
-    token_ids: list[int]
-    truncated: bool
-    logprobs: list[float] | None = None
+    token_ids: list[int]  # without the prompt; including the end-of-sequence token that ended it
+    truncated: bool  # whether it was cut at max_new_tokens
+    logprobs: list[float] | None = None  # nats, before temperature and filters; None if not wanted
 
 
 class Engine(Protocol):
@@ -103,7 +90,12 @@ class Engine(Protocol):
         want_logprobs: bool = False,
         on_finish: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Complete every request, in order. Call `on_finish(index, completion)` as each one finishes."""
+        """Complete every request, in order. Call `on_finish(index, completion)` as each one finishes.
+
+        Raises:
+            UsageError: as `check_requests`.
+            ArtefactError: the engine died or its memory is exhausted; `on_finish` received what finished.
+        """
         ...
 
     def push_weights(self, model: PeftModel) -> None:

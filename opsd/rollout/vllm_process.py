@@ -23,9 +23,9 @@ import torch
 if TYPE_CHECKING:
     from vllm import LLM
 
-# Some loggers warn of a seed that is restored, a tokenizer that is not needed, threads that stay as they are
-# and, at every push, of layers without an adapter. An engine that dies logs 30 kB before it says why.
-_LOG_LEVELS = {
+# Without warnings of what this project does on purpose (a seed that is restored, a tokenizer that is not
+# needed, threads that stay as they are) and the 30 kB that a dying engine logs before it says why.
+LOG_LEVELS = {
     "vllm": logging.WARNING,
     "vllm.logging_utils.dump_input": logging.CRITICAL,
     "vllm.engine.arg_utils": logging.ERROR,
@@ -52,8 +52,6 @@ _SWAPPED: tuple[State, ...] = (
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (logging.getLogRecordFactory, logging.setLogRecordFactory),
 )
-
-
 # State that is only restored.
 _RESTORED: tuple[State, ...] = (
     (np.random.get_state, np.random.set_state),
@@ -78,13 +76,10 @@ class EngineState:
     """One engine's values of the process state, separate from the caller's.
 
     Within `with state.active():` the engine has the environment variables and values of `_SWAPPED` that it
-    left last. Afterwards these and `_RESTORED` are exactly what they were for the caller.
+    left last, at first `environment`. Afterwards these and `_RESTORED` are as they were for the caller.
 
     The engines of a process share the values of `_SWAPPED`: vLLM's CPU attention gives wrong results,
     silently, to an engine that runs with another thread count than an earlier one did.
-
-    Args:
-        environment: variables that are set while the engine runs.
     """
 
     alive: ClassVar[set[int]] = set()  # engines of this process, which share vLLM's process groups
@@ -122,12 +117,6 @@ def _set_environment(wanted: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         elif os.environ.get(name) != value:
             os.environ[name] = value
-
-
-def quiet_loggers() -> None:
-    """Log vLLM's warnings and errors only, without those about what this project does on purpose."""
-    for name, level in _LOG_LEVELS.items():
-        logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,10 @@
-"""Arguments of a vLLM engine: placement of its workers, adapter rank, CPU settings, advice on failure."""
+"""Arguments of a vLLM engine: its model, adapter rank, CPU settings, advice on failure."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from typing import Any
-
-import torch.distributed as dist
 
 from opsd.checkpoints import CONFIG_NAME, read_adapter
 from opsd.errors import ArtefactError, UsageError
@@ -35,17 +33,6 @@ def local_model(name: str, revision: str | None) -> str:
     from opsd.models import model_folder  # imports transformers, which a check for vLLM does not need
 
     return name if revision is None else str(model_folder(name, revision))
-
-
-def placement(tensor_parallel_size: int) -> str:
-    """Return where the engine's workers run, as vLLM's distributed_executor_backend.
-
-    "uni": in this process alone. "mp": in child processes of vLLM's own. "external_launcher": in the ranks
-    that a launcher started, in groups of `tensor_parallel_size`, which divides their number.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return "external_launcher"
-    return "uni" if tensor_parallel_size == 1 else "mp"
 
 
 def lora_rank(folder: str) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from bench import measure_departures
-from opsd.rollout.engine import Completion
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,13 +36,6 @@ def test_every_departure_of_the_published_code_has_its_row():
         assert re.search(r"\d|NaN|not measured", cells[4]), row
 
 
-def test_shared_samples_are_counted_once_each():
-    a, b, c = (1, 2), (3,), (4,)
-    assert measure_departures._shared([a, a, b], [a, c, b]) == 2
-    assert measure_departures._shared([a, b], [c, c]) == 0
-    assert measure_departures._shared([a, a], [a, a]) == 2
-
-
 def test_a_prompt_of_dsr1s_kind_begins_once_here_and_two_or_three_times_there():
     tokenizer = measure_departures.bos_tokenizer(str(ROOT / "testbed" / "base_model"))
     counts = measure_departures.beginnings(tokenizer, "Find 12 + 30.")
@@ -56,14 +48,3 @@ def test_bf16_loses_small_steps_and_float32_does_not():
     (merge,) = measure_departures.bf16_merge(None)
     lost = float(re.match(r"([\d.]+)% of the entries unchanged", merge.theirs)[1])
     assert 15 < lost < 30
-
-
-def test_what_a_mask_by_pad_id_loses():
-    class Tokenizer:
-        eos_token_id = 7
-
-    done = [Completion([1, 2, 7], False), Completion([1, 2, 3, 4, 5], True), Completion([2, 7], False)]
-    world = measure_departures.World("", None, Tokenizer(), [], [], done, 0.0)
-    (row,) = measure_departures.end_of_sequence(world)
-    assert row.theirs == "2 of 2 (20.0% of all tokens)"
-    assert row.ours == "0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import pytest
@@ -30,42 +29,7 @@ def test_the_rows_are_the_protocols():
     assert table["aime24"] == ("HuggingFaceH4/aime_2024", "train", 30)
     assert table["aime25"] == ("yentinglin/aime_2025", "train", 30)
     assert table["hmmt25"][2] == 30
-
-
-@pytest.mark.parametrize("name", ["small", "small_hard"])
-def test_the_small_world_is_part_of_the_repository(name):
-    problems = load_benchmark(name).problems
-    assert len(problems) == 256
-    assert problems[0].problem.startswith("Compute ")
-    assert problems[0].answer.lstrip("-").isdigit()
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder", "saved"])
-def test_every_kind_of_file_gives_the_same_problems(tmp_path, kind):
-    data = rows(30)
-    path = tmp_path / f"x.{kind}"
-    if kind == "jsonl":
-        write_jsonl(path, data)
-    elif kind == "json":
-        path.write_text(json.dumps(data))
-    elif kind == "csv":
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["problem", "answer"])
-            writer.writeheader()
-            writer.writerows(data)
-    elif kind == "folder":
-        path.mkdir()
-        write_jsonl(path / "train.jsonl", data)
-    else:
-        from datasets import Dataset
-
-        dataset = Dataset.from_list(data)
-        _ = dataset.to_parquet(path) if kind == "parquet" else dataset.save_to_disk(path)
-    loaded = load_benchmark("aime24", dataset_path=path)
-    assert [problem.answer for problem in loaded.problems] == [str(n + 1) for n in range(30)]
-    assert [problem.problem_id for problem in loaded.problems] == list(range(30))
-    same = load_benchmark("aime24", dataset_path=write_jsonl(tmp_path / "y.jsonl", data))
-    assert loaded.fingerprint == same.fingerprint
+    assert [len(load_benchmark(name).problems) for name in ("small", "small_hard")] == [256, 256]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
@@ -89,12 +53,9 @@ def test_answers_keep_the_digits_they_are_written_with(tmp_path, suffix):
 )
 def test_answer_text(value, text):
     assert answer_text(value) == text
-
-
-@pytest.mark.parametrize("value", [True, [1], {"a": 1}])
-def test_answers_of_another_kind_are_refused(value):
-    with pytest.raises(ArtefactError, match="must be text or a number"):
-        answer_text(value)
+    for wrong in (True, [1], {"a": 1}):
+        with pytest.raises(ArtefactError, match="must be text or a number"):
+            answer_text(wrong)
 
 
 def test_the_last_box_of_the_solution_replaces_a_missing_answer(tmp_path):
@@ -120,26 +81,9 @@ def test_bad_rows_are_named(tmp_path, content, message):
         answers(write_jsonl(tmp_path / "x.jsonl", content))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "x.jsonl",
-            '{"problem": "p", "answer": "1"}\n{"problem": "p", "ans',
-            r"x\.jsonl cannot be read as jsonl \(line 2",
-        ),
-        ("x.parquet", "no parquet", "damaged"),
-        ("x.csv", "problem,answer\np,1,2\n", "more fields"),
-        ("x.pkl", "", r"\.pkl; give files of one kind among \.parquet, \.jsonl, \.json, \.csv"),
-    ],
-)
-def test_damaged_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ArtefactError, match=message):
-        answers(tmp_path / name)
-
-
 def test_a_benchmark_has_its_size(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", rows(30))
+    assert [p.problem_id for p in load_benchmark("aime24", dataset_path=path).problems] == list(range(30))
     with pytest.raises(ArtefactError, match="29 problems, but aime24 has 30"):
         load_benchmark("aime24", dataset_path=write_jsonl(tmp_path / "x.jsonl", rows(29)))
 

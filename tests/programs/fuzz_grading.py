@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -83,8 +84,8 @@ def differences(pairs: int, seed: int) -> tuple[list[tuple[str, str, bool]], int
     return differing, killed, sum(verdicts)
 
 
-def _spin() -> None:
-    while True:
+def _spin(parent: int) -> None:
+    while os.getppid() == parent:  # a killed program takes its load with it
         pass
 
 
@@ -97,7 +98,10 @@ def main() -> int:
     parser.add_argument("--load", type=int, default=4, help="busy processes beside the grader")
     args = parser.parse_args()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    busy = [multiprocessing.get_context("spawn").Process(target=_spin, daemon=True) for _ in range(args.load)]
+    busy = [
+        multiprocessing.get_context("spawn").Process(target=_spin, args=(os.getpid(),), daemon=True)
+        for _ in range(args.load)
+    ]
     for process in busy:
         process.start()
     differing, killed, equal = differences(args.pairs, args.seed)

@@ -1,6 +1,6 @@
 """Alter one formula at a time and see the tests of the objectives fail.
 
-    python tests/programs/mutate_objectives.py [--only NAME ...] [--list]
+    python tests/programs/mutate_objectives.py [--only NAME ...]
 
 Each mutant is a copy of opsd/, tests/ and bench/ in a temporary folder with one change in opsd/objectives.py
 or opsd/token_stats.py; tests/test_objectives.py and tests/test_token_stats.py run there until the first
@@ -27,14 +27,14 @@ import pytest
 import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("opsd", "tests", "bench", "pyproject.toml")
+COPIED = ("opsd", "tests", "bench")
 TESTS = ("tests/test_objectives.py", "tests/test_token_stats.py")
 OBJECTIVES, STATS = "opsd/objectives.py", "opsd/token_stats.py"
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One altered formula: what is wrong in it, the file, the text in it and the replacement."""
+    """One altered formula: what is wrong in it, the file, the text in it (once) and the replacement."""
 
     name: str
     path: str
@@ -42,138 +42,65 @@ class Mutant:
     new: str
 
 
-# Name of a mutant: (text that occurs exactly once in the file, what replaces it).
+FROM_TAU = "- hyper.position_tau) / hyper.position_s"
+ADVANTAGE = "advantage = (stats.teacher_logprob - stats.student_logprob).detach()"
+GATE = "gate = (stats.teacher_entropy > hyper"
+FLOOR = "return math.log(self.reopold_lambda) / (1.0 - self.reopold_lambda)"
+KEPT = "stats.term.where(keep, 0.0).sum(), keep.sum()"
+COUNT = "return lengths.sum() if hyper.position_global_reduction else (lengths > 0).sum()"
 IN_STATS = {
-    "clip after the sum": (
-        'values["clipped_divergence"] = entries.clamp_(max=clip).sum(-1)',
-        'values["clipped_divergence"] = entries.sum(-1).clamp(max=clip)',
-    ),
+    "clip after the sum": ("entries.clamp_(max=clip).sum(-1)", "entries.sum(-1).clamp(max=clip)"),
     "a clipped entry keeps its gradient": (
-        "teacher_probs.addcmul_(teacher_probs, cut, value=-1.0)",
-        "teacher_probs.addcmul_(teacher_probs, cut, value=-0.0)",
+        "(teacher_probs, cut, value=-1.0)",
+        "(teacher_probs, cut, value=-0.0)",
     ),
     "reverse instead of forward divergence": (
         "torch.sub(teacher_log, student_log, out=teacher_log)",
         "torch.sub(student_log, teacher_log, out=teacher_log)",
     ),
     "the teacher without temperature": (
-        "space.log_softmax(teacher_logits.mul_(inverse_temperature)",
-        "space.log_softmax(teacher_logits.mul_(1.0)",
+        "teacher_logits.mul_(inverse_temperature)",
+        "teacher_logits.mul_(1.0)",
     ),
     "no 1/T in the gradient": ("student_probs.mul_(inverse_temperature)", "student_probs.mul_(1.0)"),
-    "no slope of the soft cap": ("student_probs.mul_(slope)", "student_probs.mul_(1.0)"),
-    "top k not renormalised": (
-        "top_log = torch.log_softmax(top_log, dim=-1)  # renormalised over the teacher's own top k",
-        "top_log = top_log * 1.0",
-    ),
-    "one token fewer in the top k": (
-        "_largest(teacher_log, config.top_k)",
-        "_largest(teacher_log, config.top_k - 1)",
-    ),
-    "sampled log-probability pushed the wrong way": (
-        'student_probs.scatter_add_(1, picked, slopes["student_logprob"].unsqueeze(1))',
-        'student_probs.scatter_add_(1, picked, -slopes["student_logprob"].unsqueeze(1))',
-    ),
+    "top k not renormalised": ("top_log = torch.log_softmax(top_log, dim=-1)", "top_log = top_log * 1.0"),
+    "one token fewer in the top k": ("(teacher_log, config.top_k)", "(teacher_log, config.top_k - 1)"),
+    "sampled log-probability pushed the wrong way": (', picked, slopes["', ', picked, -slopes["'),
 }
 IN_OBJECTIVES = {
-    "weights start at w_min = 0": (
-        "return hyper.position_w_min + (1.0 - hyper.position_w_min) * gate",
-        "return (1.0 - hyper.position_w_min) * gate",
-    ),
-    "weights exceed 1": (
-        "return hyper.position_w_min + (1.0 - hyper.position_w_min) * gate",
-        "return hyper.position_w_min + gate",
-    ),
-    "tau with the wrong sign": (
-        "- hyper.position_tau) / hyper.position_s",
-        "+ hyper.position_tau) / hyper.position_s",
-    ),
-    "s multiplies": ("- hyper.position_tau) / hyper.position_s", "- hyper.position_tau) * hyper.position_s"),
+    "weights start at w_min = 0": ("return hyper.position_w_min + (1.0", "return (1.0"),
+    "weights exceed 1": ("+ (1.0 - hyper.position_w_min) * gate", "+ gate"),
+    "tau with the wrong sign": (FROM_TAU, "+ hyper.position_tau) / hyper.position_s"),
+    "s multiplies": (FROM_TAU, "- hyper.position_tau) * hyper.position_s"),
     "f_t = i / L without the half": ("(index.double() - 0.5)", "index.double()"),
-    "pwopsd as a mean over all tokens": (
-        "    if not hyper.position_global_reduction:\n        weighted",
-        "    if False:\n        weighted",
-    ),
+    "pwopsd as a mean over all tokens": ("if not hyper.position_global_reduction:", "if False:"),
     "sequences without a token counted": ("(lengths > 0).sum()", "(lengths >= 0).sum()"),
-    "global reduction ignored in the count": (
-        "return lengths.sum() if hyper.position_global_reduction else (lengths > 0).sum()",
-        "return (lengths > 0).sum()",
-    ),
+    "global reduction ignored in the count": (COUNT, "return (lengths > 0).sum()"),
     "token mean becomes a sum": (
-        "return Reduction(batch.stats.term.sum(), _count_tokens(batch.lengths, hyper))",
-        "return Reduction(batch.stats.term.sum(), _count_tokens(batch.lengths, hyper) * 0)",
+        "_count_tokens(batch.lengths, hyper))",
+        "_count_tokens(batch.lengths, hyper) * 0)",
     ),
-    "advantage with the wrong sign": (
-        "advantage = (stats.teacher_logprob - stats.student_logprob).detach()",
-        "advantage = (stats.student_logprob - stats.teacher_logprob).detach()",
-    ),
-    "gradient through the advantage": (
-        "advantage = (stats.teacher_logprob - stats.student_logprob).detach()",
-        "advantage = stats.teacher_logprob - stats.student_logprob",
-    ),
-    "gate below the entropy threshold": (
-        "gate = (stats.teacher_entropy > hyper.eopd_entropy_threshold)",
-        "gate = (stats.teacher_entropy < hyper.eopd_entropy_threshold)",
-    ),
-    "gate on the student's entropy": (
-        "gate = (stats.teacher_entropy > hyper.eopd_entropy_threshold)",
-        "gate = (stats.student_entropy > hyper.eopd_entropy_threshold)",
-    ),
-    "floor log(λ / (1 − λ))": (
-        "return math.log(self.reopold_lambda) / (1.0 - self.reopold_lambda)",
-        "return math.log(self.reopold_lambda / (1.0 - self.reopold_lambda))",
-    ),
+    "advantage with the wrong sign": (ADVANTAGE, ADVANTAGE.replace("= (", "= -(")),
+    "gradient through the advantage": (ADVANTAGE, ADVANTAGE.removesuffix(".detach()")),
+    "gate below the entropy threshold": (GATE, GATE.replace(">", "<")),
+    "gate on the student's entropy": (GATE, GATE.replace("teacher", "student")),
+    "floor log(λ / (1 − λ))": (FLOOR, "return math.log(self.reopold_lambda / (1.0 - self.reopold_lambda))"),
     "reward not raised to the floor": (".detach().clamp(min=hyper.reward_floor)", ".detach()"),
-    "the β-quantile instead of the (1 − β)-quantile": (
-        "place = (1.0 - hyper.reopold_beta) * (ordered.numel() - 1)",
-        "place = hyper.reopold_beta * (ordered.numel() - 1)",
-    ),
-    "quantile without interpolation": (
-        "return ordered[low].lerp(ordered[high], place - low)",
-        "return ordered[low]",
-    ),
+    "the β-quantile instead of the (1 − β)-quantile": ("(1.0 - hyper.reopold_beta)", "hyper.reopold_beta"),
+    "quantile without interpolation": ("ordered[low].lerp(ordered[high], place - low)", "ordered[low]"),
     "refinement begins one step late": (
         "    if batch.step < hyper.reopold_t_switch:\n        return",
         "    if batch.step <= hyper.reopold_t_switch:\n        return",
     ),
-    "refinement keeps the certain tokens": (
-        "return stats.student_entropy >= threshold",
-        "return stats.student_entropy <= threshold",
-    ),
-    "reopold divides by all tokens": (
-        "return Reduction(stats.term.where(keep, 0.0).sum(), keep.sum(), metrics)",
-        "return Reduction(stats.term.where(keep, 0.0).sum(), keep.sum() * 0 + keep.numel(), metrics)",
-    ),
-    "no protection from a count of 0": (
-        "divisor.to(self.total.device).clamp(min=1)",
-        "divisor.to(self.total.device)",
-    ),
+    "refinement keeps the certain tokens": (">= entropy_threshold(", "<= entropy_threshold("),
+    "reopold divides by all tokens": (KEPT, f"{KEPT} * 0 + keep.numel()"),
+    "no protection from a count of 0": ("(self.total.device).clamp(min=1)", "(self.total.device)"),
 }
 MUTANTS = tuple(
     Mutant(name, path, old, new)
     for path, mutants in ((STATS, IN_STATS), (OBJECTIVES, IN_OBJECTIVES))
     for name, (old, new) in mutants.items()
 )
-
-
-def apply(mutant: Mutant, folder: Path) -> str | None:
-    """Write the mutant into a copy of the package; returns why it cannot be, or None."""
-    path = folder / mutant.path
-    text = path.read_text(encoding="utf-8")
-    if text.count(mutant.old) != 1:
-        return f"its text occurs {text.count(mutant.old)} times in {mutant.path}"
-    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    return None
-
-
-def copy_package(folder: Path) -> None:
-    """What the two test files need, without caches."""
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
 
 
 def run_tests(folder: Path) -> tuple[int, str]:
@@ -199,13 +126,21 @@ def run_tests(folder: Path) -> tuple[int, str]:
 
 
 def verdict(mutant: Mutant | None) -> tuple[bool, str]:
-    """(as it should be, what happened). Without a mutant the tests have to pass."""
+    """Return (as it should be, what happened). Without a mutant the tests have to pass."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name)
-        copy_package(folder)
-        reason = apply(mutant, folder) if mutant is not None else None
-        if reason is not None:
-            return False, f"does not apply: {reason}"
+        for source in (ROOT / copied for copied in COPIED):
+            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if mutant is not None:
+            path = folder / mutant.path
+            text = path.read_text(encoding="utf-8")
+            if text.count(mutant.old) != 1:
+                return (
+                    False,
+                    f"does not apply: its text occurs {text.count(mutant.old)} times in {mutant.path}",
+                )
+            path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         code, first = run_tests(folder)
     if mutant is None:
         return code == 0, "pass" if code == 0 else f"fail without any change: {first}"
@@ -215,19 +150,11 @@ def verdict(mutant: Mutant | None) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Run the mutants; the exit code."""
+    """Run the mutants; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants, by name")
-    parser.add_argument("--list", action="store_true", help="print the names and stop")
-    arguments = parser.parse_args()
-    if arguments.list:
-        print("\n".join(mutant.name for mutant in MUTANTS))
-        return 0
     names = [mutant.name for mutant in MUTANTS]
-    unknown = sorted(set(arguments.only or ()) - set(names))
-    if unknown:
-        parser.error(f"no mutant {', '.join(unknown)}; --list shows them")
-    chosen = [mutant for mutant in MUTANTS if not arguments.only or mutant.name in arguments.only]
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help="these mutants, by name")
+    chosen = parser.parse_args().only or names
     # Neither this script's folder nor the checkout's may stand in for the copy.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "tests")]
     sys.dont_write_bytecode = True
@@ -236,7 +163,7 @@ def main() -> int:
     right, word = verdict(None)
     print(f"| (none) | | {word} |", flush=True)
     killed = 0
-    for mutant in chosen:
+    for mutant in (mutant for mutant in MUTANTS if mutant.name in chosen):
         fine, word = verdict(mutant)
         killed += fine
         print(f"| {mutant.name} | {Path(mutant.path).name} | {word} |", flush=True)

@@ -1,22 +1,13 @@
-"""Run ea_opsd_train.py with each rank recording its problems, completions and digests of the weights.
-
-Used within a process by `recording`, and on several ranks as the script that the launcher starts:
-
-    RECORDS=FOLDER accelerate launch … tests/programs/train_recorder.py [flags of ea_opsd_train.py]
-"""
+"""Let trainings in this process record each rank's problems, completions and digests of the weights."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def digest(model: Any, *, adapter: bool) -> str:
@@ -64,12 +55,3 @@ def recording(folder: Path) -> Iterator[list[Any]]:
 def records(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
     """Return what one rank wrote: a row a rollout, and one after the last step."""
     return [json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text("utf-8").splitlines()]
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    import ea_opsd_train
-    from opsd.errors import run_cli
-
-    with recording(Path(os.environ["RECORDS"])):
-        raise SystemExit(run_cli(ea_opsd_train.main))

@@ -50,6 +50,7 @@ def result(dataset: str, seed: int | None, correct: list[list[bool]], **regime: 
             texts=["text"] * val_n,
             predicted=["2" if verdict else "3" for verdict in row],
             truncated=[False] * val_n,
+            tokens=[1] * val_n,
             grade=ProblemGrade(row, [list(range(val_n))], 0, all(row)),
         )
         for index, row in enumerate(correct)

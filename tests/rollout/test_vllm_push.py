@@ -86,15 +86,12 @@ def test_the_models_class_still_works_for_the_trainer(world):
     fresh = type(world.base)(world.base.config)
     fresh.load_state_dict(world.base.state_dict())
     assert torch.equal(logits_of(fresh.eval()), world.logits)
-
-
-def test_before_a_push_the_engine_samples_from_the_checkpoint(world):
-    assert world.engine_tokens() == continuations(world.base)
+    assert world.engine_tokens() == continuations(world.base), "before a push"
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_greedy_completions_equal_the_merged_models(world, subset):
-    """Each subset follows another, whose layers must be the base again where this one leaves them alone."""
+    """Each subset follows another, whose layers must be the base again where this one has no matrix."""
     adapted = world.adapted(SUBSETS[subset], seed=1)
     for seed in (1, 2):
         randomise(adapted, seed)
@@ -102,64 +99,39 @@ def test_greedy_completions_equal_the_merged_models(world, subset):
         assert world.engine_tokens() == world.merged_tokens(adapted)
 
 
-def test_the_output_layer(world):
-    adapted = world.adapted(["lm_head", "k_proj"], seed=3)
-    if world.tied:
-        with pytest.raises(UsageError, match="ties to its embedding"):
-            world.engine.push_weights(adapted)
-    else:
-        world.engine.push_weights(adapted)
-        assert world.engine_tokens() == world.merged_tokens(adapted)
-
-
-def test_a_push_that_lacks_a_matrix_is_an_error_until_a_complete_one(world, monkeypatch):
+def test_a_push_that_lacks_a_weight_is_an_error_until_a_complete_one(world, monkeypatch):
+    """vLLM itself takes q_proj without k and v and says nothing; its own counts tell."""
     adapted = world.adapted(SEVEN, seed=4)
-    lost = "model.layers.1.mlp.up_proj.weight"
-    whole = vllm_push.merged_weights
-    monkeypatch.setattr(
-        vllm_push, "merged_weights", lambda model: (item for item in whole(model) if item[0] != lost)
-    )
-    with pytest.raises(WeightPushError, match=f"1 of 14 adapted matrices were not sent: {lost}"):
+    complete = vllm_push.pushed_weights
+
+    def push_without(*lost: str) -> None:
+        def stream(model, report):
+            return (item for item in complete(model, report) if not item[0].endswith(lost))
+
+        monkeypatch.setattr(vllm_push, "pushed_weights", stream)
         world.engine.push_weights(adapted)
+
+    with pytest.raises(WeightPushError, match=r"1 layers .* weights: model\.layers\.1\.mlp\.gate_up_proj"):
+        push_without("layers.1.mlp.up_proj.weight")
     with pytest.raises(RuntimeError, match="last weight push did not succeed"):
         world.engine_tokens()
+    with pytest.raises(
+        WeightPushError, match=r"layers\.0\.self_attn\.qkv_proj .*layers\.1\.self_attn\.qkv_proj"
+    ):
+        push_without("k_proj.weight", "v_proj.weight")
+    with pytest.raises(WeightPushError, match=r"model\.layers\.0\.\S*norm \(0 of 128 elements\)"):
+        push_without("norm.weight")
+    monkeypatch.undo()
 
-    def breaks(model):
-        stream = whole(model)
-        for _ in range(5):
-            yield next(stream)
+    def breaks(layer, adapter):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(vllm_push, "merged_weights", breaks)
-    with pytest.raises(WeightPushError, match="out of memory"):
+    monkeypatch.setattr(vllm_push, "merged_matrix", breaks)
+    with pytest.raises(WeightPushError, match="could not be merged: out of memory"):
         world.engine.push_weights(adapted)
     monkeypatch.undo()
     world.engine.push_weights(adapted)
     assert world.engine_tokens() == world.merged_tokens(adapted)
-
-
-def test_part_of_a_fused_layer_is_an_error(world, monkeypatch):
-    """vLLM itself takes q_proj without k and v and says nothing; its own counts tell."""
-    adapted = world.adapted(["q_proj"], seed=5)
-
-    def alone(model, report, earlier):
-        for name, matrix in vllm_push.merged_weights(model):
-            report.sent.append(name)
-            yield name, matrix
-
-    monkeypatch.setattr(vllm_push, "pushed_weights", alone)
-    with pytest.raises(
-        WeightPushError, match=r"only part of their weights: model\.layers\.0\.self_attn\.qkv"
-    ):
-        world.engine.push_weights(adapted)
-    monkeypatch.undo()
-    world.engine.push_weights(adapted)
-    assert world.engine_tokens() == world.merged_tokens(adapted)
-
-
-def test_adapters_that_are_more_than_a_matrix_are_refused(world):
-    with pytest.raises(UsageError, match="DoRA"):
-        world.engine.push_weights(world.adapted(["q_proj"], seed=1, use_dora=True))
 
 
 def test_the_base_weights_are_bit_identical_after_many_pushes(world):
@@ -178,8 +150,12 @@ def test_the_base_weights_are_bit_identical_after_many_pushes(world):
     assert world.engine_tokens() == continuations(rounded)
 
 
-def test_what_belongs_together_and_what_is_counted():
-    assert vllm_push.unit_of("model.layers.11.self_attn.q_proj.weight") == "model.layers.11"
-    assert vllm_push.unit_of("lm_head.weight") == "lm_head"
-    with pytest.raises(WeightPushError, match="loaded nothing for a"):
-        vllm_push.check_complete(vllm_push.PushReport(sent=["a.weight"]), ["a.weight"])
+def test_the_output_layer(world):
+    """Last: later pushes of another adapter would leave the engine's output layer as it is here."""
+    adapted = world.adapted(["lm_head", "k_proj"], seed=3)
+    if world.tied:
+        with pytest.raises(UsageError, match="ties to its embedding"):
+            world.engine.push_weights(adapted)
+    else:
+        world.engine.push_weights(adapted)
+        assert world.engine_tokens() == world.merged_tokens(adapted)

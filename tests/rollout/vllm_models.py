@@ -46,8 +46,8 @@ def config_of(kind: str, tied: bool):
     return Qwen3Config(head_dim=32, **common)
 
 
-def make_model(kind: str, tied: bool, folder: Path, end_ids: list[int] | None = None):
-    """A random float32 model whose next token depends strongly on the context, saved to `folder`."""
+def random_model(kind: str, tied: bool, end_ids: list[int] | None = None):
+    """A random float32 model whose next token depends strongly on the context."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_config(config_of(kind, tied), dtype=torch.float32).eval()
@@ -59,6 +59,12 @@ def make_model(kind: str, tied: bool, folder: Path, end_ids: list[int] | None = 
             else:
                 parameter.uniform_(0.5, 1.5, generator=generator)
     model.generation_config = GenerationConfig(eos_token_id=end_ids or [END_IDS[0]], pad_token_id=0)
+    return model
+
+
+def make_model(kind: str, tied: bool, folder: Path, end_ids: list[int] | None = None):
+    """A `random_model`, saved to `folder`."""
+    model = random_model(kind, tied, end_ids)
     model.save_pretrained(folder)
     return model
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd.errors import ArtefactError, UsageError
-from opsd.prompts import INSTRUCTION, encode_teacher, render_evaluation, render_student, render_teacher
+from opsd.errors import ArtefactError
+from opsd.prompts import INSTRUCTION, encode_teacher, render_evaluation, render_teacher
 from testbed import problems as world
+from testbed.measure_base import read_rows
 
 BASE = Path(world.__file__).resolve().parent / "base_model"
 SPLITS = {split.name: split for split in (world.TRAIN, world.HELDOUT, world.HELDOUT_HARD)}
-
-
-def rows_of(name: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (world.DATA / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
 def running_totals(expression: str) -> list[int]:
@@ -31,7 +27,7 @@ def running_totals(expression: str) -> list[int]:
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_rows_state_right_problems_answers_and_solutions(name):
-    split, rows = SPLITS[name], rows_of(name)
+    split, rows = SPLITS[name], read_rows(name)
     assert len(rows) == split.rows
     lengths = set()
     for row in rows:
@@ -50,12 +46,6 @@ def test_rows_state_right_problems_answers_and_solutions(name):
     assert lengths == set(range(split.fewest, split.most + 1))
 
 
-def test_no_problem_appears_twice_in_any_file():
-    texts = [row["problem"] for name in SPLITS for row in rows_of(name)]
-    assert len(texts) == len(set(texts)) == 4800 + 256 + 256
-    assert SPLITS["heldout_hard"].fewest > SPLITS["heldout"].most
-
-
 def test_the_files_regenerate_byte_for_byte(tmp_path):
     assert world.main(["--output", str(tmp_path)]) == 0
     for name in SPLITS:
@@ -66,6 +56,8 @@ def test_the_files_regenerate_byte_for_byte(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"Compute", b"compute", 1))
     with pytest.raises(ArtefactError, match=r"heldout\.jsonl"):
         world.main(["--check", "--output", str(tmp_path)])
+    texts = [row["problem"] for name in SPLITS for row in read_rows(name)]
+    assert len(texts) == len(set(texts)) == 4800 + 256 + 256, "no problem appears twice"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +75,16 @@ def test_mistakes_are_forgotten_carries_or_units_off_by_one(total, term, amounts
     assert world.slip_amounts(total, term) == amounts
 
 
+def test_mistakes_have_the_given_rates():
+    assert [world.slip_rate(n, 3, 0.1, 0.3) for n in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+    rng, problem = random.Random(5), world.Problem(40, (11, 11, 11))  # no carry, and far from the limits
+    assert world.slipped_totals(problem, rng, first=0, last=0) == (problem.totals, (False,) * 3)
+    slips = [world.slipped_totals(problem, rng, first=0.2, last=1)[1] for _ in range(1000)]
+    assert 0.13 < sum(first for first, _, _ in slips) / 1000 < 0.27, "five standard deviations"
+    assert all(last for _, _, last in slips)
+
+
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), operations=st.integers(1, 12))
 def test_a_mistake_changes_one_digit_and_later_totals_follow(seed, operations):
     rng = random.Random(seed)
@@ -94,19 +96,6 @@ def test_a_mistake_changes_one_digit_and_later_totals_follow(seed, operations):
         assert 10 <= total <= 99
         assert sum(a != b for a, b in zip(str(total), str(right), strict=True)) == (1 if slip else 0)
         before = total
-
-
-def test_mistakes_have_the_given_rates():
-    rng = random.Random(5)
-    counts = [0, 0, 0]
-    for _ in range(4000):
-        problem = world.Problem(40, (11, 11, 11))  # no carry, and far from the limits
-        _, slips = world.slipped_totals(problem, rng, first=0.1, last=0.3)
-        counts = [count + slip for count, slip in zip(counts, slips, strict=True)]
-    # Rates 0.1, 0.2, 0.3; five standard deviations of a count of 4000 are at most 0.037 of it.
-    assert [count / 4000 for count in counts] == pytest.approx([0.1, 0.2, 0.3], abs=0.037)
-    assert world.slipped_totals(problem, rng, first=0, last=0) == (problem.totals, (False,) * 3)
-    assert world.slipped_totals(problem, rng, first=1, last=1)[1] == (True,) * 3
 
 
 @pytest.fixture(scope="module")
@@ -121,24 +110,19 @@ def test_the_shipped_tokenizer_is_the_one_the_code_builds(tokenizer):
 
     built = build_tokenizer()
     assert built.get_vocab() == tokenizer.get_vocab()
-    row = ("Compute 1+2.", rows_of("train")[0]["solution"])
+    row = ("Compute 1+2.", read_rows("train")[0]["solution"])
     text = render_teacher(tokenizer, *row)
     assert built(text)["input_ids"] == tokenizer(text)["input_ids"] == encode_teacher(tokenizer, *row)
     assert tokenizer.decode(encode_teacher(tokenizer, *row)) == text
     assert built.chat_template == tokenizer.chat_template
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
-    assert tokenizer.convert_tokens_to_ids("<|im_start|>") in tokenizer.all_special_ids
+    assert tokenizer.tokenize("36+35=71") == list("36+35=71"), "digits and signs are single tokens"
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text_is_encoded_without_loss(tokenizer, text):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-
-
-def test_digits_and_signs_are_single_tokens(tokenizer):
-    tokens = tokenizer.tokenize("First, 36+35=71. Then, 71-45=26.")
-    arithmetic = [token for token in tokens if any(char in "0123456789+-=" for char in token)]
-    assert arithmetic == list("36+35=7171-45=26")
 
 
 def test_the_chat_template_follows_qwen3(tokenizer):
@@ -147,10 +131,6 @@ def test_the_chat_template_follows_qwen3(tokenizer):
     assert render_evaluation(tokenizer, "Compute 1+2.") == front
     off = render_evaluation(tokenizer, "Compute 1+2.", enable_thinking=False)
     assert off == f"{front}<think>\n\n</think>\n\n"
-    chat = [{"role": "user", "content": message}, {"role": "assistant", "content": "3"}]
-    assert tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True) == front
-    whole = tokenizer.apply_chat_template(chat, tokenize=False)
-    assert whole == f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
 
 
 @pytest.fixture(scope="module")
@@ -167,56 +147,40 @@ def test_the_model_is_a_small_qwen3_in_float32(model, tokenizer):
 
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    layer = 128 * (128 + 2 * 64 + 128) + 3 * 128 * 256 + 2 * 128 + 2 * 32
-    assert sum(w.numel() for w in model.parameters()) == 4 * layer + 128 + 128 * len(tokenizer)
+    assert sum(weight.numel() for weight in model.parameters()) == 676_608
     assert model.config.vocab_size == len(tokenizer)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert sum(file.stat().st_size for file in BASE.iterdir()) < 8 * 2**20
 
 
 def test_the_base_is_fallible_alone_and_reliable_with_the_reference(model, tokenizer):
-    from testbed.measure_base import measure, read_rows
+    from testbed.measure_base import measure
 
     rows = read_rows("heldout")[:64]
-    result = {
-        prompt: measure(model, tokenizer, rows, prompt=prompt, samples=1, seed=0)
-        for prompt in ("student", "evaluation", "teacher")
-    }
     # Five standard deviations of 64 samples are 0.31 around the measured 0.5.
-    assert 0.2 <= result["student"]["right"] <= 0.8
-    assert 0.2 <= result["evaluation"]["right"] <= 0.8
-    assert result["teacher"]["right"] >= 0.85
-    assert max(prompt["truncated"] for prompt in result.values()) <= 0.05
-    assert max(prompt["tokens"] for prompt in result.values()) <= 80
-
-
-def learned_text(tokenizer, prompt: str, completion: str, **spans: list[tuple[int, int]]) -> str:
-    """Return the text that is learned from an example, and check its complete text."""
-    from testbed.pretrain_base import IGNORED, join
-
-    example = join(tokenizer, prompt, completion, **spans)
-    assert tokenizer.decode(example.ids) == f"{prompt}{completion}<|im_end|>"
-    return tokenizer.decode([label for label in example.labels if label != IGNORED])
+    for prompt, low, high in (("student", 0.2, 0.8), ("evaluation", 0.2, 0.8), ("teacher", 0.85, 1)):
+        result = measure(model, tokenizer, rows, prompt=prompt, samples=1, seed=0)
+        assert low <= result["right"] <= high, prompt
+        assert result["truncated"] <= 0.05
+        assert result["tokens"] <= 80
 
 
 def test_forced_mistakes_are_masked_and_reference_totals_learned(tokenizer):
-    prompt = render_student(tokenizer, "Compute 20+30.")
-    learned = learned_text(tokenizer, prompt, "First, 20+30=50.", learned=[], masked=[])
-    assert learned == "First, 20+30=50.<|im_end|>", "nothing of the student's prompt"
-    spans = {"learned": [(17, 19)], "masked": [(9, 11)]}
-    learned = learned_text(tokenizer, "Reference: 36+35=71.", "So 36+35=61. And 61-10=51.", **spans)
+    from testbed.pretrain_base import IGNORED, join
+
+    prompt, completion = "Reference: 36+35=71.", "So 36+35=61. And 61-10=51."
+    example = join(tokenizer, prompt, completion, learned=[(17, 19)], masked=[(9, 11)])
+    assert tokenizer.decode(example.ids) == f"{prompt}{completion}<|im_end|>"
+    learned = tokenizer.decode([label for label in example.labels if label != IGNORED])
     assert learned == "71So 36+35=. And 61-10=51.<|im_end|>"
-
-
-def mistakes(solution: str) -> int:
-    """Count the wrong sums of a solution."""
-    sums = re.findall(r"(\d+)([+-]\d+)=(\d+)\.", solution)
-    return sum(int(before) + int(term) != int(after) for before, term, after in sums)
 
 
 def test_teacher_examples_hold_a_correct_reference_and_only_masked_mistakes(tokenizer):
     from testbed.pretrain_base import IGNORED, Recipe, draw_example
+
+    def mistakes(solution: str) -> int:
+        sums = re.findall(r"(\d+)([+-]\d+)=(\d+)\.", solution)
+        return sum(int(before) + int(term) != int(after) for before, term, after in sums)
 
     recipe, rng = Recipe(forced_share=1.0, first_slip=0.5, last_slip=0.5), random.Random(3)
     wrong = []
@@ -242,27 +206,6 @@ def test_no_held_out_problem_is_pretrained_on(tokenizer):
         assert (wanted.text in tokenizer.decode(example.ids)) == (not forbidden)
 
 
-@pytest.mark.parametrize("shape", [(12, 8), (8, 20)])
-def test_muon_takes_torchs_steps(shape):
-    import torch
-
-    from testbed.muon import Muon
-
-    generator = torch.Generator().manual_seed(1)
-    start = torch.randn(shape, generator=generator)
-    gradients = [torch.randn(shape, generator=generator) for _ in range(3)]
-    results = []
-    for kind in (Muon, torch.optim.Muon):
-        weight = torch.nn.Parameter(start.clone())
-        optimizer = kind([weight], lr=0.02, momentum=0.9, weight_decay=0.1)
-        for gradient in gradients:
-            weight.grad = gradient.clone()
-            optimizer.step()
-        results.append(weight.detach())
-    # torch iterates in bfloat16; the two differ by its rounding.
-    assert (results[0] - results[1]).norm() < 0.02 * (results[1] - start).norm()
-
-
 def test_pretraining_is_seeded_and_lowers_the_loss(tokenizer):
     import torch
 
@@ -274,10 +217,3 @@ def test_pretraining_is_seeded_and_lowers_the_loss(tokenizer):
     untrained = build_model(tokenizer, 7)
     for ids, labels in next(iter(batches(tokenizer, Recipe(seed=8, steps=1, examples=4)))):
         assert batch_loss(first, ids, labels)[0] < batch_loss(untrained, ids, labels)[0]
-
-
-def test_steps_below_one_are_refused():
-    from testbed.pretrain_base import main
-
-    with pytest.raises(UsageError, match="--steps is 0"):
-        main(["--steps", "0"])
