@@ -89,10 +89,11 @@ def test_the_suggestion_follows_from_the_value():
 
 
 def test_the_recorded_run_of_the_small_world():
-    """PW-OPSD trained to less than OPSD there."""
+    """The figures that docs/branch_viability.md states."""
     table = pd.read_csv(ROOT / "docs" / "branch_viability_small" / "branches.csv")
     analysis = analyse(table, BranchConfig(model_name_or_path="", dataset="", output_dir=""))
     assert prediction(analysis.decision) == "PW-OPSD (Moderate) is predicted worse than OPSD"
+    assert analysis.decision.early.text(digits=3) == "0.003 [0.001, 0.006]"
     assert analysis.subsets[0].aurocs["relative_position"]["absolute"].text() == "0.47 [0.41, 0.53]"
 
 
