@@ -21,6 +21,7 @@ from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.names import marks, parse_name
 from opsd.evaluation.results import load_result, regime_differences
 from opsd.objectives import METHODS
+from opsd.report.samples import Samples, read_samples
 
 METRICS = ("average", "pass", "majority")
 BOOTSTRAP_DRAWS = 2000
@@ -55,6 +56,7 @@ class Run:
     seed: int | None
     facts: dict[str, Any]  # all top-level keys but `results`, `dataset` by this project's name
     shares: dict[str, np.ndarray]  # by metric, in [0, 1] for each problem; without one that the file lacks
+    samples: Samples
 
 
 def split_name(method_name: str) -> tuple[str, str, int | None]:
@@ -75,9 +77,8 @@ def load_run(path: Path) -> Run:
         raise ArtefactError(f"{path} is not named <method_name>[_<dataset>]_<length>[_seed<N>].json")
     name, first = parsed
     records = result.pop("results")
-    correct = [[generation["correct"] for generation in record["generations"]] for record in records]
-    metrics = {"average": np.mean, "pass": np.any}
-    shares = {name: np.array([float(of(row)) for row in correct]) for name, of in metrics.items()}
+    samples = read_samples(records)
+    shares = {"average": samples.correct.mean(1), "pass": samples.correct.any(1).astype(float)}
     votes = [record.get("majority_vote_correct") for record in records]
     if all(isinstance(vote, bool) for vote in votes):
         shares["majority"] = np.array(votes, dtype=float)
@@ -85,7 +86,8 @@ def load_run(path: Path) -> Run:
     # What was not evaluated as the paper does is a row of its own, whatever the file's name.
     method = "_".join([method, *marks(result)])
     facts = result | {"dataset": dataset}
-    return Run(path, name, model, method, training_seed, first, dataset, result.get("seed"), facts, shares)
+    seed = result.get("seed")
+    return Run(path, name, model, method, training_seed, first, dataset, seed, facts, shares, samples)
 
 
 @dataclass(frozen=True)
