@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{printable(result['dataset'])}: Avg@{n} {result['average_at_n_pct']:.2f} %, "
         f"Pass@{n} {result['pass_at_n_pct']:.2f} %, Maj@{n} {result['majority_vote_at_n_pct']:.2f} %, "
-        f"{result['num_problems']} problems, truncated {100 * result.get('truncation_share', 0):.2f} %, "
+        f"{result['num_problems']} problems, boxed {result['format_rate']:.2f} %, "
+        f"truncated {100 * result.get('truncation_share', 0):.2f} %, "
         f"{killed}in {printable(config.output)}"
     )
     return 0

@@ -20,6 +20,8 @@
 #   VAL_N, NUM_SAMPLES, MAX_NEW_TOKENS, MAX_MODEL_LEN   as the flags of evaluate_math.py (default: the paper's)
 #   DATASET_PATH     a local file or folder that replaces DATASET; DATASET may then be any name
 #   BASE_MODEL_PATH  a local copy of the base model
+#   ADAPTER=1        the base model with outputs/METHOD_NAME/checkpoint-STEP, instead of the merged model; `_adapter` in
+#                    the name. STEP: MERGE_STEP, or the merged one, or 100
 #   OUTPUT_ROOT, EVAL_ROOT   default outputs/ and eval_results/ of this checkout
 #   and those of launchers/common.sh
 #
@@ -71,11 +73,21 @@ DEFAULT_TP=4
 OUTPUT_ROOT="$(portable "${OUTPUT_ROOT:-$REPO_ROOT/outputs}")"
 EVAL_ROOT="$(portable "${EVAL_ROOT:-$REPO_ROOT/eval_results}")"
 EVALUATED="$OUTPUT_ROOT/${METHOD_NAME}_merged"
-if ((!TRAINED)); then
+ADAPTER="${ADAPTER:-0}"
+[[ "$ADAPTER" == [01] ]] || die 2 "ADAPTER=$ADAPTER: write 0 or 1"
+ADAPTER_FLAGS=()
+if ((ADAPTER)); then
+  ((TRAINED)) || die 2 "ADAPTER=1: $METHOD_NAME is the untrained model, which has no adapter; leave it out"
+  STEP="$(cd -- "$REPO_ROOT" && sed -n 's/.*"adapter_step": \([0-9]*\).*/\1/p' "$EVALUATED/.ready_for_eval" 2>/dev/null)" \
+    || true
+  STEP="${MERGE_STEP:-${STEP:-100}}"
+  ADAPTER_FLAGS=(--adapter "$OUTPUT_ROOT/$METHOD_NAME/checkpoint-$STEP")
+fi
+if ((!TRAINED || ADAPTER)); then
   EVALUATED="${BASE_MODEL#"$REPO_ROOT"/}"
   [[ -z "${BASE_MODEL_PATH:-}" ]] || EVALUATED="$(portable "$BASE_MODEL_PATH")"
 fi
-MORE=(--engine "$ENGINE" --tensor_parallel_size "${ARGUMENTS[2]:-$DEFAULT_TP}" --seed "${SEED:-0}" --replace)
+MORE=(${ADAPTER_FLAGS[@]+"${ADAPTER_FLAGS[@]}"} --engine "$ENGINE" --tensor_parallel_size "${ARGUMENTS[2]:-$DEFAULT_TP}" --seed "${SEED:-0}" --replace)
 [[ -z "${DATASET_PATH:-}" ]] || MORE+=(--dataset_path "$(portable "$DATASET_PATH")")
 MORE+=(${EVAL_FLAGS[@]+"${EVAL_FLAGS[@]}"})
 for name in VAL_N NUM_SAMPLES MAX_NEW_TOKENS MAX_MODEL_LEN; do
@@ -91,7 +103,7 @@ if [[ "$DRY_RUN" == 1 ]]; then
   run "${COMMAND[@]}"
   exit 0
 fi
-if ((TRAINED)); then
+if ((TRAINED && !ADAPTER)); then
   remedy="run launchers/train.sh or merge_lora.py"
   [[ -d "$EVALUATED" ]] || die 3 "no merged model at $EVALUATED; $remedy"
   [[ -f "$EVALUATED/.ready_for_eval" ]] \

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.grading import extract_boxed
-from opsd.run_identity import REPO_ROOT
 from opsd.tables import load_table
 
 HMMT25_VARIABLE = "HMMT25_PARQUET_PATH"
@@ -26,13 +26,10 @@ HMMT25_DEFAULT = "data/hmmt25_clean/train.parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One row.
+    """One row: `size` problems of a split on the Hugging Face hub, or of a local file.
 
     Attributes:
-        size: number of problems.
-        hub_id, split: the dataset on the Hugging Face hub; None for a local one.
-        path: file of a local benchmark below the repository.
-        variable: environment variable that replaces `path`.
+        path: file of a local benchmark below the repository; the environment's `variable` replaces it.
         remedy: how to get a local file that is missing.
     """
 
@@ -69,6 +66,7 @@ class Problem:
     problem_id: int
     problem: str
     answer: str
+    solution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,7 @@ def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> Load
 
     Raises:
         UsageError: the name is unknown and no dataset_path is given.
-        ArtefactError: the source is missing or unreadable, a column or an answer is missing, or a benchmark
-            of `BENCHMARKS` has another number of problems than it must have.
+        ArtefactError: the source, a column or an answer is missing, or the number of problems is wrong.
     """
     row = benchmark_row(name, dataset_path)
     split = row.split if row is not None else "test"
@@ -119,11 +116,12 @@ def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> Load
     return LoadedBenchmark(problems, fingerprint(problems), where)
 
 
-def fingerprint(problems: Iterable[Problem]) -> str:
-    """Return 16 hexadecimal digits of a SHA-256 over every problem's text and answer, in order."""
+def fingerprint(problems: Iterable[Problem], *, solutions: bool = False) -> str:
+    """Return 16 hexadecimal digits of a SHA-256 over every problem's text and answer (and solution)."""
     digest = hashlib.sha256()
     for problem in problems:
-        digest.update(json.dumps([problem.problem, problem.answer], ensure_ascii=True).encode("ascii"))
+        texts = [problem.problem, problem.answer, *([problem.solution] if solutions else [])]
+        digest.update(json.dumps(texts, ensure_ascii=True).encode("ascii"))
     return digest.hexdigest()[:16]
 
 
@@ -137,11 +135,12 @@ def _problem(index: int, fields: Mapping[str, Any], source: str) -> Problem:
             f"most {LONGEST_PROBLEM}"
         )
     answer = answer_text(fields.get("answer"))
-    if not answer and isinstance(fields.get("solution"), str):
-        answer = extract_boxed(fields["solution"]) or ""
+    solution = fields.get("solution") if isinstance(fields.get("solution"), str) else None
+    if not answer and solution:
+        answer = extract_boxed(solution) or ""
     if not answer:
         raise ArtefactError(f"{where} neither an `answer` nor a `solution` with a \\boxed answer")
-    return Problem(index, text, answer)
+    return Problem(index, text, answer, solution or None)
 
 
 def answer_text(value: Any) -> str:

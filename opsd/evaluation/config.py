@@ -18,7 +18,7 @@ from pathlib import Path
 from opsd.errors import OneLineParser, UsageError, run_cli
 from opsd.evaluation.benchmarks import benchmark_row
 from opsd.evaluation.grading import DEFAULT_TIME_LIMIT_S
-from opsd.evaluation.names import PAPER_MAX_NEW_TOKENS, result_path
+from opsd.evaluation.names import PAPER_MAX_NEW_TOKENS, marks, result_path
 from opsd.options import (
     AT_LEAST_ONE,
     NOT_NEGATIVE,
@@ -54,6 +54,14 @@ class EvalConfig:
     revision: str | None = option(None, "hub revision of the base model")
     dataset_path: str | None = option(
         None, "local file or folder with the benchmark's rows (problem, answer)"
+    )
+    dtype: str = option(
+        "auto", "of the weights; auto = as they are stored", choices=("auto", "float32", "bfloat16")
+    )
+    prompt: str = option(
+        "evaluation",
+        "student and teacher are those of training; the teacher's needs rows with a `solution`",
+        choices=("evaluation", "student", "teacher"),
     )
     enable_thinking: bool = option(True, "the chat template's thinking flag", off="no_thinking")
     temperature: float = option(1.0, "divides the logits; 0 = greedy")
@@ -103,6 +111,8 @@ def check_config(config: EvalConfig) -> None:
             f"--tensor_parallel_size is {config.tensor_parallel_size}, but --engine hf uses one GPU; use "
             "--engine vllm, or evaluate other cells on the other GPUs"
         )
+    if config.prompt == "teacher" and not config.enable_thinking:
+        raise UsageError("--no_thinking is given, but the teacher thinks in training; leave it out")
     benchmark_row(config.dataset, config.dataset_path)
 
 
@@ -146,7 +156,8 @@ def main() -> None:
     config, _ = parse_config(flags)
     check_config(config)
     part = {"max_new_tokens": config.max_new_tokens, "num_samples": config.num_samples}
-    print(result_path(method_name, dataset, config.seed if seed else None, **part).stem)
+    seed_of_name = config.seed if seed else None
+    print(result_path(method_name, dataset, seed_of_name, marked=marks(vars(config)), **part).stem)
 
 
 if __name__ == "__main__":

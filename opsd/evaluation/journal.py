@@ -31,18 +31,14 @@ def encode_line(data: Mapping[str, Any]) -> bytes:
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
-    """Return the data of one line, or None where the line is not what `encode_line` wrote."""
+    """Return the data of a line that `encode_line` wrote; None for another."""
     payload = line[len(b'{"crc32":"xxxxxxxx","data":') : -2]
     intact = line == b'{"crc32":"%08x","data":%b}\n' % (zlib.crc32(payload), payload)
     return json.loads(payload) if intact else None
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read the data of every complete line, and how many bytes these lines take.
-
-    Raises:
-        ArtefactError: a complete line is damaged; the message has its number.
-    """
+    """Return the data of every complete line, and their bytes; ArtefactError names one that is damaged."""
     found, intact = [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -65,8 +61,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
     Where both state `model_identity`, the path of the model (`base_model`) does not matter.
     """
-    absent = "(absent)"
-    names = old.keys() | new.keys()
+    absent, names = "(absent)", old.keys() | new.keys()
     if None not in (old.get("model_identity"), new.get("model_identity")):
         names.discard("base_model")
     return [
@@ -77,10 +72,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 class Journal:
-    """A journal open for appending, locked against a second writer. A context manager.
+    """A journal open for appending, new or continued, locked against a second writer. A context manager.
 
     Args:
-        path: a new file, or a journal that is continued.
         regime: what must be equal for two runs to be the same run; JSON values.
 
     Attributes:
@@ -88,8 +82,7 @@ class Journal:
         dropped_bytes: length of the torn last line that was cut off.
 
     Raises:
-        UsageError: another process writes this journal, or it belongs to another regime (every differing
-            field is named).
+        UsageError: another process writes this journal, or another regime's run did; its fields are named.
         ArtefactError: the file is damaged, or not a journal.
     """
 

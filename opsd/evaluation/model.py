@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.checkpoints import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from opsd.checkpoints import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.config import MAX_MODEL_LEN, EvalConfig
 from opsd.files import cached_sha256
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Files that decide a model's output.
 _DECIDING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+# What a result records of the manifest of its model's training run.
+_KEPT = ("run_name", "method", "base_model", "base_revision", "git", "dataset", "seeds")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class ModelFacts:
         identity: a SHA-256 over the files that decide the model's output, independent of their folder.
         adapter_identity: the same for the adapter, None without one.
         max_model_len: tokens of prompt + completion that this run may use.
-        manifest: the training run of a merged folder (None for any other model).
+        manifest: the training run of a merged folder or of the adapter (None for any other model).
     """
 
     identity: str
@@ -46,8 +48,8 @@ def check_model(config: EvalConfig) -> ModelFacts:
     """Check base model and adapter without reading their weights.
 
     Raises:
-        ArtefactError: no such model or adapter, not a causal language model, weights missing, empty, cut or
-            of other shapes than the configuration's, or an adapter of another base model.
+        ArtefactError: no such causal language model or adapter, weights missing, cut or of other shapes than
+            the configuration's, or an adapter of another base model.
         UsageError: --max_model_len exceeds what the model was built for.
     """
     name, load = config.base_model, _load_options(config)
@@ -55,8 +57,7 @@ def check_model(config: EvalConfig) -> ModelFacts:
     if (folder / SENTINEL_NAME).exists():
         merged = check_merged(folder, hashes=True)
         identity = merged["identity"]
-        kept = ("run_name", "method", "base_model", "base_revision", "git", "dataset", "seeds")
-        manifest = {key: merged["manifest"].get(key) for key in kept}
+        manifest = {key: merged["manifest"].get(key) for key in _KEPT}
         manifest |= {key: merged.get(key) for key in ("adapter_step", "merged")}
     else:
         folder = model_folder(name, getattr(model_config, "_commit_hash", None) or config.revision)
@@ -64,9 +65,12 @@ def check_model(config: EvalConfig) -> ModelFacts:
         identity = model_identity({path.name: cached_sha256(path) for path in files})
     # vLLM itself leaves parameters that the files lack uninitialised.
     hollow = load_causal_lm(name, dtype="auto", device_map="meta", **load)
-    adapter_identity = None if config.adapter is None else _check_adapter(config.adapter, name, folder)
+    adapter_identity = None
     if config.adapter is not None:
+        adapter, adapter_identity = _check_adapter(config.adapter, name, folder)
         load_adapter(hollow, config.adapter)
+        if adapter.manifest is not None:
+            manifest = {key: adapter.manifest.get(key) for key in _KEPT} | {"adapter_step": adapter.step}
     return ModelFacts(identity, adapter_identity, _max_model_len(config, model_config), manifest)
 
 
@@ -87,13 +91,14 @@ def build_engine(config: EvalConfig, facts: ModelFacts, tokenizer: PreTrainedTok
             gpu_memory_utilization=config.gpu_memory_utilization,
             max_model_len=facts.max_model_len,
             trust_remote_code=config.trust_remote_code,
+            dtype=config.dtype,
             adapter=config.adapter,
         )
     import torch
 
     from opsd.rollout.hf import HFEngine
 
-    model = load_causal_lm(config.base_model, dtype="auto", **_load_options(config))
+    model = load_causal_lm(config.base_model, dtype=config.dtype, **_load_options(config))
     if config.adapter is not None:
         model = load_adapter(model, config.adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,8 +126,8 @@ def _max_model_len(config: EvalConfig, model_config: PreTrainedConfig) -> int:
     return config.max_model_len
 
 
-def _check_adapter(path: str, base: str, folder: Path) -> str:
-    """Return the adapter's identity; refuse one of a run on another base model."""
+def _check_adapter(path: str, base: str, folder: Path) -> tuple[Adapter, str]:
+    """Return the adapter and its identity; refuse one of a run on another base model."""
     adapter = read_adapter(path)
     if adapter.manifest is not None:
         if wrong := base_differences(adapter.manifest, base, folder):
@@ -131,4 +136,5 @@ def _check_adapter(path: str, base: str, folder: Path) -> str:
             )
     elif adapter.base_model and not same_source(adapter.base_model, base):
         logger.warning("the adapter was trained on %s, not on %s", adapter.base_model, base)
-    return model_identity({name: cached_sha256(adapter.path / name) for name in (CONFIG_NAME, WEIGHTS_NAME)})
+    files = {name: cached_sha256(adapter.path / name) for name in (CONFIG_NAME, WEIGHTS_NAME)}
+    return adapter, model_identity(files)

@@ -1,15 +1,26 @@
-"""Names of result files: `<method_name>[_<dataset>]_<length>[_first<K>][_seed<N>].json`."""
+"""Names of result files: `<method_name>[_<dataset>]_<length>[_first<K>][_<mark> ...][_seed<N>].json`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from opsd.errors import UsageError
 
 PAPER_MAX_NEW_TOKENS = 38912
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NAME = re.compile(r"(?P<run>.+)_\d+k?(?:_first(?P<first>\d+))?(?:_seed\d+)?\.json")
+# Settings that a name marks where they are not the usual ones: another file, and another row of the table.
+_MARKED = {"dtype": "auto", "prompt": "evaluation"}
+_MARKS = "adapter|float32|bfloat16|student|teacher"
+_NAME = re.compile(rf"(?P<run>.+)_\d+k?(?:_first(?P<first>\d+))?(?:_(?:{_MARKS}))*(?:_seed\d+)?\.json")
+
+
+def marks(settings: Mapping[str, Any]) -> list[str]:
+    """Return the marks of an evaluation, or of a result's facts: `adapter` (not merged), dtype, prompt."""
+    marked = [settings[name] for name, usual in _MARKED.items() if settings.get(name) not in (None, usual)]
+    return ["adapter", *marked] if settings.get("adapter") else marked
 
 
 def result_path(
@@ -19,6 +30,7 @@ def result_path(
     *,
     max_new_tokens: int = PAPER_MAX_NEW_TOKENS,
     num_samples: int | None = None,
+    marked: Sequence[str] = (),
     folder: Path | str = "eval_results",
 ) -> Path:
     """Return the path of the result of one cell.
@@ -27,6 +39,7 @@ def result_path(
         dataset: left out of the name where it is math500.
         max_new_tokens: `38k` for 38,912, `160` where 1,024 does not divide it.
         num_samples: the first so many problems; None for all of the benchmark.
+        marked: what `marks` returns.
 
     Raises:
         UsageError: a part does not fit a file name, or the seed is negative.
@@ -39,6 +52,7 @@ def result_path(
     parts = [method_name] if dataset == "math500" else [method_name, dataset]
     parts.append(str(max_new_tokens) if max_new_tokens % 1024 else f"{max_new_tokens // 1024}k")
     parts += [] if num_samples is None else [f"first{num_samples}"]
+    parts += marked
     parts += [] if seed is None else [f"seed{seed}"]
     return Path(folder) / f"{'_'.join(parts)}.json"
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from opsd.errors import ArtefactError, printable
 from opsd.evaluation.grading import NO_ANSWER, ProblemGrade
+from opsd.evaluation.journal import differences
 from opsd.files import atomic_write_text
 
 # 2 has the authors' units. This project's first files state no version, hold shares under the same keys, and
@@ -46,6 +47,9 @@ FIELDS = REGIME_FIELDS | {
     "schema_version": int | None,
     "grading": dict | None,
     "training_run": dict | None,
+    "adapter": str | None,
+    "dtype": str | None,
+    "prompt": str | None,
     FIRST_FILES_KEY: int | float | None,
 }
 GROUND_TRUTH_KEYS = ("ground_truth", "answer", "gt_answer")
@@ -123,12 +127,7 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def build_result(
     *, regime: Mapping[str, Any], results: Sequence[Mapping[str, Any]], **extra: Any
 ) -> dict[str, Any]:
-    """Return the complete result: regime, aggregates, date, further top-level keys, records.
-
-    Args:
-        regime: a value for every field of REGIME_FIELDS but num_problems, which is counted.
-        results: entries from `problem_record`.
-    """
+    """Return the result of a `regime` (num_problems is counted) and entries from `problem_record`."""
     return {
         "schema_version": SCHEMA_VERSION,
         **{name: regime[name] for name in REGIME_FIELDS if name != "num_problems"},
@@ -260,33 +259,25 @@ def predicted_answer(generation: Mapping[str, Any]) -> str | None:
 def regime_differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], *, ignore: Sequence[str] = ()
 ) -> list[str]:
-    """Return a line `field: ours != theirs` for every regime field that differs.
+    """Return `differences` of two results or regimes, a phrase for every regime field that differs.
 
-    Both may be results or regimes. A field that only one of them states is passed over, because files
-    of earlier runs lack some; but a seed that is absent is no seed. Where both state `model_identity`, the
-    path of the model does not matter. Numbers are compared as numbers; -1 and 0 both mean that top_k is off.
+    A field that only one of them states is passed over, because files of earlier runs lack some; but a seed
+    that is absent is no seed. -1 and 0 both mean that top_k is off.
     """
-    compared = {name for name in REGIME_FIELDS if name in ours and name in theirs} | {"seed"}
-    compared -= set(ignore)
-    if None not in (ours.get("model_identity"), theirs.get("model_identity")):
-        compared.discard("base_model")
-    return [
-        f"{name}: {ours.get(name)!r} != {theirs.get(name)!r}"
-        for name in REGIME_FIELDS
-        if name in compared and _canonical(name, ours.get(name)) != _canonical(name, theirs.get(name))
-    ]
-
-
-def _canonical(name: str, value: Any) -> Any:
-    if name == "top_k" and value in (-1, None):
-        return 0
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return value
+    stated = {name for name in REGIME_FIELDS if name in ours and name in theirs} | {"seed"}
+    off = {"top_k": {-1: 0, None: 0}}
+    one, other = (
+        {
+            name: off.get(name, {}).get(result.get(name), result.get(name))
+            for name in stated.difference(ignore)
+        }
+        for result in (ours, theirs)
+    )
+    return differences(one, other)
 
 
 def set_aside(path: Path | str) -> Path:
-    """Rename `path` to a free name `<stem>.aside-<UTC time>.json.old` beside it and return that name."""
+    """Rename `path` to `<stem>.aside-<UTC time>.json.old` beside it and return that name."""
     path = Path(path)
     target = path.with_name(f"{path.stem}.aside-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}{path.suffix}.old")
     return path.rename(target)

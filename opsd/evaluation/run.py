@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from opsd.errors import ArtefactError, UsageError
-from opsd.evaluation.benchmarks import Problem, load_benchmark
+from opsd.evaluation.benchmarks import Problem, fingerprint, load_benchmark
 from opsd.evaluation.config import EvalConfig, check_config, check_output
 from opsd.evaluation.grading import Grader
 from opsd.evaluation.journal import Journal, differences
@@ -29,7 +29,14 @@ from opsd.evaluation.results import REGIME_FIELDS, build_result, load_result, se
 from opsd.evaluation.scoreboard import Scoreboard
 from opsd.files import remove_partials
 from opsd.models import load_tokenizer
-from opsd.prompts import encode_evaluation, evaluation_message
+from opsd.prompts import (
+    encode_evaluation,
+    encode_student,
+    encode_teacher,
+    evaluation_message,
+    student_message,
+    teacher_message,
+)
 from opsd.rollout.engine import Completion, Request
 from opsd.run_identity import versions
 from opsd.seeds import evaluation_seed
@@ -102,8 +109,7 @@ def prepare(config: EvalConfig) -> Plan:
     tokenizer = load_tokenizer(
         config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
-    thinking = config.enable_thinking
-    prompts = [encode_evaluation(tokenizer, p.problem, enable_thinking=thinking) for p in problems]
+    prompts = [_encode(tokenizer, problem, config, benchmark.source) for problem in problems]
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
     if len(prompts[longest]) + config.max_new_tokens > facts.max_model_len:
         raise UsageError(
@@ -112,23 +118,44 @@ def prepare(config: EvalConfig) -> Plan:
             "--max_new_tokens or raise --max_model_len as far as the model allows"
         )
     adapter = "" if facts.adapter_identity is None else f"+adapter:{facts.adapter_identity}"
+    dtype = "" if config.dtype == "auto" else f"+dtype:{config.dtype}"
+    teacher = config.prompt == "teacher"
+    styles = {"evaluation": evaluation_message("{problem}"), "student": student_message("{problem}")}
+    styles["teacher"] = teacher_message("{problem}", "{solution}")
     values = {
         **vars(config),
-        "model_identity": facts.identity + adapter,
-        "dataset_fingerprint": benchmark.fingerprint,
-        "prompt_style": evaluation_message("{problem}"),
+        "model_identity": facts.identity + adapter + dtype,
+        "dataset_fingerprint": fingerprint(benchmark.problems, solutions=teacher),
+        "prompt_style": styles[config.prompt],
+        "enable_thinking": config.enable_thinking and config.prompt != "student",
         "num_problems": len(problems),
     }
     regime = {name: values[name] for name in REGIME_FIELDS}
     return Plan(config, problems, prompts, tokenizer, facts, regime, benchmark.source)
 
 
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, config: EvalConfig, source: str
+) -> list[int]:
+    """Return the tokens of the prompt that `config` asks for."""
+    if config.prompt == "student":
+        return encode_student(tokenizer, problem.problem)
+    if config.prompt == "evaluation":
+        return encode_evaluation(tokenizer, problem.problem, enable_thinking=config.enable_thinking)
+    if problem.solution is None:
+        raise ArtefactError(
+            f"row {problem.problem_id} of {source} has no `solution`, which the teacher reads; give "
+            "--dataset_path a file with that column, or leave --prompt out"
+        )
+    return encode_teacher(tokenizer, problem.problem, problem.solution)
+
+
 def existing_result(plan: Plan, *, replace: bool) -> dict[str, Any] | None:
     """Return the finished result at the output if it is this very run's; None if there is none (any more).
 
     Raises:
-        UsageError: another run's result, or a damaged one, is there and `replace` is off, or it has more
-            problems than this run. Every differing field is named.
+        UsageError: another run's result (every differing field is named) or a damaged one is there and
+            `replace` is off, or it has more problems than this run.
     """
     output, problems = Path(plan.config.output), 0
     if not output.exists():
@@ -180,6 +207,8 @@ def _sample_and_grade(plan: Plan, journal: Journal, *, show: bool, started: floa
         mean_completion_tokens=sum(tokens) / len(tokens),
         dataset_source=plan.source,
         adapter=config.adapter,
+        dtype=config.dtype,
+        prompt=config.prompt,
         revision=config.revision,
         training_run=plan.facts.manifest,
         grading=grader.limits(),

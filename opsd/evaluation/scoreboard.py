@@ -27,7 +27,7 @@ class Scoreboard:
     Args:
         val_n: samples a problem.
         resumed: samples of an earlier process; the estimate of the bar ignores them.
-        show: whether to draw the progress bar (on stderr).
+        show: whether to draw the bar on stderr.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Scoreboard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # After an error nobody needs the grades that are still waiting.
+        # After an error the grades that still wait are not needed.
         self._threads.shutdown(cancel_futures=True)
         self._bar.close()
 

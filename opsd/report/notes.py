@@ -8,6 +8,7 @@ from typing import Any
 
 from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.config import EvalConfig
+from opsd.evaluation.names import marks
 from opsd.objectives import METHODS
 from opsd.report.summary import BENCHMARK_TITLES, Row, Run, Table, method_stem
 
@@ -72,12 +73,11 @@ def _cell_notes(row: Row, dataset: str) -> list[str]:
         notes += [f"evaluation seeds: {count} (the paper: {wanted})" for count in counts if count != wanted]
     if dataset in BENCHMARKS and facts["num_problems"] != BENCHMARKS[dataset].size:
         notes.append(f"{facts['num_problems']} of {BENCHMARKS[dataset].size} problems")
+    notes += ["base and adapter, not merged"] if facts.get("adapter") else []
     notes += [note for run in runs for note in _training_notes(run)]
-    killed = sum((run.facts.get("grading") or {}).get("killed", 0) for run in runs)
-    if killed:
+    if killed := sum((run.facts.get("grading") or {}).get("killed", 0) for run in runs):
         notes.append(f"{killed} parses or comparisons were killed at their limit and count as not equal")
-    cut = sum(run.facts.get("truncation_share") or 0 for run in runs)
-    if cut:
+    if cut := sum(run.facts.get("truncation_share") or 0 for run in runs):
         percent = 100 * cut / len(runs)
         notes.append(f"{percent:.2g} % of the samples were cut off at {facts['max_new_tokens']:,} tokens")
     return notes
@@ -85,12 +85,11 @@ def _cell_notes(row: Row, dataset: str) -> list[str]:
 
 def _training_notes(run: Run) -> list[str]:
     """Compare the training run of the file's name with the one in the model's manifest."""
-    stem, training = method_stem(run.method), run.facts.get("training_run")
+    stem, training, notes = method_stem(run.method), run.facts.get("training_run"), []
     if training is None:
         # The authors' files never state it, and an untrained model has none.
         ours = stem in METHODS and "schema_version" in run.facts
         return ["the file states no training run of its model"] if ours else []
-    notes = []
     if training.get("method") != stem:
         notes.append(f"the model was trained with {training.get('method')} by its manifest")
     elif training.get("run_name") not in (None, run.name):
@@ -140,7 +139,10 @@ def missing_commands(table: Table, seeds: Sequence[int] | None = None) -> list[s
     small = table.model == "small"
     commands = []
     for row in table.rows:
-        name = table.model if row.method == "base" and not small else f"{table.model}_{row.method}"
+        method = row.method
+        for mark in reversed(marks(next((c.runs[0].facts for c in row.cells.values()), {}))):
+            method = method.removesuffix(f"_{mark}")
+        name = table.model if method == "base" and not small else f"{table.model}_{method}"
         for training_seed in row.training_seeds or (None,):
             suffix = "" if training_seed is None else f"_t{training_seed}"
             for dataset in table.columns:
@@ -168,6 +170,10 @@ def _settings(table: Table, row: Row, dataset: str) -> tuple[list[str], list[str
         variables["NUM_SAMPLES"] = row.first or sizes.pop()
     if dataset not in BENCHMARKS:
         variables["DATASET_PATH"] = "FILE"
+    own = next((cell.runs[0].facts for cell in row.cells.values()), {})
+    if own.get("adapter"):
+        variables["ADAPTER"] = 1
     flags = ["--no_thinking"] if different.pop("enable_thinking", True) is False else []
+    different |= {name: own[name] for name in ("dtype", "prompt") if own.get(name) in marks(own)}
     flags += [word for name, value in different.items() for word in (f"--{name}", str(value))]
     return [f"{name}={value}" for name, value in variables.items()], ["--", *flags] if flags else []

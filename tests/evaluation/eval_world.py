@@ -40,7 +40,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(folder: Path, *, seed: int = 1, head_dim: int = 8) -> Path:
+def make_model(folder: Path, *, seed: int = 1, head_dim: int = 8, positions: int = 512) -> Path:
     """Write model and tokenizer into `folder` and return it. (vLLM's CPU attention takes multiples of 32.)"""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def make_model(folder: Path, *, seed: int = 1, head_dim: int = 8) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=head_dim,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

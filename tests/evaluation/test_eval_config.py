@@ -39,6 +39,7 @@ def test_flags_reach_the_settings():
     assert config.tensor_parallel_size == 2
     # vLLM's and the authors' spelling of "off".
     assert (config.top_k, config.enable_thinking) == (0, False)
+    assert parsed("--temperature", "0").temperature == 0  # greedy
     assert parse_config(NEEDED)[1] is False
     assert parse_config([*NEEDED, "--replace"])[1] is True
     assert config.journal_path == Path("r.json.journal.jsonl")
@@ -63,6 +64,8 @@ def test_flags_reach_the_settings():
         ("--grading_workers 0", "--grading_workers is 0"),
         ("--engine hf --tensor_parallel_size 2", "--tensor_parallel_size is 2, but --engine hf"),
         ("--temp 1", "--temp"),
+        ("--dtype float16", "--dtype is 'float16'"),
+        ("--prompt teacher --no_thinking", "--no_thinking is given, but the teacher thinks"),
         ("--data_parallel_size 2", "unrecognized arguments: --data_parallel_size"),
     ],
 )

@@ -16,10 +16,13 @@ from opsd.errors import ArtefactError
 from opsd.evaluation import run as evaluation
 from opsd.evaluation.results import load_result
 from opsd.evaluation.run import evaluate
-from tests.evaluation import eval_world
+from tests.evaluation import eval_world, test_run_eval
 from tests.evaluation.test_evaluate import command_of, config_of, lines_in, wait_until, without_timing
+from tests.evaluation.test_run_eval import ROOT, run_eval
 from tests.rollout.vllm_models import SEVEN, needs_vllm, with_adapter
+from tests.test_merge_lora import train_nothing
 
+checkout = test_run_eval.checkout
 pytestmark = [pytest.mark.vllm, needs_vllm]
 
 SAMPLES = 4 * eval_world.PROBLEMS
@@ -57,6 +60,7 @@ def test_greedy_results_are_those_of_transformers(world: Path, tmp_path: Path, t
 
 
 def test_an_adapter_gives_what_its_merged_model_gives(world: Path, tmp_path: Path) -> None:
+    """vLLM with the adapter, transformers with the adapter on, and the merged model."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(world / "model")
@@ -68,9 +72,31 @@ def test_an_adapter_gives_what_its_merged_model_gives(world: Path, tmp_path: Pat
     by_request = result_of(world, tmp_path / "a.json", adapter=str(tmp_path / "adapter"), **greedy)
     merged = result_of(world, tmp_path / "m.json", engine="hf", base_model=str(tmp_path / "merged"), **greedy)
     base = result_of(world, tmp_path / "b.json", engine="hf", **greedy)
-    assert by_request["results"] == merged["results"]
+    adapted = result_of(world, tmp_path / "h.json", engine="hf", adapter=str(tmp_path / "adapter"), **greedy)
+    assert by_request["results"] == adapted["results"] == merged["results"]
     assert by_request["results"] != base["results"]
     assert by_request["adapter"] == str(tmp_path / "adapter")
+
+
+@pytest.mark.slow
+def test_the_launcher_evaluates_an_adapter(checkout: Path, world: Path) -> None:
+    """ADAPTER=1 end to end: vLLM gives what transformers gives with the adapter on."""
+    (checkout / "evaluate_math.py").unlink()
+    (checkout / "evaluate_math.py").symlink_to(ROOT / "evaluate_math.py")
+    (checkout / "launchers" / "models" / "toy.sh").write_text(
+        f'BASE_MODEL="{world}/model"\nDEVICE=cpu\nDEFAULT_ROLLOUT=vllm\nEVAL_FLAGS=(--max_new_tokens 12)\n'
+    )
+    adapter = train_nothing(world / "model", checkout / "outputs" / "toy_pwopsd")
+    settings = {"DATASET_PATH": str(world / "problems.jsonl"), "VAL_N": "1", "OMP_NUM_THREADS": "1"}
+    done = run_eval(
+        checkout, "toy_pwopsd", "toy", "1", "1", "--", "--temperature", "0", ADAPTER="1", **settings
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    ours = load_result(checkout / "eval_results" / "toy_pwopsd_toy_12_adapter_seed1.json")
+    greedy = {"engine": "hf", "temperature": 0.0, "val_n": 1}
+    theirs = result_of(world, checkout / "h.json", adapter=str(adapter), **greedy)
+    assert ours["results"] == theirs["results"] != result_of(world, checkout / "b.json", **greedy)["results"]
+    assert (ours["engine"], ours["training_run"]["run_name"]) == ("vllm", "toy_pwopsd")
 
 
 @pytest.mark.slow

@@ -22,8 +22,11 @@ from opsd.evaluation import run as evaluation
 from opsd.evaluation.config import EvalConfig
 from opsd.evaluation.grading import extract_boxed
 from opsd.evaluation.journal import Journal, read_lines
-from opsd.evaluation.results import load_result
-from opsd.evaluation.run import evaluate
+from opsd.evaluation.results import load_result, write_result
+from opsd.evaluation.run import evaluate, prepare
+from opsd.prompts import student_message, teacher_message
+from opsd.report.notes import Notes, missing_commands
+from opsd.report.summary import build_tables, load_run, row_title
 from tests.evaluation import eval_world
 from tests.test_merge_lora import train_nothing
 
@@ -174,7 +177,7 @@ def arm(moment):
 
 if __name__ == "__main__":  # grading processes import this file too, and need none of what follows
     import torch, transformers
-    from opsd.evaluation.run import evaluate
+    from opsd.evaluation.run import evaluate, prepare
     from opsd.evaluation.config import EvalConfig
     from transformers.models.qwen3 import modeling_qwen3
     torch.set_num_threads(1)
@@ -420,6 +423,65 @@ def test_an_adapter_is_evaluated_as_its_merged_model_is(
     merged = run(world, tmp_path / "m.json", base_model=str(tmp_path / "merged"))
     assert adapted["results"] == merged["results"] != reference["results"]
     assert len({result["model_identity"] for result in (adapted, merged, reference)}) == 3
-    assert merged["training_run"]["run_name"] == "toy_pwopsd"
-    assert merged["training_run"]["adapter_step"] == 100
+    for result in (adapted, merged):
+        assert result["training_run"]["run_name"] == "toy_pwopsd"
+        assert result["training_run"]["adapter_step"] == 100
     assert reference["training_run"] is None
+    # Neither may stand for the other: not as a finished result, not in a row of the table.
+    with pytest.raises(UsageError, match="model_identity"):
+        run(world, tmp_path / "m.json", adapter=str(adapter))
+    names = [tmp_path / f"qwen3_4b_base_pwopsd_toy_{name}_seed0.json" for name in ("38k_adapter", "38k")]
+    for name, result in zip(names, (adapted, merged), strict=True):
+        write_result(name, result)
+    runs = [load_run(name) for name in names]
+    assert [(r.name, r.method) for r in runs] == [
+        ("qwen3_4b_base_pwopsd", "pwopsd_adapter"),
+        ("qwen3_4b_base_pwopsd", "pwopsd"),
+    ]
+    (table,) = build_tables(runs, pytest.fail)
+    notes = {row_title(row): Notes(table).of(row, ["toy"]) for row in table.rows}
+    assert "base and adapter, not merged" in notes["PW-OPSD (adapter)"]
+    assert "base and adapter, not merged" not in notes["PW-OPSD"]
+    commands = [c for c in missing_commands(table, [1]) if "pwopsd" in c]
+    assert sorted(" ADAPTER=1 " in f" {c}" for c in commands) == [False, True]
+    assert all(" qwen3_4b_base_pwopsd toy " in c for c in commands)
+
+
+def test_the_weights_are_evaluated_in_the_dtype_asked_for(
+    world: Path, reference: Result, tmp_path: Path
+) -> None:
+    results = {
+        dtype: run(world, tmp_path / f"{dtype}.json", dtype=dtype) for dtype in ("float32", "bfloat16")
+    }
+    assert results["float32"]["results"] == reference["results"] != results["bfloat16"]["results"]
+    assert [results[dtype]["dtype"] for dtype in results] == ["float32", "bfloat16"]
+    identities = {result["model_identity"] for result in (*results.values(), reference)}
+    assert len(identities) == 3
+
+
+def test_the_prompts_of_training(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in (world / "problems.jsonl").read_text().splitlines()]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row | {"solution": f"sum {row['answer']}"}) + "\n" for row in rows))
+    model = eval_world.make_model(tmp_path / "model", positions=1024)
+    places = {"base_model": str(model), "dataset_path": str(data), "val_n": 1}
+    tokenizer = eval_world.make_tokenizer()
+    messages = {
+        "student": student_message("what is 0+0?"),
+        "teacher": teacher_message("what is 0+0?", "sum 0"),
+    }
+    for prompt, message in messages.items():
+        config = config_of(world, tmp_path / "r.json", prompt=prompt, **places)
+        plan = prepare(config)
+        # The student does not think in training, the teacher does.
+        rendered = f"<u>{message}<a>" + "<n>" * (prompt == "student")
+        assert plan.prompts[0] == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        assert plan.regime["enable_thinking"] == (prompt == "teacher")
+    assert evaluate_math.main(command_of(config)[2:]) == 0
+    result = load_result(config.output)
+    assert f"boxed {result['format_rate']:.2f} %" in capsys.readouterr().out
+    assert (result["prompt"], "{solution}" in result["prompt_style"]) == ("teacher", True)
+    with pytest.raises(UsageError, match=r"dataset_fingerprint.*prompt_style"):
+        run(world, tmp_path / "r.json", **places)
+    with pytest.raises(ArtefactError, match=r"row 0 of .* has no `solution`, which the teacher reads"):
+        run(world, tmp_path / "none.json", prompt="teacher")

@@ -9,7 +9,7 @@ import pytest
 
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.grading import NO_ANSWER, ProblemGrade
-from opsd.evaluation.names import parse_name, result_path
+from opsd.evaluation.names import marks, parse_name, result_path
 from opsd.evaluation.results import (
     build_result,
     ground_truth,
@@ -237,6 +237,10 @@ def test_a_name_says_its_own_length(tokens, tag):
     path = result_path("a", "aime24", 3, max_new_tokens=tokens, num_samples=5)
     assert path.name == f"a_aime24_{tag}_first5_seed3.json"
     assert parse_name(path, "aime24") == ("a", 5)
+    marked = marks({"adapter": "x", "dtype": "float32", "prompt": "teacher"})
+    path = result_path("a", "aime24", 3, max_new_tokens=tokens, marked=marked)
+    assert path.name == f"a_aime24_{tag}_adapter_float32_teacher_seed3.json"
+    assert parse_name(path, "aime24") == ("a", None)
     assert parse_name("notes.json", "aime24") is None
 
 

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every character that a careless shell would act upon.
 HOSTILE = "a b'c\"d $(touch pwned) `touch pwned` ;*&|<>"
 SETTINGS = (
-    "BASE_MODEL_PATH CUDA_VISIBLE_DEVICES DATASET_PATH DRY_RUN ENGINE EVAL_FLAGS EVAL_ROOT "
-    "HOSTLABEL MAX_MODEL_LEN MAX_NEW_TOKENS NUM_SAMPLES OUTPUT_ROOT PYTHON STACK VAL_N VENV WAIT"
+    "ADAPTER BASE_MODEL_PATH CUDA_VISIBLE_DEVICES DATASET_PATH DRY_RUN ENGINE EVAL_FLAGS EVAL_ROOT "
+    "MERGE_STEP HOSTLABEL MAX_MODEL_LEN MAX_NEW_TOKENS NUM_SAMPLES OUTPUT_ROOT PYTHON STACK VAL_N VENV WAIT"
 )
 # Stands in for evaluate_math.py: says what it was given, and finishes when it may.
 RECORDER = """
@@ -141,6 +141,23 @@ def test_a_name_says_benchmark_length_part_and_seed(
     done = run_eval(checkout, "dsr1_l8b_opsd", *cell.split(), "--", *extra, DRY_RUN="1", **settings)
     assert f" --output eval_results/dsr1_l8b_opsd_{name}.json " in done.stdout, done.stderr
     assert not (checkout / "eval_results").exists(), "a dry run does nothing"
+
+
+def test_an_adapter_is_evaluated_without_its_merge(checkout: Path) -> None:
+    def words(**settings: str) -> str:
+        done = run_eval(checkout, "small_opsd_t3", "small", "1", "2", ADAPTER="1", DRY_RUN="1", **settings)
+        return done.stdout + done.stderr
+
+    output = "--output eval_results/small_opsd_t3_small_160_adapter_seed2.json "
+    for step, settings in (("100", {}), ("50", {"MERGE_STEP": "50"})):
+        flags = f"--base_model testbed/base_model --dataset small {output}--adapter "
+        assert f"{flags}outputs/small_opsd_t3/checkpoint-{step} " in words(**settings)
+    # The step of a merged model that is there.
+    merged(checkout, "small_opsd_t3").joinpath(".ready_for_eval").write_text('{\n "adapter_step": 25,\n}')
+    assert "outputs/small_opsd_t3/checkpoint-25 " in words()
+    done = run_eval(checkout, "small_base", "small", ADAPTER="1")
+    assert (done.returncode, runs(checkout)) == (2, [])
+    assert "ADAPTER=1: small_base is the untrained model" in done.stderr
 
 
 def test_strings_are_data(checkout: Path) -> None:
