@@ -73,7 +73,7 @@ class Comparison:
             f"{self.difference:+.2f}",
             f"[{low:+.2f}, {high:+.2f}]",
             self.verdict,
-            f"{self.detectable:.2f}",
+            f"{self.detectable:.2f}" if self.standard_error else DASH,
             needed if self.verdict == UNRESOLVED and self.difference else DASH,
             kept,
         ]
