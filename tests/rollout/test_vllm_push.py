@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,6 +173,7 @@ def test_greedy_completions_equal_the_adapters_after_each_push_of_it(kind, tmp_p
     world = World(
         kind, False, base, VLLMEngine(str(tmp_path), max_model_len=192, pushed_rank=4), logits_of(base)
     )
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = []
     for seed in range(1, 6):
         randomise(adapted, seed)
@@ -181,7 +181,7 @@ def test_greedy_completions_equal_the_adapters_after_each_push_of_it(kind, tmp_p
         assert world.engine_tokens() == continuations(adapted)
         names.append((world.engine._lora.lora_name, world.engine._lora.lora_int_id))
     assert len(set(names)) == 5, "a name that is used again would find its predecessor's key-value blocks"
-    assert not list(Path(tempfile.gettempdir()).glob("opsd-adapter-*"))
+    assert not list(tmp_path.glob("opsd-adapter-*"))
 
     # vLLM reads matrices of a layer that it does not have without a word.
     state = vllm_push.get_peft_model_state_dict
