@@ -297,7 +297,7 @@ def test_a_cell_of_unlike_runs_is_left_out_with_a_line(tmp_path, capsys, field, 
     assert code == 1
     assert section(text, "small: Avg@2, mean")[1:] == [["OPSD", "50.00"]]
     assert len(error.splitlines()) == 2
-    for part in (f"{field}: ", repr(value), "seed1.json", "seed2.json"):
+    for part in (f"{field}: ", str(value), "seed1.json", "seed2.json"):
         assert part in error
 
 
