@@ -1,11 +1,11 @@
-"""Time both rollout engines in one run: `python bench/bench_rollout.py [--model FOLDER] [--batches 32 256]`
+"""Time the rollout engines in one run: `python bench/bench_rollout.py [--model FOLDER] [--batches 32 256]`
 
 The same requests, as in training: the student's prompts of the small world, temperature 1.1, top_p 0.95,
 top_k 20, a rank-64 adapter on all seven matrices. transformers samples with the adapter unmerged, `batch`
-completions at a time; vLLM has up to `batch` completions in flight and gets the merged weights pushed before
-every call. The engines take turns; the best of --repeats counts. Prints Markdown: tokens per second of wall
-time and, without a GPU, of processor time (which other work on the machine disturbs less) with its ratio, and
-vLLM's load and push times.
+completions at a time; vLLM has up to `batch` completions in flight and gets merged weights, or the adapter,
+before every call. The engines take turns; the best of --repeats counts. Prints Markdown: tokens per second
+of wall time and, without a GPU, of processor time (which other work on the machine disturbs less) with its
+ratio, vLLM's load and push times, and the bytes pushed.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def main() -> int:
         from opsd.rollout.engine import Sampling
         from opsd.rollout.hf import HFEngine
         from opsd.rollout.vllm import VLLMEngine
+        from opsd.rollout.vllm_push import PushReport, pushed_weights
     torch.set_num_threads(args.threads)
     on_gpu = torch.cuda.is_available()
     tokenizer, model = load_tokenizer(args.model), adapted_model(args.model, args.rank)
@@ -119,24 +120,29 @@ def main() -> int:
     counted = "wall" if on_gpu else "processor"
     print(f"| batch | engine | tokens | tokens/s (wall) | tokens/s ({counted}) | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
-    pushes, loads = [], []
+    ranks = {"vLLM, merged weights": None, "vLLM, adapter": args.rank}
+    loads: list[Clock] = []
+    pushes: dict[str, list[Clock]] = {name: [] for name in ranks}
     for batch in args.batches:
-        with Clock() as load:
-            engine = VLLMEngine(
-                args.model,
-                max_model_len=longest + args.new_tokens,
-                max_num_seqs=batch,
-                gpu_memory_utilization=args.gpu_memory_utilization,
-            )
-        loads.append(load)
-        samplers = {"transformers": HFEngine(model, tokenizer, batch_size=batch), "vLLM": engine}
+        samplers: dict[str, Any] = {"transformers": HFEngine(model, tokenizer, batch_size=batch)}
+        for name, rank in ranks.items():
+            with Clock() as load:
+                samplers[name] = VLLMEngine(
+                    args.model,
+                    max_model_len=longest + args.new_tokens,
+                    max_num_seqs=batch,
+                    gpu_memory_utilization=args.gpu_memory_utilization,
+                    pushed_rank=rank,
+                )
+            loads.append(load)
         found: dict[str, list[Rollout]] = {name: [] for name in samplers}
         for sampler in samplers.values():  # the first call of a shape chooses kernels
             sampler.generate(requests[:batch], sampling)
         for _ in range(args.repeats):
-            with Clock() as push:
-                engine.push_weights(model)
-            pushes.append(push)
+            for name in ranks:
+                with Clock() as push:
+                    samplers[name].push_weights(model)
+                pushes[name].append(push)
             for name, sampler in samplers.items():
                 found[name].append(roll_out(sampler, requests[:batch], sampling, on_gpu=on_gpu))
         best = {name: min(rollouts) for name, rollouts in found.items()}
@@ -145,12 +151,19 @@ def main() -> int:
             rate = one.tokens / one.seconds
             wall = one.tokens / min(rollout.wall for rollout in found[name])
             print(f"| {batch} | {name} | {one.tokens} | {wall:.0f} | {rate:.0f} | {rate / reference:.2f} |")
-        engine.close()
-    middle = statistics.median_low([push.cpu for push in pushes])
+        for name in ranks:
+            samplers[name].close()
     print(f"\nimport of torch and vLLM: {imports}")
     print(f"load of an engine: {'; '.join(map(str, loads))}")
-    print(f"push of all weights, merging included, median of {len(pushes)}: ", end="")
-    print(next(push for push in pushes if push.cpu == middle))
+    itemsize = model.get_base_model().dtype.itemsize
+    size = {
+        "vLLM, merged weights": sum(weight.nbytes for _, weight in pushed_weights(model, PushReport())),
+        "vLLM, adapter": sum(p.numel() * itemsize for name, p in model.named_parameters() if "lora_" in name),
+    }
+    for name, times in pushes.items():
+        middle = statistics.median_low([push.cpu for push in times])
+        median = next(push for push in times if push.cpu == middle)
+        print(f"push, {name}: {size[name] / 1e6:.2f} MB, median of {len(times)}: {median}")
     return 0
 
 

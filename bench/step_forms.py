@@ -91,9 +91,9 @@ class _TimedEngine:
         with self.clock.phase("rollout"):
             return self.engine.generate(requests, sampling, **options)
 
-    def push_weights(self, model) -> None:
+    def push_weights(self, model, *, measure: bool = False) -> dict[str, float]:
         with self.clock.phase("push"):
-            self.engine.push_weights(model)
+            return self.engine.push_weights(model, measure=measure)
 
     def close(self) -> None:
         self.engine.close()
@@ -171,9 +171,9 @@ class TimedTrainer(OPSDTrainer):
         batch.student = _TimedRole.of(batch.student, self.clock, "student forward")
         return batch
 
-    def _teacher_hidden(self, batch: RoleBatch) -> Tensor:
+    def _base_hidden(self, batch: RoleBatch) -> Tensor:
         with self.clock.phase("teacher forward"):
-            return super()._teacher_hidden(batch)
+            return super()._base_hidden(batch)
 
     def training_step(self, *args, **kwargs):
         with self.clock.phase("backward"):  # what is left when the loss has been charged to its own phases

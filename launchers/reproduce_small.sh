@@ -9,7 +9,8 @@
 #
 #   1. search      each method at each learning rate up to HIGHEST_RATE (testbed/study.py), SEARCH_STEPS steps with
 #                  seed 42; the rate with the most right rollouts in the last 10 of these steps is taken
-#   2. training    each method, and the ablation's two other cells at PW-OPSD's rate, STEPS steps, TRAINING_SEEDS
+#   2. training    each method, the ablation's two other cells and the four without the published clip, STEPS steps,
+#                  TRAINING_SEEDS
 #   3. long runs   each method once for LONG_STEPS steps with the paper's seed 42
 #   4. evaluation  the base and every trained model, both held-out sets, SEEDS
 #
@@ -96,6 +97,10 @@ study() { # CELL RATE TRAINING_SEED STEPS
   case "$1" in
     pwopsd_global) RUN_SUFFIX="_t$3" bash "$REPO_ROOT/launchers/ablation.sh" small schedule_global -- "${flags[@]}" ;;
     pwopsd_flat) RUN_SUFFIX="_t$3" bash "$REPO_ROOT/launchers/ablation.sh" small flat_sequence -- "${flags[@]}" ;;
+    *_noclip) RUN_NAME="small_${1}_t$3" bash "$REPO_ROOT/launchers/train.sh" small "${1%%_*}" "${flags[@]}" \
+      --jsd_token_clip 0 ;;
+    *_tokenclip) RUN_NAME="small_${1}_t$3" bash "$REPO_ROOT/launchers/train.sh" small "${1%%_*}" "${flags[@]}" \
+      --divergence_clip_scope token ;;
     *) RUN_NAME="small_${1}_t$3" bash "$REPO_ROOT/launchers/train.sh" small "$1" "${flags[@]}" ;;
   esac
 }
@@ -135,7 +140,7 @@ rate_of() { # METHOD
 }
 
 for seed in "${TRAINING_SEED_LIST[@]}"; do
-  for cell in "${METHODS[@]}" pwopsd_global pwopsd_flat; do
+  for cell in "${METHODS[@]}" pwopsd_global pwopsd_flat {opsd,pwopsd}_{noclip,tokenclip}; do
     rate="$(rate_of "${cell%%_*}")"
     background "train and evaluate $cell at $rate, seed $seed" train_and_evaluate "$cell" "$rate" "$seed" "$STEPS"
   done

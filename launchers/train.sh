@@ -13,6 +13,8 @@
 #   BASE_MODEL_PATH   a local copy of the base model
 #   PWOPSD_TRAIN_DATASET  a local copy of the paper's training data
 #   MERGE_STEP        the checkpoint that is merged (default 100)
+#   MERGE_DTYPE       of the merged weights: auto (the base's, default), float32 or bfloat16
+#   MERGE_ROUNDING    nearest (default) or stochastic (docs/merging.md)
 #   OUTPUT_ROOT       default outputs/ of this checkout
 #   WANDB_PROJECT     project of --report_to wandb (default pwopsd)
 #   and those of launchers/common.sh
@@ -38,6 +40,7 @@ NUM_PROCESSES="${NUM_PROCESSES:-$DEFAULT_PROCESSES}"
 PER_DEVICE_BATCH="${PER_DEVICE_BATCH:-$DEFAULT_PER_DEVICE_BATCH}"
 ROLLOUT="${ROLLOUT:-$DEFAULT_ROLLOUT}"
 MERGE_STEP="${MERGE_STEP:-100}"
+MERGE_FLAGS=(--dtype "${MERGE_DTYPE:-auto}" --rounding "${MERGE_ROUNDING:-nearest}")
 RUN_NAME="${RUN_NAME:-${MODEL}_${METHOD}}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-$REPO_ROOT/outputs}"
 RUN_DIR="$OUTPUT_ROOT/$RUN_NAME"
@@ -93,7 +96,8 @@ if [[ "$DRY_RUN" != 1 ]]; then
   try_lock "$RUN_DIR" || die 3 "another launcher is working on $RUN_NAME; wait for it, or choose another RUN_NAME"
   code=0
   [[ -e "$MERGED_DIR" ]] && { "$VENV_PYTHON" "$REPO_ROOT/merge_lora.py" --check "$MERGED_DIR" \
-    --base_model "$BASE_MODEL" --run_name "$RUN_NAME" --step "$MERGE_STEP" -- "${TRAIN_FLAGS[@]}" || code=$?; }
+    --base_model "$BASE_MODEL" --run_name "$RUN_NAME" --step "$MERGE_STEP" "${MERGE_FLAGS[@]}" \
+    -- "${TRAIN_FLAGS[@]}" || code=$?; }
   # 0: complete and of this cell; 1: incomplete, so it is merged again; anything else: of another run.
   ((code <= 1)) || exit "$code"
   if [[ -e "$MERGED_DIR" && "$code" == 0 ]]; then
@@ -105,5 +109,5 @@ fi
 run "${LAUNCH[@]}" "$REPO_ROOT/ea_opsd_train.py" "${TRAIN_FLAGS[@]}"
 [[ "$DRY_RUN" == 1 ]] || say "merging checkpoint-$MERGE_STEP into $MERGED_DIR"
 run "$VENV_PYTHON" "$REPO_ROOT/merge_lora.py" --base_model "$BASE_MODEL" \
-  --adapter "$RUN_DIR/checkpoint-$MERGE_STEP" --output "$MERGED_DIR"
+  --adapter "$RUN_DIR/checkpoint-$MERGE_STEP" --output "$MERGED_DIR" "${MERGE_FLAGS[@]}"
 [[ "$DRY_RUN" == 1 ]] || say "done: $MERGED_DIR/.ready_for_eval"

@@ -26,8 +26,6 @@ from opsd.options import (
 )
 
 DEFAULT_DATASET = "siyanzhao/Openthoughts_math_30k_opsd"
-DTYPES = ("auto", "float32", "bfloat16")
-LOSS_SCOPES = ("micro_batch", "global")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -36,7 +34,7 @@ class MethodArguments(Hyperparameters):
     """The objective: its name, its numbers and what it is normalised over."""
 
     method: str = option(help="objective", choices=tuple(METHODS))
-    loss_scope: str = option("micro_batch", "what the loss is normalised over", choices=LOSS_SCOPES)
+    loss_scope: str = option("micro_batch", "the loss's normaliser", choices=("micro_batch", "global"))
 
 
 @dataclass
@@ -44,6 +42,9 @@ class RolloutArguments:
     """How completions are sampled while training; the defaults are the paper's."""
 
     rollout: str = option("vllm", "sampler; hf is transformers' generate", choices=("hf", "vllm"))
+    rollout_weights: str = option(
+        "merged", "vllm: base + adapter as one matrix, or the adapter itself", choices=("merged", "adapter")
+    )
     rollout_temperature: float = option(1.1, "sampling temperature", range=POSITIVE)
     rollout_top_p: float = option(0.95, "nucleus mass", range=PROPER_SHARE)
     rollout_top_k: int = option(20, "likeliest tokens kept; 0 = all", range=NOT_NEGATIVE)
@@ -67,7 +68,7 @@ class ModelArguments:
     model_name_or_path: str = option(help="hub id or folder of the base model")
     model_revision: str | None = option(None, "hub branch, tag or commit")
     trust_remote_code: bool = option(False, "run code that the model ships")
-    dtype: str = option("auto", "of the base; auto = bfloat16 with --bf16", choices=DTYPES)
+    dtype: str = option("auto", "of the base; auto: as --bf16", choices=("auto", "float32", "bfloat16"))
     attn_implementation: str = option("sdpa", "transformers' name of the attention code")
     lora_r: int = option(64, "rank", range=AT_LEAST_ONE)
     lora_alpha: float = option(128, "scale is alpha / r", range=POSITIVE)

@@ -42,12 +42,8 @@ def printable(text: object, limit: int = 2000) -> str:
     """Return `text` on one line, with control characters escaped, cut after `limit` characters."""
     string = str(text)
     cut = string if len(string) <= limit else f"{string[:limit]}… ({len(string)} characters)"
-    return "".join(
-        char.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else char
-        for char in cut
-    )
+    unseen = {char for char in cut if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    return cut.translate({ord(char): char.encode("unicode_escape").decode("ascii") for char in unseen})
 
 
 def run_cli(main: Callable[[], int | None]) -> int:
@@ -85,9 +81,7 @@ def disk_reason(number: int | None, where: object) -> str | None:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {where} was not written; free some space and run the same command again"
     if number == errno.EFBIG:
-        return (
-            f"{where}, or a file in it, is larger than this shell allows; raise `ulimit -f` and run it again"
-        )
+        return f"{where} or a file in it is larger than this shell allows; raise `ulimit -f` and run it again"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to read or write {where}; choose another place"
     return None

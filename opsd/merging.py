@@ -7,7 +7,9 @@ once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -50,13 +52,79 @@ def adapted_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
         raise UsageError(f"{name} {wrong}; only one plain LoRA adapter on linear layers is merged")
 
 
-@torch.no_grad()
-def merged_matrix(layer: LoraLayer, adapter: str) -> Tensor:
-    """Return W + scale · B A, formed in float32 and cast to W's dtype: a new [out, in] tensor beside W."""
+def _parts(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return W as it is, A [r, in] and B [out, r] in float32 on W's device, and the scale."""
     parts = (layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter])
     weight, down, up = (cast(nn.Linear, part).weight for part in parts)
     down, up = (matrix.to(weight.device, torch.float32) for matrix in (down, up))
-    return torch.addmm(weight.float(), up, down, alpha=float(layer.scaling[adapter])).to(weight.dtype)
+    return weight, down, up, float(layer.scaling[adapter])
+
+
+@torch.no_grad()
+def merged_matrix(
+    layer: LoraLayer,
+    adapter: str,
+    *,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return W + scale · B A, formed in float32 and cast to `dtype` (default W's): a new [out, in] tensor.
+
+    With a generator (on the CPU, as W then is) it is rounded by `stochastic_bfloat16` instead.
+    """
+    weight, down, up, scale = _parts(layer, adapter)
+    merged = torch.addmm(weight.float(), up, down, alpha=scale)
+    return merged.to(dtype or weight.dtype) if generator is None else stochastic_bfloat16(merged, generator)
+
+
+def stochastic_bfloat16(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to one of the two neighbours in bfloat16, so that the mean over draws is the value.
+
+    bfloat16 is the upper half of float32's bits. A uniform number below 2^16, added to the lower half,
+    carries into the upper one with the probability of the neighbour that is larger in magnitude.
+    """
+    noise = torch.randint(2**16, value.shape, dtype=torch.int32, generator=generator)
+    bits = (value.contiguous().view(torch.int32) + noise) & -(2**16)
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class UpdateKept:
+    """How much of a LoRA update D = scale · B A is left in merged matrices M of a dtype coarser than D.
+
+    An entry of D below half the spacing of W's dtype is lost. Sums over the entries of one or more matrices;
+    `sum(each, UpdateKept())` gives those of all.
+    """
+
+    entries: int = 0
+    moved: int = 0  # entries where M differs from W
+    along: float = 0.0  # ⟨M − W, D⟩
+    size: float = 0.0  # ⟨D, D⟩
+    error: float = 0.0  # ⟨M − W − D, M − W − D⟩
+
+    def __add__(self, other: UpdateKept) -> UpdateKept:
+        return UpdateKept(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def shares(self) -> dict[str, float]:
+        """Return entries changed, projection of D kept (1 = all) and relative error; NaN for D = 0."""
+        size = self.size or math.nan
+        return {
+            "changed": self.moved / self.entries if self.entries else math.nan,
+            "kept": self.along / size,
+            "relative_error": math.sqrt(self.error / size) if self.size else math.nan,
+        }
+
+
+@torch.no_grad()
+def update_kept(layer: LoraLayer, adapter: str, merged: Tensor) -> UpdateKept:
+    """Compare `merged`, which `merged_matrix` made of `layer`, with its W and its update."""
+    weight, down, up, scale = _parts(layer, adapter)
+    delta, change = scale * (up @ down), merged.float() - weight.float()
+    along, size, error = (
+        float(product.sum(dtype=torch.float64))
+        for product in (change * delta, delta.square(), (change - delta).square())
+    )
+    return UpdateKept(delta.numel(), int(change.count_nonzero()), along, size, error)
 
 
 def adapted_names(model: PeftModel) -> list[str]:

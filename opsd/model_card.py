@@ -32,14 +32,21 @@ transformers (AutoModelForCausalLM) and vLLM. The base model's licence applies.
 """
 
 
-def model_card(manifest: Mapping[str, Any], *, adapter_step: int | None) -> str:
-    """Return Markdown with the front matter that model hubs read, from the training run's manifest."""
+def model_card(
+    manifest: Mapping[str, Any], *, adapter_step: int | None, merge: Mapping[str, Any] | None = None
+) -> str:
+    """Return Markdown with the front matter that model hubs read, from the training run's manifest.
+
+    `merge` says how the weights were rounded and how much of the update is left.
+    """
     dataset, git = manifest["dataset"], manifest.get("git") or {}
     shown = {
         "Method": manifest["method"],
         "Base model": manifest["base_model"],
         "Base revision": manifest.get("base_revision"),
         "Optimizer steps": adapter_step,
+        "Merged weights": merge and f"{merge['dtype']}, rounded to {merge['rounding']}",
+        "Update kept (projection)": merge and merge["kept"],
         "Sequences per step": manifest["effective_batch"] or None,
         "Training data": dataset.get("name"),
         "Problems": dataset.get("rows"),

@@ -30,22 +30,21 @@ from opsd.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+CLIP_SCOPES = ("entry", "token")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
     """Every number of the four objectives; the defaults are the paper's."""
 
     temperature: float = option(1.1, "T, divides the logits of student and teacher", range=POSITIVE)
-    jsd_token_clip: float = option(
-        0.05, "c, cap on each entry of the forward KL; 0 = none", range=NOT_NEGATIVE
-    )
+    jsd_token_clip: float = option(0.05, "c, cap of the forward KL's entries; 0 = none", range=NOT_NEGATIVE)
+    divergence_clip_scope: str = option("entry", "c caps each entry or the token's sum", choices=CLIP_SCOPES)
     position_w_min: float = option(0.25, "pwopsd: smallest position weight", range=FRACTION)
     position_tau: float = option(0.30, "pwopsd: relative position of half weight", range=FINITE)
     position_s: float = option(0.10, "pwopsd: width of the schedule", range=POSITIVE)
     position_global_reduction: bool = option(False, "pwopsd: mean over all tokens, not per sequence first")
-    eopd_entropy_threshold: float = option(
-        0.8, "eopd: teacher entropy above which the forward KL is added, nats", range=NOT_NEGATIVE
-    )
+    eopd_entropy_threshold: float = option(0.8, "eopd: the gate's teacher entropy, nats", range=NOT_NEGATIVE)
     eopd_top_k: int = option(16, "eopd: size of the teacher's support in that KL", range=AT_LEAST_ONE)
     eopd_clip_epsilon: float = option(0.2, "eopd: ε of the PPO clip", range=BELOW_ONE)
     reopold_lambda: float = option(0.1, "reopold: the reward floor is log λ / (1 − λ)", range=OPEN_FRACTION)
@@ -67,8 +66,9 @@ class TokenStats(SimpleNamespace):
     student_entropy: Tensor  # H(p_S)
     teacher_entropy: Tensor  # H(p_T)
     divergence: Tensor  # Σ_v p_T [log p_T − log p_S], not clipped
-    clipped_divergence: Tensor  # Σ_v min(p_T [log p_T − log p_S], c)
-    clipped_entries: Tensor  # number of vocabulary entries above c
+    clipped_divergence: Tensor  # Σ_v min(p_T [log p_T − log p_S], c); scope token: min(divergence, c)
+    clipped_entries: Tensor  # number of vocabulary entries above c; scope token: all V or none
+    clipped_teacher_mass: Tensor  # Σ p_T of those entries
     topk_divergence: Tensor  # Σ_{v∈top-k(p_T)} q [log q − log p_S], q = p_T renormalised over its own top k
 
 
@@ -78,6 +78,7 @@ class StatsConfig:
 
     temperature: float  # divides the logits of both roles
     divergence_clip: float | None = None  # c of `clipped_divergence`; 0 = no cap; None = not computed
+    clip_scope: str = "entry"  # one of CLIP_SCOPES
     top_k: int | None = None  # k of `topk_divergence`; None = not computed
     chunk_positions: int | None = None  # positions per chunk; None chooses by memory
 
@@ -132,7 +133,7 @@ def position_weights(lengths: Tensor, hyper: Hyperparameters, tokens: int | None
 
 
 def opsd_term(stats: TokenStats, hyper: Hyperparameters) -> Tensor:
-    """Return Σ_v min(p_T [log p_T − log p_S], c), the forward KL with each vocabulary entry capped, [N]."""
+    """Return Σ_v min(p_T [log p_T − log p_S], c), the forward KL with each entry (or its sum) capped, [N]."""
     return stats.clipped_divergence
 
 
@@ -255,7 +256,8 @@ class Method:
 
 
 def _forward_kl(hyper: Hyperparameters) -> StatsConfig:
-    return StatsConfig(temperature=hyper.temperature, divergence_clip=hyper.jsd_token_clip)
+    clip, scope = hyper.jsd_token_clip, hyper.divergence_clip_scope
+    return StatsConfig(temperature=hyper.temperature, divergence_clip=clip, clip_scope=scope)
 
 
 def _with_top_k(hyper: Hyperparameters) -> StatsConfig:

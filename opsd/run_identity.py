@@ -22,10 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError
 from opsd.files import atomic_write_json, cached_sha256, changed_file, combined_sha256, file_list
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
 MANIFEST_NAME = "manifest.json"
 SENTINEL_NAME = ".ready_for_eval"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -66,7 +66,6 @@ _PACKAGES = (
 )  # fmt: skip
 _SECRETS = ("token", "api_key", "password", "secret")
 _OTHER_MODEL_FILES = ("config.json", "tokenizer_config.json", "chat_template.jinja")
-_LARGEST_JSON_BYTES = 64 * 2**20
 _MANIFEST_FIELDS = {
     "run_name": str, "method": str, "base_model": str, "arguments": dict, "versions": dict, "dataset": dict,
     "world_size": int, "effective_batch": int, "seeds": dict,
@@ -82,7 +81,7 @@ def run_manifest(
     dataset_sha256: str,
     world_size: int,
 ) -> dict[str, Any]:
-    """Return the manifest of a training run, ready for `write_manifest`.
+    """Return the manifest of a training run, for `manifest.json` in its folder.
 
     Args:
         arguments: `run_arguments` of the run.
@@ -194,11 +193,6 @@ def model_sha256(folder: Path) -> str:
     return combined_sha256({path.name: cached_sha256(path) for path in (*weights, *others)})
 
 
-def write_manifest(folder: Path | str, manifest: Mapping[str, Any]) -> None:
-    """Write `folder/manifest.json`."""
-    atomic_write_json(Path(folder) / MANIFEST_NAME, manifest)
-
-
 def read_manifest(folder: Path | str) -> dict[str, Any]:
     """Read a run's manifest. Raises ArtefactError when it is missing, torn or malformed."""
     return read_json_object(Path(folder) / MANIFEST_NAME, what="run manifest", fields=_MANIFEST_FIELDS)
@@ -208,12 +202,9 @@ def read_json_object(path: Path, *, what: str, fields: Mapping[str, type] | None
     """Read a JSON object that has `fields` of these types; messages call it `what`.
 
     A field "files" maps names inside the file's folder to `{"bytes": int, "sha256": str}`. Raises
-    ArtefactError when the file is missing, torn, too large, no JSON object, or lacks a field.
+    ArtefactError when the file is missing, torn, no JSON object, or lacks a field.
     """
     try:
-        size = path.stat().st_size
-        if size > _LARGEST_JSON_BYTES:
-            raise ArtefactError(f"{path} has {size} bytes: too large for a {what}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtefactError(f"no {what} at {path}") from error
@@ -302,14 +293,23 @@ def model_identity(files: Mapping[str, str]) -> str:
 
 
 def write_sentinel(
-    folder: Path | str, *, base_model: str, adapter: str, adapter_step: int | None
+    folder: Path | str,
+    *,
+    base_model: str,
+    adapter: str,
+    adapter_step: int | None,
+    merge: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Hash the files of a merged folder, write `.ready_for_eval` as its last one, and return its content."""
+    """Hash the files of a merged folder, write `.ready_for_eval` as its last one, and return its content.
+
+    `merge` says how the weights were rounded and how much of the update is left.
+    """
     files = file_list(Path(folder), but=SENTINEL_NAME)
     sentinel = {
         "base_model": base_model,
         "adapter": adapter,
         "adapter_step": adapter_step,
+        "merge": merge,
         "merged": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "identity": model_identity({name: entry["sha256"] for name, entry in files.items()}),
@@ -355,16 +355,12 @@ def check_merged(
         IncompleteMergeError (an ArtefactError): a file, or the sentinel, is missing, cut or empty.
         ArtefactError: the folder is complete but another run's.
     """
-    folder, sentinel, manifest = Path(path), {"files": {}}, {}
+    folder, sentinel, manifest = Path(path), {}, {}
     try:
         sentinel, manifest = read_sentinel(folder), read_manifest(folder)
         reason = changed_file(folder, sentinel["files"], cached_sha256 if hashes else None)
     except ArtefactError as error:
         reason = str(error) if folder.is_dir() else "it does not exist"
-    if reason is None and not any(name.endswith(".safetensors") for name in sentinel["files"]):
-        reason = "it holds no weights"
-    if reason is None and not sentinel["files"].keys() & set(TOKENIZER_FILES):
-        reason = "it holds no tokenizer"
     if reason is not None:
         raise IncompleteMergeError(f"{folder} is not complete: {reason}; run merge_lora.py again")
     left_out = MAY_CHANGE["training"] | {"model_name_or_path"}

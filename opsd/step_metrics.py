@@ -46,7 +46,7 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
 
     @torch.no_grad()
     def record_objective(
-        self, loss: Tensor, reduction: Reduction, stats: TokenStats, *, vocabulary: int
+        self, loss: Tensor, reduction: Reduction, stats: TokenStats, vocabulary: int
     ) -> None:
         """Record the loss of a micro-batch and the means of its [N] statistics."""
         tokens = max(len(stats.student_logprob), 1)
@@ -58,17 +58,35 @@ class StepMetrics(defaultdict[str, list[Tensor | float]]):
             self["loss/divergence"].append(stats.divergence.sum() / tokens)
             self["loss/clip_fraction"].append(stats.clipped_entries.sum() / (tokens * vocabulary))
             self["loss/clipped_token_share"].append((stats.clipped_entries > 0).sum() / tokens)
+            self["loss/clipped_teacher_mass"].append(stats.clipped_teacher_mass.sum() / tokens)
         for name, value in reduction.metrics.items():
             self[name].append(value)
 
-    def record_audit(self, batch: MicroBatch, hidden: Tensor, *, head: Head, sampling: Sampling) -> None:
-        """Record how far the sampler is from the trainer's distribution, by the student's `hidden` [N, H]."""
+    def record_audit(
+        self, batch: MicroBatch, hidden: Tensor, base_hidden: Tensor, *, head: Head, sampling: Sampling
+    ) -> None:
+        """Record how far the sampler is from the trainer and, for scale, how far the base is.
+
+        With the log-probabilities e of the sampler, s of the student and b of the base, in nats,
+        `rollout/logprob_difference` is the mean of |e − s|, `rollout/logprob_difference_base` of |b − s|, and
+        `rollout/staleness` is ⟨e − s, b − s⟩ / ⟨b − s, b − s⟩: how far the sampler is on the way from the
+        student (0) to the base (1). A merge that keeps the share k of a small update gives 1 − k. Rounding
+        noise in s and b, as in bfloat16, pulls it towards 1/2, which says nothing; noise in e does not.
+
+        Args:
+            hidden, base_hidden: [N, H] of the student's prompts, with the adapter on and off.
+        """
         outside, logprob = sampling_audit(hidden.detach(), batch.token_ids, head=head, sampling=sampling)
         self["rollout/outside_support_share"].append(outside.float().mean())
         if all(completion.logprobs is not None for completion in batch.completions):
             theirs = [value for completion in batch.completions for value in completion.logprobs or ()]
-            difference = logprob - torch.tensor(theirs, device=logprob.device)
+            difference = torch.tensor(theirs, device=logprob.device) - logprob
+            base = sampling_audit(base_hidden, batch.token_ids, head=head, sampling=sampling)[1] - logprob
             self["rollout/logprob_difference"].append(difference.abs().mean())
+            self["rollout/logprob_difference_base"].append(base.abs().mean())
+            # Of a new adapter, whose update is 0, it is 0 / 0.
+            tiny = torch.finfo(base.dtype).tiny
+            self["rollout/staleness"].append((difference * base).sum() / base.square().sum().clamp_min(tiny))
 
     def means(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Return each name's mean over what was recorded and over ranks; of a name with _max, the maximum.

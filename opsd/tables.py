@@ -24,14 +24,10 @@ def load_table(
     revision: str | None = None,
     remedy: str = "give a local file or folder",
 ) -> Dataset:
-    """Load the rows of `source`. A number in the column `answer` of JSON or CSV stays the text written there.
+    """Load the rows of a file, of a folder (files of one kind, or of `save_to_disk`) or else of a hub id.
 
-    Args:
-        source: an existing file or folder (files of one kind, or one written by `save_to_disk`), else a hub
-            id.
-        split: which split of a hub dataset, or of a folder that holds several.
-        revision: hub branch, tag or commit.
-        remedy: what to do when the hub cannot be reached.
+    A number in the column `answer` of JSON or CSV stays the text written there. `remedy` says what to do when
+    the hub cannot be reached.
 
     Raises:
         ArtefactError: nothing there, not readable, or the hub cannot be reached.
@@ -79,10 +75,8 @@ def _read_file(path: Path) -> pyarrow.Table:
             raise ValueError("a line has more fields than the first one")
         return pyarrow.table({name: [row.get(name) for row in rows] for name in names})
     except (OSError, csv.Error, *MALFORMED) as error:
-        raise ArtefactError(
-            f"{path} cannot be read as {path.suffix[1:]} ({error}): it is damaged; repair it and save it as "
-            "UTF-8"
-        ) from error
+        problem = f"{path} cannot be read as {path.suffix[1:]} ({error}): it is damaged"
+        raise ArtefactError(f"{problem}; repair it and save it as UTF-8") from error
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:

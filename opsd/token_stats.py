@@ -92,9 +92,16 @@ def dense_statistics(
     if config.divergence_clip is not None:
         clip = config.divergence_clip or math.inf
         entries = teacher_probs * (teacher_log - student_log)
-        values["divergence"] = entries.sum(-1).detach()
-        values["clipped_divergence"] = entries.clamp(max=clip).sum(-1)
-        values["clipped_entries"] = (entries > clip).sum(-1).to(dtype)
+        total = entries.sum(-1)
+        values["divergence"] = total.detach()
+        if config.clip_scope == "token":
+            values["clipped_divergence"] = total.clamp(max=clip)
+            cut = (total > clip).unsqueeze(1).expand_as(entries)
+        else:
+            values["clipped_divergence"] = entries.clamp(max=clip).sum(-1)
+            cut = entries > clip
+        values["clipped_entries"] = cut.sum(-1).to(dtype)
+        values["clipped_teacher_mass"] = (teacher_probs * cut).sum(-1)
     if config.top_k is not None:
         top_log, top_ids = teacher_log.topk(config.top_k)
         top_log = top_log.log_softmax(-1)
@@ -221,9 +228,7 @@ def _block_statistics(
         top_probs = top_log.exp()
         values["topk_divergence"] = (top_probs * (top_log - student_log.gather(1, top_ids))).sum(-1)
     if config.divergence_clip is not None:
-        kept_mass = _divergences(
-            values, student_log, teacher_log, teacher_probs, config.divergence_clip, space.product
-        )
+        kept_mass = _divergences(values, student_log, teacher_log, teacher_probs, config, space.product)
     if term is None:
         return values
     values["term"], slopes = _term_and_slopes(term, values, differentiate)
@@ -251,23 +256,31 @@ def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, places.gather(1, chosen)
 
 
-def _divergences(values, student_log, teacher_log, teacher_probs, clip, scratch) -> Tensor:
+def _divergences(values, student_log, teacher_log, teacher_probs, config: StatsConfig, scratch) -> Tensor:
     """Write the forward KL, clipped and not; zero p_T where the clip cuts and return its sums [n].
 
     A clipped entry has no gradient; one that equals the clip has, as in torch.clamp.
     """
+    clip = config.divergence_clip
     entries = torch.sub(teacher_log, student_log, out=teacher_log).mul_(teacher_probs)
-    values["divergence"] = entries.sum(-1)
-    if clip > 0:
-        # 1 and 0 in the dtype of the entries: their count is exact below 2^24 and needs no integer copy.
+    divergence = values["divergence"] = entries.sum(-1)
+    if not clip:
+        values["clipped_divergence"] = divergence.clone()
+        values["clipped_entries"] = values["clipped_teacher_mass"] = torch.zeros_like(divergence)
+        return torch.ones_like(divergence)
+    # 1 and 0 in the dtype of the entries: their count is exact below 2^24 and needs no integer copy.
+    if config.clip_scope == "token":
+        cut = (divergence > clip).to(entries.dtype).unsqueeze(1)
+        values["clipped_entries"] = cut.squeeze(1) * entries.shape[1]
+        values["clipped_divergence"] = divergence.clamp(max=clip)
+    else:
         cut = torch.gt(entries, clip, out=scratch[: len(entries)])
         values["clipped_entries"] = cut.sum(-1)
         values["clipped_divergence"] = entries.clamp_(max=clip).sum(-1)
-        teacher_probs.addcmul_(teacher_probs, cut, value=-1.0)
-        return teacher_probs.sum(-1)
-    values["clipped_entries"] = torch.zeros_like(values["divergence"])
-    values["clipped_divergence"] = values["divergence"].clone()
-    return torch.ones_like(values["divergence"])
+    teacher_probs.addcmul_(teacher_probs, cut, value=-1.0)
+    kept = teacher_probs.sum(-1)
+    values["clipped_teacher_mass"] = (1.0 - kept).clamp_(min=0.0)
+    return kept
 
 
 def _term_and_slopes(term: TermFunction, values: dict[str, Tensor], differentiate: bool):

@@ -101,13 +101,13 @@ class OPSDTrainer(Trainer):
     def _roll_out(self, examples: Sequence[Example]) -> list[Completion]:
         model = self.accelerator.unwrap_model(self.model)
         started = time.perf_counter()
-        self.engine.push_weights(model)
+        audit = self._due(self.rollout.rollout_audit_steps)
+        for name, value in self.engine.push_weights(model, measure=audit).items():
+            self._metrics[name].append(value)
         pushed = time.perf_counter()
         seeds = {"seed": self.args.seed, "step": self.state.global_step}
         requests = [Request(e.student_ids, rollout_seed(**seeds, problem=e.index)) for e in examples]
-        completions = self.engine.generate(
-            requests, self.sampling, want_logprobs=self._due(self.rollout.rollout_audit_steps)
-        )
+        completions = self.engine.generate(requests, self.sampling, want_logprobs=audit)
         self._metrics["time/push_s"].append(pushed - started)
         self._metrics["time/rollout_s"].append(time.perf_counter() - pushed)
         return completions
@@ -122,14 +122,14 @@ class OPSDTrainer(Trainer):
             for prompts in ([e.student_ids for e in examples], [e.teacher_ids for e in examples])
         )
         started = time.perf_counter()
-        hidden = self._teacher_hidden(teacher)
+        hidden = self._base_hidden(teacher)
         self._metrics["time/teacher_s"].append(time.perf_counter() - started)
         lengths = torch.tensor([len(row) for row in ids], device=device)
         token_ids = torch.tensor([token for row in ids for token in row], dtype=torch.long, device=device)
         return MicroBatch(examples, completions, lengths, token_ids, student, teacher, hidden)
 
-    def _teacher_hidden(self, batch: RoleBatch) -> Tensor:
-        """Compute the teacher's [N, H] with the same model: adapter off, privileged prompt, no graph."""
+    def _base_hidden(self, batch: RoleBatch) -> Tensor:
+        """Compute [N, H] with the adapter off and no graph; on the privileged prompt, the teacher's."""
         with torch.inference_mode(), self._evaluation_mode() as model, model.disable_adapter():
             return batch.hidden_states(model)
 
@@ -158,6 +158,10 @@ class OPSDTrainer(Trainer):
 
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
         """Compute the method's loss on one micro-batch; see opsd/objectives.py."""
+        # Before the student's pass, whose graph would take memory beside this one.
+        base_hidden = (
+            self._base_hidden(inputs.student) if self._due(self.rollout.rollout_audit_steps) else None
+        )
         with self.accelerator.autocast():
             hidden = inputs.student.hidden_states(model)
         stats, scale = self._statistics(hidden, inputs), self._scale
@@ -169,9 +173,9 @@ class OPSDTrainer(Trainer):
             # DistributedDataParallel averages over ranks and the Trainer over micro-batches; undo both.
             loss = loss * (self.args.world_size * self.current_gradient_accumulation_steps)
         self.guard.see_loss(loss, [example.index for example in inputs.examples], stats)
-        self._metrics.record_objective(loss, reduction, stats, vocabulary=self.head.weight.shape[0])
-        if self._due(self.rollout.rollout_audit_steps):
-            self._metrics.record_audit(inputs, hidden, head=self.head, sampling=self.sampling)
+        self._metrics.record_objective(loss, reduction, stats, self.head.weight.shape[0])
+        if base_hidden is not None:
+            self._metrics.record_audit(inputs, hidden, base_hidden, head=self.head, sampling=self.sampling)
         return loss
 
     def _statistics(self, hidden: Tensor, batch: MicroBatch, *, with_term: bool = True) -> TokenStats:

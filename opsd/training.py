@@ -17,7 +17,7 @@ from opsd.arguments import MethodArguments, ModelArguments, RolloutArguments
 from opsd.checkpoints import check_run, remove_incomplete, resolve_resume
 from opsd.data import Problems, check_positions, encode_problems
 from opsd.errors import ArtefactError, UsageError
-from opsd.files import atomic_write_text, lock_file, remove_all_partials
+from opsd.files import atomic_write_json, atomic_write_text, lock_file, remove_all_partials
 from opsd.head import attach_hidden_forward, check_head, head_of
 from opsd.models import load_causal_lm, load_config, load_tokenizer, model_folder
 from opsd.rollout.vllm_setup import local_model, require_vllm
@@ -29,7 +29,6 @@ from opsd.run_identity import (
     read_manifest,
     run_arguments,
     run_manifest,
-    write_manifest,
 )
 from opsd.step_metrics import ConciseProgress, MetricsFile, TensorBoardFolder
 from opsd.tables import load_table
@@ -58,7 +57,7 @@ def train(
     _check_engine(rollout, training.world_size)
     folder = Path(str(training.output_dir))
     if training.process_index > 0:
-        return _train(folder, training, method, rollout, options)
+        return _train(training, method, rollout, options)
     busy = f"another process is training in --output_dir {folder}; wait for it, or choose another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,20 +66,17 @@ def train(
         raise ArtefactError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
     with lock:
         try:
-            return _train(folder, training, method, rollout, options)
+            return _train(training, method, rollout, options)
         finally:
             (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
 def _train(
-    output_dir: Path,
-    training: TrainingArguments,
-    method: MethodArguments,
-    rollout: RolloutArguments,
-    options: ModelArguments,
+    training: TrainingArguments, method: MethodArguments, rollout: RolloutArguments, options: ModelArguments
 ) -> int:
     from opsd.trainer import OPSDTrainer  # late, since it imports what an error in the data does not need
 
+    output_dir = Path(str(training.output_dir))
     resume = resolve_resume(output_dir, training.resume_from_checkpoint)
     load = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model_name_or_path, **load)
@@ -96,7 +92,8 @@ def _train(
     if training.process_index == 0:
         remove_incomplete(output_dir)
         remove_all_partials(output_dir)
-        write_manifest(output_dir, manifest if resume is None else _resumed(output_dir, manifest, resume))
+        manifest = manifest if resume is None else _resumed(output_dir, manifest, resume)
+        atomic_write_json(output_dir / MANIFEST_NAME, manifest)
         _identify_wandb_run(training, output_dir)
     logger.info("resuming from %s", resume) if resume is not None else logger.info("starting afresh")
     model = _load_model(training, options).to(training.device)
@@ -158,10 +155,14 @@ def _check_devices(training: TrainingArguments) -> None:
 
 def _check_engine(rollout: RolloutArguments, world_size: int) -> None:
     if rollout.rollout != "vllm":
+        if rollout.rollout_weights == "adapter":
+            raise UsageError(
+                "--rollout_weights adapter is for --rollout vllm; transformers never merges the adapter, so "
+                "leave the flag out"
+            )
         return
     require_vllm()
-    size = rollout.vllm_tensor_parallel_size
-    if world_size % size:
+    if world_size % (size := rollout.vllm_tensor_parallel_size):
         raise UsageError(
             f"--vllm_tensor_parallel_size {size} does not divide the {world_size} processes; choose a divisor"
         )
@@ -294,7 +295,10 @@ def _build_engine(
 
         return HFEngine(model, tokenizer, batch_size=rollout.hf_rollout_batch_size)
     from opsd.rollout.vllm import VLLMEngine
+    from opsd.rollout.vllm_push import check_pushable
 
+    adapter = rollout.rollout_weights == "adapter"
+    check_pushable(model, merged=not adapter)
     return VLLMEngine(
         local_model(options.model_name_or_path, options.model_revision),
         tensor_parallel_size=rollout.vllm_tensor_parallel_size,
@@ -306,4 +310,5 @@ def _build_engine(
         enable_sleep_mode=rollout.vllm_enable_sleep_mode,
         dtype=str(model.get_base_model().dtype).removeprefix("torch."),
         trust_remote_code=options.trust_remote_code,
+        pushed_rank=options.lora_r if adapter else None,
     )

@@ -31,6 +31,10 @@ CELLS = {
     "pwopsd": "PW-OPSD",
     "pwopsd_global": "PW-OPSD, mean over all tokens",
     "pwopsd_flat": "PW-OPSD, every weight 1",
+    "opsd_noclip": "OPSD, no clip",
+    "pwopsd_noclip": "PW-OPSD, no clip",
+    "opsd_tokenclip": "OPSD, cap on the token",
+    "pwopsd_tokenclip": "PW-OPSD, cap on the token",
 }
 BENCHMARKS = ("small", "small_hard")
 METRICS = ("average_at_n", "pass_at_n", "majority_vote_at_n")

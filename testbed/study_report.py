@@ -14,7 +14,10 @@ import torch
 from opsd.errors import ArtefactError
 from opsd.files import atomic_write_text
 from opsd.objectives import Hyperparameters, position_weights
-from opsd.report import plots
+from opsd.report import comparison_plot, plots
+from opsd.report.comparison import HEADER, Comparison, comparisons
+from opsd.report.samples import Samples
+from opsd.report.summary import Run, Table, build_tables
 from testbed.study import (
     BENCHMARKS,
     CELLS,
@@ -35,7 +38,13 @@ ABLATION = {
     "opsd": ("schedule off", "mean over all tokens"),
 }
 SMOOTHING = 10
-RESAMPLES = 2000
+PAIRS = (
+    ("pwopsd", "opsd"),
+    ("eopd", "opsd"),
+    ("reopold", "opsd"),
+    ("pwopsd", "pwopsd_flat"),
+    ("pwopsd", "pwopsd_global"),
+)
 Results = Sequence[Mapping[str, Any]]
 
 
@@ -63,30 +72,35 @@ def spread(values: Sequence[float]) -> str:
     return f"{text} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
 
 
-def per_problem(results: Results, cell: str, benchmark: str) -> np.ndarray:
-    """Return the [training seeds, P] share of right samples of each problem, over the evaluation seeds."""
-    found = defaultdict(list)
-    for record in results:
-        if record["cell"] == cell and record["benchmark"] == benchmark:
-            found[record["training_seed"]].append(np.array(record["num_correct"]) / record["val_n"])
-    return np.array(
-        [np.mean(rows, axis=0) for _, rows in sorted(found.items(), key=lambda item: item[0] or 0)]
-    )
+def study_table(results: Results) -> Table:
+    """Return the study's evaluations as the table that `summarize_results.py` makes of result files."""
+    runs = []
+    for record in of_kind(results, "study"):
+        n, benchmark, training_seed = record["val_n"], record["benchmark"], record["training_seed"]
+        right = np.arange(n) < np.array(record["num_correct"])[:, None]
+        facts = {"base_model": record["cell"], "val_n": n, "num_problems": len(right), "max_new_tokens": 160}
+        samples = Samples(right, None, None, [], [""] * len(right), [])
+        names = (Path(f"{record['cell']}_t{training_seed}"), record["cell"], "small", record["cell"])
+        shares = {"average": right.mean(1)}
+        runs.append(Run(*names, training_seed, None, benchmark, record["seed"], facts, shares, samples))
+    (table,) = build_tables(runs, print)
+    return table
 
 
-def difference(results: Results, cell: str, other: str, benchmark: str) -> tuple[float, float, float]:
-    """Return the mean difference in points between two cells and its 95 % bootstrap interval.
+def study_comparisons(results: Results, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+    """Return the differences on both benchmarks and their mean of the pairs whose cells have results."""
+    table = study_table(results)
+    rows = {row.method: row for row in table.rows}
+    known = [(rows[cell], rows[other]) for cell, other in pairs if cell in rows and other in rows]
+    return comparisons(table, known, print)
 
-    Training seeds (as pairs: equal seeds share their data order) and problems are resampled together.
-    """
-    ours, theirs = per_problem(results, cell, benchmark), per_problem(results, other, benchmark)
-    gap = 100 * (ours - theirs)
-    draw = np.random.default_rng(0)
-    seeds = draw.integers(0, gap.shape[0], (RESAMPLES, gap.shape[0]))
-    problems = draw.integers(0, gap.shape[1], (RESAMPLES, gap.shape[1]))
-    means = [gap[np.ix_(s, p)].mean() for s, p in zip(seeds, problems, strict=True)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(gap.mean()), float(low), float(high)
+
+def interval(results: Results, cell: str, other: str, benchmark: str) -> str:
+    """Return the difference of two cells with its 95 % interval, as `+1.2 [-0.3, +2.7]`; a dash without."""
+    for found in study_comparisons(results, [(cell, other)]):
+        if found.benchmark == benchmark:
+            return f"{found.difference:+.1f} [{found.interval[0]:+.1f}, {found.interval[1]:+.1f}]"
+    return "—"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -143,6 +157,21 @@ def ablation_table(results: Results) -> str:
     return markdown(rows)
 
 
+def clip_table(results: Results) -> str:
+    """Return OPSD and PW-OPSD with the published clip, without it, and with the cap on a token's term."""
+    results = of_kind(results, "study")
+    cells = [f"{method}{form}" for method in ("opsd", "pwopsd") for form in ("", "_noclip", "_tokenclip")]
+    rows = [["", *(TITLES[b] for b in BENCHMARKS), *(f"against the clip, {TITLES[b]}" for b in BENCHMARKS)]]
+    for cell in cells:
+        method = cell.split("_")[0]
+        values = [list(seed_means(results, cell, b, "average_at_n").values()) for b in BENCHMARKS]
+        gaps = ["—" if cell == method else interval(results, cell, method, b) for b in BENCHMARKS]
+        rows.append([CELLS[cell], *map(spread, values), *gaps])
+    gaps = [interval(results, "pwopsd_noclip", "opsd_noclip", b) for b in BENCHMARKS]
+    rows.append(["PW-OPSD − OPSD, both without the clip", *gaps, "", ""])
+    return markdown(rows)
+
+
 def search_table(training: Results) -> str:
     """Return the percentage of right rollouts in the search's last steps, the chosen rate in bold."""
     scores = search_scores(training)
@@ -172,20 +201,8 @@ def other_metrics_table(results: Results) -> str:
 
 def differences_table(results: Results) -> str:
     """Return paired differences to OPSD and between cells of the ablation."""
-    results = of_kind(results, "study")
-    pairs = [
-        ("pwopsd", "opsd"),
-        ("eopd", "opsd"),
-        ("reopold", "opsd"),
-        ("pwopsd", "pwopsd_flat"),
-        ("pwopsd", "pwopsd_global"),
-    ]
-    rows = [["difference, points", *(TITLES[b] for b in BENCHMARKS)]]
-    for cell, other in pairs:
-        found = [difference(results, cell, other, b) for b in BENCHMARKS]
-        texts = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" for mean, low, high in found]
-        rows.append([f"{CELLS[cell]} − {CELLS[other]}", *texts])
-    return markdown(rows)
+    text = markdown([HEADER, *(found.line for found in study_comparisons(results, PAIRS))])
+    return re.sub(r" \(3 training seeds\)|, 3 training seeds", "", text)
 
 
 def facts(results: Results, training: Results) -> str:
@@ -293,6 +310,8 @@ def report() -> int:
     draw_curves(training, RECORDS / "learning_curves.png")
     draw_weights(RECORDS / "position_weights.png")
     draw_accuracy(results, RECORDS / "accuracy.png")
+    figure = comparison_plot.forest(study_comparisons(results, PAIRS), of_kind(results, "study")[0]["val_n"])
+    plots.save(figure, RECORDS / "differences.png")
     replace_parts(ROOT / "README.md", {"main": main})
     replace_parts(
         ROOT / "docs" / "small_world.md",
@@ -302,6 +321,7 @@ def report() -> int:
             "long": long_table(results, training),
             "differences": differences_table(results),
             "ablation": ablation_table(results),
+            "clip": clip_table(results),
             "search": search_table(training),
             "other": other_metrics_table(results),
         },

@@ -22,14 +22,15 @@ def _entropy(log_probs):
     return -sum(math.exp(float(value)) * float(value) for value in log_probs)
 
 
-def _clipped_kl(log_student, log_teacher, clip):
+def _clipped_kl(log_student, log_teacher, hyper):
+    clip, of_token = hyper.jsd_token_clip, hyper.divergence_clip_scope == "token"
     total = 0.0
     for student, teacher in zip(log_student, log_teacher, strict=True):
         entry = math.exp(float(teacher)) * (float(teacher) - student)
-        if clip and float(entry) > clip:
+        if clip and not of_token and float(entry) > clip:
             entry = clip
         total = total + entry
-    return total
+    return total * 0.0 + clip if clip and of_token and float(total) > clip else total
 
 
 def _eopd_token(log_student, log_teacher, token, *, threshold, top_k):
@@ -72,7 +73,7 @@ def reference_loss(method, student_logits, teacher_logits, token_ids, mask, *, h
     if not tokens:
         return student_logits.double().sum() * 0.0
     if method == "opsd":
-        return sum(_clipped_kl(s, t, hyper.jsd_token_clip) for s, t, _ in tokens) / len(tokens)
+        return sum(_clipped_kl(s, t, hyper) for s, t, _ in tokens) / len(tokens)
     if method == "eopd":
         settings = {"threshold": hyper.eopd_entropy_threshold, "top_k": hyper.eopd_top_k}
         return sum(_eopd_token(s, t, y, **settings) for s, t, y in tokens) / len(tokens)
@@ -81,7 +82,7 @@ def reference_loss(method, student_logits, teacher_logits, token_ids, mask, *, h
         sums, weighted_total = [], 0.0
         for row in filter(None, rows):
             weighted = sum(
-                _weight(i, len(row), *schedule) * _clipped_kl(s, t, hyper.jsd_token_clip)
+                _weight(i, len(row), *schedule) * _clipped_kl(s, t, hyper)
                 for i, (s, t, _) in enumerate(row, start=1)
             )
             sums.append(weighted / len(row))

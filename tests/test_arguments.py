@@ -30,6 +30,7 @@ def test_defaults_are_the_papers(monkeypatch):
     training, method, rollout, options = parse_arguments(MINIMAL)
     assert vars(method) == {
         "method": "pwopsd", "temperature": 1.1, "jsd_token_clip": 0.05, "loss_scope": "micro_batch",
+        "divergence_clip_scope": "entry",
         "position_w_min": 0.25, "position_tau": 0.30, "position_s": 0.10, "position_global_reduction": False,
         "eopd_entropy_threshold": 0.8, "eopd_top_k": 16, "eopd_clip_epsilon": 0.2,
         "reopold_lambda": 0.1, "reopold_beta": 0.2, "reopold_t_switch": 50,
@@ -93,6 +94,7 @@ def test_every_range_refuses_what_lies_outside_and_takes_what_lies_inside():
         ("--reopold_t_switch 2.5", "invalid int value: '2.5'"),
         ("--seed -1", "--seed is -1, but must be in [0, 4294967295]"),
         ("--rollout sglang", "--rollout is 'sglang', but must be one of hf, vllm"),
+        ("--divergence_clip_scope row", "--divergence_clip_scope is 'row', but must be one of entry, token"),
         ("--loss_scope epoch", "--loss_scope is 'epoch', but must be one of micro_batch, global"),
         ("--max_completion_length 20000", "--max_completion_length 20000 leaves no room for a prompt"),
         ("--no_such_flag 1", "--no_such_flag"),

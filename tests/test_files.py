@@ -20,7 +20,7 @@ import pytest
 
 from opsd import checkpoints, files
 from opsd.evaluation.journal import Journal
-from opsd.run_identity import SENTINEL_NAME, read_sentinel, write_manifest, write_sentinel
+from opsd.run_identity import MANIFEST_NAME, SENTINEL_NAME, read_sentinel, write_sentinel
 
 ROOT = Path(__file__).resolve().parents[1]
 # Path and shutil call these through the module, so that patching the module is enough.
@@ -72,7 +72,8 @@ def _save(folder: Path) -> None:
 def _run(folder: Path) -> None:
     manifest: dict = {name: {} for name in ("arguments", "versions", "dataset", "seeds")}
     manifest |= dict.fromkeys(("run_name", "base_model", "method"), "x")
-    write_manifest(folder, manifest | {"world_size": 1, "effective_batch": 1})
+    manifest |= {"world_size": 1, "effective_batch": 1}
+    files.atomic_write_json(folder / MANIFEST_NAME, manifest)
 
 
 def _run_of_two(folder: Path) -> None:

@@ -24,15 +24,15 @@ import merge_lora
 from opsd.arguments import parse_arguments
 from opsd.checkpoints import MARKER, mark_complete
 from opsd.errors import ArtefactError, UsageError
-from opsd.files import PARTIAL_MARK
+from opsd.files import PARTIAL_MARK, atomic_write_json
 from opsd.run_identity import (
+    MANIFEST_NAME,
     SENTINEL_NAME,
     check_merged,
     model_sha256,
     read_manifest,
     run_arguments,
     run_manifest,
-    write_manifest,
 )
 
 TEMPLATE = "{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -79,7 +79,7 @@ def train_nothing(base: Path, run: Path, *flags: str, step: int = 100, targets=T
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 150}))
     for name in ("optimizer.pt", "scheduler.pt"):
         (checkpoint / name).write_bytes(b"not read by a merge")
-    write_manifest(run, manifest_of(run.name, base, *flags))
+    atomic_write_json(run / MANIFEST_NAME, manifest_of(run.name, base, *flags))
     mark_complete(checkpoint)
     return checkpoint
 
@@ -142,6 +142,71 @@ def test_merged_matrices_are_float32_sums_cast_once(tmp_path):
             torch.testing.assert_close(weight.float(), expected.float(), rtol=2**-8, atol=1e-6)
         else:
             assert torch.equal(weight, old[name]), f"{name} is not adapted, yet changed"
+
+
+@pytest.fixture(scope="module")
+def small_update(tmp_path_factory) -> tuple[Path, Path]:
+    """(bfloat16 base, checkpoint) with an update of about a tenth of the spacing of its weights."""
+    root = tmp_path_factory.mktemp("small")
+    base = tiny_base(root / "base", dtype=torch.bfloat16)
+    checkpoint = train_nothing(base, root / "run")
+    file = checkpoint / "adapter_model.safetensors"
+    weights = {name: w * (7e-5 if "lora_B" in name else 1) for name, w in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    mark_complete(checkpoint)
+    return base, checkpoint
+
+
+def nearest_bfloat16(value: torch.Tensor) -> torch.Tensor:
+    """Round float64 to eight significant bits, in float64."""
+    spacing = 2.0 ** (value.abs().log2().floor() - 7)
+    return (value / spacing).round() * spacing
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "tolerance"),
+    [
+        ({}, torch.bfloat16, 0.02),
+        ({"dtype": "float32"}, torch.float32, 0.001),
+        ({"rounding": "stochastic", "seed": 3}, torch.bfloat16, 0.05),
+    ],
+    ids=["nearest", "float32", "stochastic"],
+)
+def test_what_is_kept_of_a_small_update(small_update, tmp_path, caplog, how, dtype, tolerance):
+    base, checkpoint = small_update
+    out = tmp_path / "m"
+    record = merge_lora.merge(str(base), checkpoint, out, **how)["merge"]
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, out))
+    lora = {name: weight.double() for name, weight in load_file(checkpoint / WEIGHTS).items()}
+    along = size = nearest = 0.0
+    for name in record["matrices"]:
+        stem = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        update, before = 2 * lora[f"{stem}B.weight"] @ lora[f"{stem}A.weight"], old[name].double()
+        along += ((new[name].double() - before) * update).sum().item()
+        nearest += ((nearest_bfloat16(before + update) - before) * update).sum().item()
+        size += update.square().sum().item()
+    assert nearest / size < 0.45
+    assert record["kept"] == pytest.approx(along / size, abs=1e-4)
+    assert record["kept"] == pytest.approx(1 if how else nearest / size, abs=tolerance)
+    assert ("--dtype float32" in caplog.text) is not bool(how)
+    assert f"| Update kept (projection) | {record['kept']} |" in (out / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype is dtype, "as it is evaluated"
+    asked = [word for name, value in how.items() for word in (f"--{name}", str(value))]
+    assert merge_lora.main(["--check", str(out), "--hashes", *asked]) == 0
+    other = ["--dtype", "auto"] if dtype is torch.float32 else ["--rounding", "stochastic", "--seed", "4"]
+    with pytest.raises(ArtefactError, match="was merged otherwise: "):
+        merge_lora.main(["--check", str(out), *other])
+
+
+def test_stochastic_rounding_is_reproducible_and_of_bfloat16(small_update, tmp_path):
+    base, checkpoint = small_update
+    merged = [
+        merge_lora.merge(str(base), checkpoint, tmp_path / "m", rounding="stochastic", seed=seed)["identity"]
+        for seed in (3, 3, 4)
+    ]
+    assert merged[0] == merged[1] != merged[2]
+    options = {"dtype": "float32", "rounding": "stochastic"}
+    refused(UsageError, "add --dtype bfloat16", tmp_path, base, checkpoint, **options)
 
 
 def test_merged_folder_is_complete_and_says_what_it_is(world, tmp_path):

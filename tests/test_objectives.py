@@ -11,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd.objectives import METHODS, Hyperparameters, entropy_threshold, position_fractions, position_weights
+from opsd.objectives import (
+    CLIP_SCOPES,
+    METHODS,
+    Hyperparameters,
+    entropy_threshold,
+    position_fractions,
+    position_weights,
+)
 from tests.reference_objectives import reference_loss
 from tests.test_token_stats import chunked_loss
 
@@ -71,6 +78,7 @@ HYPERPARAMETERS = st.builds(
     Hyperparameters,
     temperature=st.sampled_from([0.7, 1.0, 1.1, 2.0]),
     jsd_token_clip=st.sampled_from([0.0, 0.01, 0.05, 0.3]),
+    divergence_clip_scope=st.sampled_from(CLIP_SCOPES),
     position_w_min=st.sampled_from([0.0, 0.25, 1.0]),
     position_global_reduction=st.booleans(),
 )
@@ -124,6 +132,28 @@ def test_hand_arithmetic_of_the_clip():
         hyper = Hyperparameters(temperature=1.0, jsd_token_clip=clip)
         loss = dense_loss("opsd", student, teacher, ids, mask, hyper=hyper)
         assert loss.item() == pytest.approx(first + 0.2 * math.log(0.4), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("clip", "scope", "gradient"),
+    [
+        (0.05, "entry", [0.05, -0.05]),
+        (0.05, "token", [0.0, 0.0]),
+        (0.5, "token", [-0.4, 0.4]),
+        (0.0, "entry", [-0.4, 0.4]),
+    ],
+)
+def test_hand_arithmetic_of_a_cut_entrys_gradient(clip, scope, gradient):
+    """p_T = (0.9, 0.1), p_S = (0.5, 0.5): entry 0.9 ln 1.8 = 0.529 is cut; the token's sum is 0.368.
+
+    A cut entry's gradient is p_S Σ_kept p_T > 0: descent lowers the teacher's favourite.
+    """
+    student = torch.zeros(1, 1, 2, dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[[0.9, 0.1]]], dtype=torch.float64).log()
+    ids, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    hyper = Hyperparameters(temperature=1.0, jsd_token_clip=clip, divergence_clip_scope=scope)
+    dense_loss("opsd", student, teacher, ids, mask, hyper=hyper).backward()
+    assert student.grad.flatten().tolist() == pytest.approx(gradient, abs=1e-9)
 
 
 def test_reward_floor_and_quantile_by_hand():

@@ -20,6 +20,7 @@ from opsd import checkpoints
 from opsd.checkpoints import read_adapter
 from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.results import load_result
+from opsd.files import atomic_write_json
 from opsd.records import read_metrics
 from opsd.run_identity import (
     check_merged,
@@ -27,7 +28,6 @@ from opsd.run_identity import (
     git_state,
     read_manifest,
     versions,
-    write_manifest,
 )
 from tests.launchers.test_launchers import LAUNCHERS, SETTINGS, load_install
 from tests.programs import forked_runs
@@ -171,7 +171,7 @@ def test_a_runs_manifest_says_what_it_was_and_follows_it_to_the_result(world: Pa
 def a_run(folder: Path, *steps: int) -> Path:
     """Make a run folder with a complete checkpoint at each of `steps`, their contents made up."""
     folder.mkdir()
-    write_manifest(folder, a_manifest())
+    atomic_write_json(folder / "manifest.json", a_manifest())
     for step in steps:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir()

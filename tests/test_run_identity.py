@@ -51,7 +51,7 @@ def merged_folder(folder: Path, **arguments) -> Path:
     (folder / "model-00002-of-00002.safetensors").write_bytes(b"v" * 500)
     for name in ("config.json", "tokenizer.json", "README.md"):
         (folder / name).write_text("{}")
-    m.write_manifest(folder, a_manifest(**arguments))
+    files.atomic_write_json(folder / "manifest.json", a_manifest(**arguments))
     m.write_sentinel(folder, base_model="Qwen/Qwen3-4B", adapter="a", adapter_step=100)
     return folder
 
@@ -60,7 +60,7 @@ def test_a_manifest_survives_writing_and_hides_secrets(tmp_path, monkeypatch):
     command = ["train.py", "--hub_token", "hf_x", "--wandb_api_key=k", "--seed", "1"]
     monkeypatch.setattr(sys, "argv", command)
     written = a_manifest()
-    m.write_manifest(tmp_path, written)
+    files.atomic_write_json(tmp_path / "manifest.json", written)
     read = m.read_manifest(tmp_path)
     assert read == written
     assert read["effective_batch"] == 32
@@ -82,14 +82,11 @@ def test_a_manifest_survives_writing_and_hides_secrets(tmp_path, monkeypatch):
         ('{"run_name": 3}', "'run_name' is 3"),
         ("[" * 100_000, "not valid JSON"),
         ("\xff\xfe", "not valid JSON"),
-        (2**40, "too large"),
     ],
 )
 def test_bad_manifests_are_refused(tmp_path, text, words):
     if text is not None:
-        (tmp_path / "manifest.json").write_bytes(text.encode("latin-1") if isinstance(text, str) else b"")
-    if isinstance(text, int):
-        os.truncate(tmp_path / "manifest.json", text)
+        (tmp_path / "manifest.json").write_text(text, "latin-1")
     with pytest.raises(ArtefactError, match=words):
         m.read_manifest(tmp_path)
 
@@ -217,8 +214,6 @@ DAMAGE = {
     "other bytes": (lambda f: (f / SHARD.format(1)).write_bytes(b"x" * 1000), "SHA-256 of model-00001"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "no run manifest"),
     "torn manifest": (lambda f: os.truncate(f / "manifest.json", 50), "not valid JSON"),
-    "no tokenizer listed": (relist(lambda files: files.pop("tokenizer.json")), "holds no tokenizer"),
-    "no weights listed": (relist(lambda fs: [fs.pop(SHARD.format(n)) for n in (1, 2)]), "holds no weights"),
     "a path outside": (relist(lambda fs: fs.update({"../x": fs["README.md"]})), "lists '../x', which is not"),
     "an absolute path": (relist(lambda fs: fs.update({"/etc/x": fs["README.md"]})), "lists '/etc/x', which"),
     "no hash listed": (relist(lambda fs: fs["README.md"].pop("sha256")), "README.md.* not a file's entry"),

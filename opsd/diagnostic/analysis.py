@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from opsd.diagnostic.config import BranchConfig
-from opsd.diagnostic.schedule import ScheduleFit, fit_schedule
+from opsd.diagnostic.schedule import MODERATE, ScheduleFit, fit_schedule, schedule
 from opsd.diagnostic.statistics import (
     Estimate,
     clustered_auroc,
@@ -22,7 +23,7 @@ from opsd.diagnostic.statistics import (
 from opsd.errors import printable
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
     from transformers import PreTrainedTokenizerBase
 
     from opsd.diagnostic.sampling import Branches, BranchKey
@@ -74,6 +75,22 @@ class Group:
     success: Estimate
     control: Estimate  # success of the forks' unforced continuations
     difference: Estimate
+    divergence: float  # mean KL(teacher ‖ student), nats
+    value: Estimate  # mean over the forks of the value of the teacher's choices, see `Decision`
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the paper's Moderate schedule w helps, to first order in the training step.
+
+    The value of the teacher's choices at a fork is Σ (p_T − p_S)·(viability − control) over the forced
+    tokens: the success that the teacher's next token has more than the student's own, and p_T − p_S is
+    training's pull. A token that was not forced counts as the control. OPSD gains Σ value, PW-OPSD Σ w·value.
+    """
+
+    early: Estimate  # mean value weighted by 1 − w, what the schedule takes away
+    late: Estimate  # weighted by w, what it keeps
+    difference: Estimate  # late − early
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,9 @@ class Analysis:
     by_rank: list[Group]
     spine_success: float  # share of the spines that end right
     truncated: float  # share of the forced continuations that were cut
-    schedules: dict[str, ScheduleFit | None]
+    decision: Decision
+    by_divergence: Decision  # the same with every fork weighted by KL besides
+    suggestion: ScheduleFit | None  # None where none was asked for, or no schedule gains anything
 
 
 def branch_table(
@@ -145,25 +164,39 @@ def analyse(table: pd.DataFrame, config: BranchConfig) -> Analysis:
     """Compute every figure of the report. All intervals use the same resamples of the problems."""
     table = table.assign(code=pd.factorize(table["problem"], sort=True)[0])
     weights = resample_weights(table["problem"].nunique(), resamples=config.resamples, seed=config.seed)
-    schedules = {}
-    if config.suggest_schedule:
-        columns = (table["relative_position"], table["viability"], table["code"], weights)
-        for name, control in (("absolute", 1.0), ("relative", table["control_viability"])):
-            importance = table["teacher_probability"]
-            schedules[name] = fit_schedule(*columns, control=control, importance=importance)
-    curve = [
-        _group(f"{low:.1f} to {high:.1f}", (low + high) / 2, rows, weights)
-        for low, high in pairwise(np.linspace(0, 1, CURVE_BINS + 1))
-        for rows in [table[table["relative_position"].between(low, high, inclusive="left")]]
-    ]
+    forks = fork_values(table)
+    columns = (forks["relative_position"], forks["value"], forks["code"], weights)
+    suggestion = fit_schedule(*columns) if config.suggest_schedule else None
+    curve = []
+    for low, high in pairwise(np.linspace(0, 1, CURVE_BINS + 1)):
+        inside = table["relative_position"].between(low, high, inclusive="left")
+        curve.append(_group(f"{low:.1f} to {high:.1f}", float((low + high) / 2), table[inside], weights))
     return Analysis(
         subsets=[_subset(name, table[choose(table)], weights) for name, choose in SUBSETS.items()],
         curve=curve,
         by_rank=[_group(str(rank), rank, rows, weights) for rank, rows in table.groupby("rank")],
         spine_success=float(table.drop_duplicates("problem")["spine_correct"].mean()),
         truncated=float(table["truncated_share"].mean()),
-        schedules=schedules,
+        decision=decide(forks, weights),
+        by_divergence=decide(forks, weights, forks["kl"]),
+        suggestion=suggestion,
     )
+
+
+def fork_values(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the first row of each fork with the `value` of the teacher's choices there (see `Decision`)."""
+    pull = table["teacher_probability"] - table["student_probability"]
+    table = table.assign(value=pull * table["relative_viability"])
+    values = table.groupby(["problem", "position"])["value"].transform("sum")
+    return table.assign(value=values).drop_duplicates(["problem", "position"])
+
+
+def decide(forks: pd.DataFrame, weights: NDArray[np.float64], importance: ArrayLike = 1.0) -> Decision:
+    """Compute the decision from the rows of `fork_values`, each weighted by its importance."""
+    weight = schedule(forks["relative_position"], **MODERATE)
+    taken, kept = importance * (1 - weight), importance * weight
+    columns = (forks["value"], forks["code"], weights)
+    return Decision(*(clustered_mean(*columns, *shares) for shares in ((taken,), (kept,), (kept, taken))))
 
 
 def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Subset:
@@ -171,20 +204,17 @@ def _subset(name: str, table: pd.DataFrame, weights: NDArray[np.float64]) -> Sub
     outcomes = {"absolute": table["viable"], "relative": relative, "graded": table["relative_viability"]}
     aurocs = {}
     for column, (_, higher_is_viable) in PREDICTORS.items():
-        scores = table[column] * (1 if higher_is_viable else -1)
-        aurocs[column] = {
-            name: clustered_auroc(scores, outcome, table["code"], weights)
-            for name, outcome in outcomes.items()
-        }
+        auroc = partial(clustered_auroc, table[column] * (1 if higher_is_viable else -1))
+        aurocs[column] = {name: auroc(of, table["code"], weights) for name, of in outcomes.items()}
     problems, ties = table["problem"].nunique(), float(pd.Series(relative).isna().mean())
     return Subset(name, len(table), problems, float(table["viable"].mean()), ties, aurocs)
 
 
 def _group(label: str, key: float, rows: pd.DataFrame, weights: NDArray[np.float64]) -> Group:
-    # The control belongs to the fork: counted once, not once per alternative.
-    forks = rows.drop_duplicates(["problem", "position"])
-    success = clustered_mean(rows["viability"], rows["code"], weights)
-    control = clustered_mean(forks["control_viability"], forks["code"], weights)
-    difference = clustered_mean(rows["relative_viability"], rows["code"], weights)
-    probability = float(rows["teacher_probability"].mean())
-    return Group(label, key, len(rows), probability, success, control, difference)
+    # Control and value belong to the fork: counted once, not once per alternative.
+    forks = fork_values(rows)
+    columns = {"success": (rows, "viability"), "difference": (rows, "relative_viability")}
+    columns |= {"control": (forks, "control_viability"), "value": (forks, "value")}
+    estimates = {name: clustered_mean(t[of], t["code"], weights) for name, (t, of) in columns.items()}
+    means = {"probability": rows["teacher_probability"].mean(), "divergence": forks["kl"].mean()}
+    return Group(label, key, len(rows), **means, **estimates)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from opsd.errors import UsageError
 from opsd.files import check_place
@@ -58,11 +57,6 @@ class BranchConfig:
         """Return how spines and continuations are drawn."""
         filters = {name: getattr(self, f"rollout_{name}") for name in ("temperature", "top_p", "top_k")}
         return Sampling(**filters, max_new_tokens=self.max_new_tokens)
-
-    @property
-    def folder(self) -> Path:
-        """The output folder."""
-        return Path(self.output_dir)
 
 
 def parse_config(argv: Sequence[str] | None) -> BranchConfig:

@@ -45,8 +45,7 @@ class ModelBackend:
 
     def engine(self) -> Engine:
         """Return the student's sampler, built at the first call."""
-        if self._engine is None:
-            self._engine = self._build_engine()
+        self._engine = self._engine or self._build_engine()
         return self._engine
 
     def score(
@@ -84,15 +83,20 @@ class ModelBackend:
     def scoring_done(self) -> None:
         """Free the copy that only scores."""
         if self.config.engine == "vllm":
-            self._model = self._head = None
-            _free_memory()
+            self._free_model()
 
     def close(self) -> None:
         """Release engine and model."""
         if self._engine is not None:
             self._engine.close()
-        self._engine = self._model = self._head = None
-        _free_memory()
+            self._engine = None
+        self._free_model()
+
+    def _free_model(self) -> None:
+        self._model = self._head = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _build_engine(self) -> Engine:
         # One engine's packages need not be installed for the other.
@@ -104,25 +108,16 @@ class ModelBackend:
 
         # Prefix caching is vLLM's default: the continuations of a fork share prompt and spine prefix.
         names = "tensor_parallel_size", "gpu_memory_utilization", "dtype", "adapter", "trust_remote_code"
-        folder = local_model(self.config.model_name_or_path, self.config.model_revision)
         settings = {name: getattr(self.config, name) for name in names}
+        folder = local_model(self.config.model_name_or_path, self.config.model_revision)
         return VLLMEngine(folder, max_model_len=self.longest, **settings)
 
     def _loaded_model(self) -> PreTrainedModel | PeftModel:
         if self._model is None:
             config = self.config
-            model = load_causal_lm(
-                config.model_name_or_path,
-                dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-                revision=config.model_revision,
-                trust_remote_code=config.trust_remote_code,
-            )
+            dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+            load = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+            model = load_causal_lm(config.model_name_or_path, dtype=dtype, **load)
             model = load_adapter(model, config.adapter) if config.adapter is not None else model
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         return self._model
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

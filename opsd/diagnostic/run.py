@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 from opsd.diagnostic.analysis import Analysis, analyse, branch_table
 from opsd.diagnostic.config import BranchConfig
@@ -65,8 +66,8 @@ def diagnose(config: BranchConfig, *, command: Sequence[str] = ()) -> Analysis:
 
 def carry_out(plan: Plan, make_backend: Callable[[], ModelBackend], command: Sequence[str] = ()) -> Analysis:
     """Sample what the journal lacks, grade, analyse and write branches, picture and report."""
-    config = plan.config
-    with Journal(config.folder / "journal.jsonl", plan.regime) as journal:
+    config, folder = plan.config, Path(plan.config.output_dir)
+    with Journal(folder / "journal.jsonl", plan.regime) as journal:
         if journal.dropped_bytes:
             logger.warning("dropped the torn last line of %s (%d bytes)", journal.path, journal.dropped_bytes)
         backend = make_backend()
@@ -78,7 +79,6 @@ def carry_out(plan: Plan, make_backend: Callable[[], ModelBackend], command: Seq
             verdicts = grade_branches(branches, plan.problems, grader)
         table = branch_table(branches, plan.problems, verdicts, plan.tokenizer, config)
         analysis = analyse(table, config)
-        folder = config.folder
         atomic_write_text(folder / "branches.csv", table.to_csv(index=False))
         atomic_write_bytes(folder / "branches.parquet", table.to_parquet(index=False))
         draw(analysis, folder / "viability_vs_position.png", top_k=config.top_k)

@@ -1,7 +1,7 @@
-"""The diagnostic's sampling: spines, forks, forced branches and unforced controls, recorded as they finish.
+"""Draw spines, forks, forced branches and unforced controls, and record them as they finish.
 
-Every draw has a hashed seed of its own: a run that was killed and resumed gives the branches of the
-uninterrupted one, and any continuation can be drawn again alone.
+Every draw has a hashed seed of its own: a resumed run gives the branches of the uninterrupted one, and any
+continuation can be drawn again alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -54,7 +55,7 @@ class Spine:
 
 @dataclass(frozen=True)
 class Continued:
-    """One continuation: the answer boxed last in spine prefix + forced token + continuation, None if none."""
+    """A continuation, and the answer boxed last in spine prefix + forced token + continuation."""
 
     answer: str | None
     truncated: bool
@@ -132,15 +133,13 @@ class Sampler:
             return
         # Neighbours in length share a batch.
         pending.sort(key=lambda index: len(self.branches.spines[index].tokens))
-        size, count, seed = self.config.hf_batch_size, self.config.num_positions, self.config.seed
+        size = self.config.hf_batch_size
+        place = partial(fork_offsets, count=self.config.num_positions, seed=self.config.seed)
         with _bar("scoring", len(self.problems), len(pending)) as bar:
             for start in range(0, len(pending), size):
                 batch = pending[start : start + size]
                 spines = [self.branches.spines[index].tokens for index in batch]
-                offsets = [
-                    fork_offsets(len(spine), count, seed=seed, problem=index)
-                    for index, spine in zip(batch, spines, strict=True)
-                ]
+                offsets = [place(len(spine), problem=k) for k, spine in zip(batch, spines, strict=True)]
                 scored = self.backend.score([self.problems[index] for index in batch], spines, offsets)
                 for index, forks in zip(batch, scored, strict=True):
                     self._keep({"kind": "forks", "problem": index, "forks": [asdict(f) for f in forks]})

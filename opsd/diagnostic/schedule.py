@@ -1,12 +1,10 @@
-"""Fit a position schedule to a measured viability curve, and say how far the data determine it.
+"""Fit a position schedule to the value of the teacher's choices, and say how far the data determine it.
 
 The schedule of PW-OPSD is w(f) = w_min + (1 − w_min)·σ((f − τ)/s) at relative position f
-(arXiv:2605.21606). Its scale is free (the learning rate absorbs it), so a·w(f) with a ceiling a is fitted:
-the success of branches in bin b is about a · w(f_b) · C_b.
-
-C_b = 1 for absolute viability, the success of the unforced control in the bin for relative viability. The
-best of a grid of schedules is taken, each with its best a ≥ 0, so there is no local minimum, and every
-resample is fitted in full.
+(arXiv:2605.21606). Its scale is free (the learning rate absorbs it), so a·w(f) with a scale a ≥ 0 is fitted
+to the value v_b of the teacher's choices in bin b by least squares: of all schedules of one mean square, this
+one has the largest Σ w_b·v_b, which is what training gains to first order. The best of a grid is taken, so
+there is no local minimum, and every resample is fitted in full.
 
 So free a curve finds a rise in noise too. A permutation test decides whether there is one: the forks of each
 problem exchange their positions at random.
@@ -21,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from opsd.diagnostic.statistics import MIN_CLUSTERS, Estimate, interval
 
+MODERATE = {"w_min": 0.25, "tau": 0.30, "s": 0.10}  # the paper's schedule, and training's default
 BINS = 20
 # The constant weight comes first: of equal fits the first is taken.
 FLOORS = np.linspace(1.0, 0.0, 41)
@@ -50,22 +49,19 @@ class ScheduleFit:
     curve: list[Estimate]  # w(f) at `PLACES`, better determined than the parameters
     shuffled_share: float  # p value of the permutation test for a rise
     problems: int
-    explained: float  # share of the bins' weighted variance that the curve explains, against a constant
 
     def undetermined(self) -> list[str]:
         """Return a phrase for everything that the data leave open."""
         if self.w_min.low is None:
             return [f"{self.problems} problems are too few for any interval"]
-        share, found = self.shuffled_share, []
-        if share > SIGNIFICANCE:
-            fits = f"{share:.0%} of random shuffles of the positions fit a rise as good"
-            found.append(f"whether the weight should rise at all: {fits}")
-        wide = (
-            ("w_min", self.w_min, self.w_min.high - self.w_min.low > WIDE_WEIGHT, ()),
-            ("τ", self.tau, self.tau.high - self.tau.low > WIDE_TAU, TAUS[[0, -1]]),
-            ("s", self.s, self.s.high / self.s.low > WIDE_WIDTH_RATIO, WIDTHS[[0, -1]]),
-        )
-        for name, fitted, too_wide, ends in wide:
+        share, w_min, tau, s = self.shuffled_share, self.w_min, self.tau, self.s
+        shuffles = f"{share:.0%} of random shuffles of the positions fit a rise as good"
+        found = [f"whether the weight should rise at all: {shuffles}"] if share > SIGNIFICANCE else []
+        for name, fitted, too_wide, ends in (
+            ("w_min", w_min, w_min.high - w_min.low > WIDE_WEIGHT, ()),
+            ("τ", tau, tau.high - tau.low > WIDE_TAU, TAUS[[0, -1]]),
+            ("s", s, s.high / s.low > WIDE_WIDTH_RATIO, WIDTHS[[0, -1]]),
+        ):
             if too_wide:
                 found.append(f"{name}: anything in [{fitted.low:.2f}, {fitted.high:.2f}] fits")
             elif fitted.value in ends:
@@ -79,35 +75,26 @@ def schedule(f: ArrayLike, *, w_min: float, tau: float, s: float) -> Array:
 
 
 def fit_schedule(
-    position: ArrayLike,
-    success: ArrayLike,
-    clusters: ArrayLike,
-    weights: Array,
-    *,
-    control: ArrayLike = 1.0,
-    importance: ArrayLike = 1.0,
+    position: ArrayLike, value: ArrayLike, clusters: ArrayLike, weights: Array
 ) -> ScheduleFit | None:
-    """Fit w_min, τ and s to success along the spine.
+    """Fit w_min, τ and s to a value along the spine.
 
     Args:
         position: [n] relative positions in (0, 1).
-        success: [n] share of a branch's continuations that recover the answer.
+        value: [n] what a unit of weight gains at each fork.
         clusters: [n] problem codes 0..G−1.
         weights: [R, G] of `opsd.diagnostic.statistics.resample_weights`.
-        control: [n] share of the control's; 1 fits absolute viability.
-        importance: [n] how much each branch counts, e.g. the teacher's probability of its token.
 
     Returns:
-        None where no branch succeeded, or branches lie in fewer than four bins: four numbers are fitted.
+        None where no schedule gains anything, or forks lie in fewer than four bins: four numbers are fitted.
     """
-    # [3, n]: each branch's importance, success and control.
-    columns = np.stack(np.broadcast_arrays(importance, success, control)).astype(np.float64)
-    position, codes = np.asarray(position, dtype=np.float64), np.asarray(clusters, dtype=np.int64)
-    per_problem = _bin_sums(position, columns, codes, weights.shape[1])
+    position, value = np.asarray(position, dtype=np.float64), np.asarray(value, dtype=np.float64)
+    codes = np.asarray(clusters, dtype=np.int64)
+    per_problem = _bin_sums(position, value, codes, weights.shape[1])
     total = per_problem.sum(axis=1)
-    if (total[0] > 0).sum() < 4 or total[1].sum() == 0 or total[2].sum() == 0:
+    (best,), gain = _solve(total[:, None])
+    if (total[0] > 0).sum() < 4 or not np.isfinite(best).all():
         return None
-    (best,), gain, spread = _solve(total[:, None])
     problems = int((per_problem[0].sum(axis=1) > 0).sum())
     used = weights if problems >= MIN_CLUSTERS else weights[:0]
     samples = _solve(np.einsum("rg,kgb->krb", used, per_problem))[0]
@@ -115,22 +102,19 @@ def fit_schedule(
     return ScheduleFit(
         *(Estimate(float(value), *interval(some)) for value, some in zip(best, samples, strict=True)),
         curve=[Estimate(float(_curve(f, best)), *interval(_curve(f, samples))) for f in PLACES],
-        shuffled_share=_shuffled_share(position, columns, codes, gain[0]),
+        shuffled_share=_shuffled_share(position, value, codes, gain[0]),
         problems=problems,
-        explained=float(gain[0] / spread[0]) if spread[0] > 1e-12 else 0.0,
     )
 
 
-def _shuffled_share(position: Array, columns: Array, codes: NDArray[np.int64], gain: float) -> float:
+def _shuffled_share(position: Array, value: Array, codes: NDArray[np.int64], gain: float) -> float:
     """Return how often a fit to shuffled positions gains as much over a constant as `gain`."""
-    forks, member = np.unique(np.stack([codes, position], axis=1), axis=0, return_inverse=True)
-    drawn = np.random.default_rng(len(forks))
-    shuffled = np.empty((3, SHUFFLES, BINS))
+    drawn, by_problem = np.random.default_rng(len(codes)), np.argsort(codes, kind="stable")
+    shuffled, moved = np.empty((2, SHUFFLES, BINS)), np.empty_like(position)
     for k in range(SHUFFLES):
         # Sorting by (problem, random number) permutes the forks inside each problem.
-        order = np.lexsort((drawn.random(len(forks)), forks[:, 0]))
-        moved = forks[order, 1][member.reshape(-1)]
-        shuffled[:, k] = _bin_sums(moved, columns, np.zeros_like(codes), 1)[:, 0]
+        moved[by_problem] = position[np.lexsort((drawn.random(len(codes)), codes))]
+        shuffled[:, k] = _bin_sums(moved, value, np.zeros_like(codes), 1)[:, 0]
     as_good = (_solve(shuffled)[1] >= gain - 1e-12).sum()
     return float((1 + as_good) / (1 + SHUFFLES))
 
@@ -140,35 +124,29 @@ def _curve(f: ArrayLike, fit: Array) -> Array:
     return schedule(f, w_min=w_min, tau=tau, s=s)
 
 
-def _bin_sums(position: Array, columns: Array, codes: NDArray[np.int64], count: int) -> Array:
-    """Return [3, G, BINS]: per problem and bin the importance, and success and control weighted by it."""
+def _bin_sums(position: Array, value: Array, codes: NDArray[np.int64], count: int) -> Array:
+    """Return [2, G, BINS]: per problem and bin, how many forks and the sum of their values."""
     flat = codes * BINS + np.minimum((position * BINS).astype(int), BINS - 1)
-    parts = (columns[0], *(columns[0] * columns[1:]))
-    summed = np.stack([np.bincount(flat, weights=part, minlength=count * BINS) for part in parts])
-    return summed.reshape(3, count, BINS)
+    return np.stack([np.bincount(flat, p, count * BINS).reshape(count, BINS) for p in (None, value)])
 
 
-def _solve(sums: Array) -> tuple[Array, Array, Array]:
-    """Fit [3, R, BINS]: weighted least squares of success on a·w(f)·control, f being the bins' middles.
+def _solve(sums: Array) -> tuple[Array, Array]:
+    """Fit [2, R, BINS]: weighted least squares of the value on a·w(f), f being the bins' middles.
 
     Returns:
         [R, 3] of (w_min, τ, s), NaN where no a > 0 fits better than nothing; [R] the squared error that the
-        fit saves against a constant weight; [R] that error.
+        fit saves against a constant weight.
     """
     grid = np.stack(np.meshgrid(FLOORS, TAUS, WIDTHS, indexing="ij"), axis=-1).reshape(-1, 3)
     curves = _curve((np.arange(BINS)[:, None] + 0.5) / BINS, grid.T)
-    fits = np.full((sums.shape[1], 3), np.nan)
-    gain, spread = np.zeros((2, len(fits)))
+    fits, gain = np.full((sums.shape[1], 3), np.nan), np.zeros(sums.shape[1])
     for start in range(0, len(fits), CHUNK):
         rows = slice(start, start + CHUNK)
-        n, y, c = sums[:, rows]
-        # Σ n·ȳ·c̄, Σ n·c̄² and Σ n·ȳ² per bin, by its means ȳ and c̄; 0 in an empty bin.
-        size = np.where(n > 0, n, np.inf)
+        size, total = sums[:, rows]
         # The squared error that the best a ≥ 0 saves against a = 0, [R, K].
-        saved = np.maximum(y * c / size @ curves, 0.0) ** 2 / np.maximum(c * c / size @ curves**2, 1e-300)
+        saved = np.maximum(total @ curves, 0.0) ** 2 / np.maximum(size @ curves**2, 1e-300)
         best = (saved > saved.max(axis=1, keepdims=True) - 1e-12).argmax(axis=1)
         most = np.take_along_axis(saved, best[:, None], axis=1)
         fits[rows] = np.where(most > 0, grid[best], np.nan)
         gain[rows] = most[:, 0] - saved[:, 0]
-        spread[rows] = (y * y / size).sum(axis=1) - saved[:, 0]
-    return fits, gain, spread
+    return fits, gain

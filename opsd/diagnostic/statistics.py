@@ -1,10 +1,8 @@
 """AUROC and means with bootstrap intervals that resample problems with all of their branches.
 
-Branches of one problem share their spine and are not independent: an interval that resamples branches is far
-too narrow. The AUROC is a ratio of two counts of pairs, so the counts are formed once for every pair of
-problems; a resample is then a quadratic form in how often each problem was drawn.
-
-Shapes: n branches, G problems (clusters), R resamples. Imports numpy alone.
+Branches of one problem share their spine and are not independent. The AUROC is a ratio of two counts of
+pairs, formed once for every pair of problems; a resample is then a quadratic form in how often each problem
+was drawn. Shapes: n branches, G problems (clusters), R resamples. Imports numpy alone.
 """
 
 from __future__ import annotations
@@ -28,12 +26,13 @@ class Estimate:
     low: float | None = None  # None where fewer than `MIN_CLUSTERS` problems are on one side
     high: float | None = None
 
-    def text(self, *, unknown: str = "too few") -> str:
+    def text(self, *, unknown: str = "too few", digits: int = 2) -> str:
         """Return `0.83 [0.66, 0.95]`, `unknown` in place of a missing interval, or a dash without a value."""
         if self.value is None:
             return "–"
-        ends = unknown if self.low is None or self.high is None else f"{self.low:.2f}, {self.high:.2f}"
-        return f"{self.value:.2f} [{ends}]"
+        known = [end for end in (self.low, self.high) if end is not None]
+        ends = ", ".join(f"{end:.{digits}f}" for end in known) or unknown
+        return f"{self.value:.{digits}f} [{ends}]"
 
 
 def resample_weights(clusters: int, *, resamples: int, seed: int) -> NDArray[np.float64]:
@@ -93,13 +92,28 @@ def clustered_auroc(
     return Estimate(value, *interval(above[defined] / below[defined]))
 
 
-def clustered_mean(values: ArrayLike, clusters: Sequence | NDArray, weights: NDArray[np.float64]) -> Estimate:
-    """Estimate the mean over branches. Arguments as in `clustered_auroc`."""
+def clustered_mean(
+    values: ArrayLike, clusters: Sequence | NDArray, weights: NDArray[np.float64], *shares: ArrayLike
+) -> Estimate:
+    """Estimate the mean over branches, weighted by a share [n] where one is given.
+
+    With a second share, estimate how much larger the mean weighted by the first is. No interval where less
+    than MIN_CLUSTERS problems carry the weight, counted as (Σ s)² / Σ s² over the problems' weights s. Other
+    arguments as in `clustered_auroc`.
+    """
     values, codes = np.asarray(values, dtype=np.float64), np.asarray(clusters, dtype=np.int64)
-    if not len(values):
-        return Estimate(None)
-    sums, counts = (weights @ np.bincount(codes, each, weights.shape[1]) for each in (values, None))
-    return Estimate(float(values.mean()), *interval(sums[counts > 0] / counts[counts > 0]))
+    # The sample itself, then its resamples.
+    weights = np.vstack([np.ones(weights.shape[1]), weights])
+    means = np.zeros(len(weights))
+    for k, share in enumerate(shares or (np.ones_like(values),)):
+        size, total = (np.bincount(codes, share * factor, weights.shape[1]) for factor in (1.0, values))
+        if not size.sum() > 0:
+            return Estimate(None)
+        if size.sum() ** 2 / (size**2).sum() < MIN_CLUSTERS - 1e-9:
+            weights, means = weights[:1], means[:1]
+        with np.errstate(invalid="ignore"):
+            means = means + (-1) ** k * (weights @ total) / (weights @ size)
+    return Estimate(float(means[0]), *interval(means[1:][np.isfinite(means[1:])]))
 
 
 def interval(samples: NDArray[np.float64]) -> tuple[float | None, float | None]:
@@ -114,8 +128,7 @@ def relative_label(viability: ArrayLike, control: ArrayLike) -> NDArray[np.float
     """Return [n]: 1 where a branch succeeds more often than its control, 0 where less often, NaN for a tie.
 
     Near the end of a spine branch and control both always succeed; to count such ties as "not worse" would
-    make the position a predictor by saturation alone. Without ties, a branch whose continuations are drawn
-    like the control's gets 1 and 0 with equal probability, so a predictor of nothing scores 0.5.
+    make the position a predictor by saturation alone.
     """
     difference = np.asarray(viability, dtype=np.float64) - np.asarray(control, dtype=np.float64)
     # Shares of one m are equal exactly when their counts are; half a count absorbs rounding in the division.

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError, UsageError
-from opsd.evaluation.grading import ROOT, extract_boxed
+from opsd.evaluation.grading import extract_boxed
 from opsd.tables import load_table
 
 HMMT25_VARIABLE = "HMMT25_PARQUET_PATH"
@@ -101,7 +102,7 @@ def load_benchmark(name: str, *, dataset_path: Path | str | None = None) -> Load
     else:
         remedy = "check --dataset_path"
         if row is not None and dataset_path is None:
-            dataset_path, remedy = os.environ.get(row.variable) or ROOT / row.path, row.remedy
+            dataset_path, remedy = os.environ.get(row.variable) or REPO_ROOT / row.path, row.remedy
         source = where = str(dataset_path)
         if not os.path.exists(source):
             raise ArtefactError(f"the problems of {name} are not at {source}; {remedy}")

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from opsd import REPO_ROOT
 from opsd.evaluation.grading_shortcuts import MARGIN, plain_number
 from opsd.options import AT_LEAST_ONE, POSITIVE, Range, check_range
 
@@ -40,7 +40,6 @@ NAMED_KILLS, NAMED_CHARACTERS = 50, 200
 FULL_LIMIT_KILLS = 12
 # Deaths of a worker in one problem before it began to work, after which grading gives up.
 MAX_IDLE_DEATHS = 5
-ROOT = Path(__file__).resolve().parents[2]
 
 Verdict = bool | None  # None: the comparison was killed, which counts as not equal
 Equal = Callable[[str, str], Verdict]  # of two answers, the gold side first
@@ -236,7 +235,7 @@ class Grader:
                 self._requests, theirs = socket.socketpair()
                 # The server imports what this process would import, from whichever folder it was started.
                 code = (
-                    f"import sys; sys.path[:] = {[str(ROOT), *sys.path]!r}; "
+                    f"import sys; sys.path[:] = {[str(REPO_ROOT), *sys.path]!r}; "
                     "from opsd.evaluation.grading_worker import serve_forks; "
                     f"serve_forks({self.memory_limit_mb})"
                 )

@@ -75,11 +75,9 @@ def _cell_notes(row: Row, dataset: str) -> list[str]:
         notes.append(f"{facts['num_problems']} of {BENCHMARKS[dataset].size} problems")
     notes += ["base and adapter, not merged"] if facts.get("adapter") else []
     notes += [note for run in runs for note in _training_notes(run)]
-    killed = sum((run.facts.get("grading") or {}).get("killed", 0) for run in runs)
-    if killed:
+    if killed := sum((run.facts.get("grading") or {}).get("killed", 0) for run in runs):
         notes.append(f"{killed} parses or comparisons were killed at their limit and count as not equal")
-    cut = sum(run.facts.get("truncation_share") or 0 for run in runs)
-    if cut:
+    if cut := sum(run.facts.get("truncation_share") or 0 for run in runs):
         percent = 100 * cut / len(runs)
         notes.append(f"{percent:.2g} % of the samples were cut off at {facts['max_new_tokens']:,} tokens")
     return notes
@@ -87,12 +85,11 @@ def _cell_notes(row: Row, dataset: str) -> list[str]:
 
 def _training_notes(run: Run) -> list[str]:
     """Compare the training run of the file's name with the one in the model's manifest."""
-    stem, training = method_stem(run.method), run.facts.get("training_run")
+    stem, training, notes = method_stem(run.method), run.facts.get("training_run"), []
     if training is None:
         # The authors' files never state it, and an untrained model has none.
         ours = stem in METHODS and "schema_version" in run.facts
         return ["the file states no training run of its model"] if ours else []
-    notes = []
     if training.get("method") != stem:
         notes.append(f"the model was trained with {training.get('method')} by its manifest")
     elif training.get("run_name") not in (None, run.name):

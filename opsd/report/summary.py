@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError
 from opsd.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from opsd.evaluation.names import marks, parse_name
 from opsd.evaluation.results import load_result, regime_differences
 from opsd.objectives import METHODS
-from opsd.run_identity import REPO_ROOT
+from opsd.report.samples import Samples, read_samples
 
 METRICS = ("average", "pass", "majority")
 BOOTSTRAP_DRAWS = 2000
@@ -55,6 +56,7 @@ class Run:
     seed: int | None
     facts: dict[str, Any]  # all top-level keys but `results`, `dataset` by this project's name
     shares: dict[str, np.ndarray]  # by metric, in [0, 1] for each problem; without one that the file lacks
+    samples: Samples
 
 
 def split_name(method_name: str) -> tuple[str, str, int | None]:
@@ -75,9 +77,8 @@ def load_run(path: Path) -> Run:
         raise ArtefactError(f"{path} is not named <method_name>[_<dataset>]_<length>[_seed<N>].json")
     name, first = parsed
     records = result.pop("results")
-    correct = [[generation["correct"] for generation in record["generations"]] for record in records]
-    metrics = {"average": np.mean, "pass": np.any}
-    shares = {name: np.array([float(of(row)) for row in correct]) for name, of in metrics.items()}
+    samples = read_samples(records)
+    shares = {"average": samples.correct.mean(1), "pass": samples.correct.any(1).astype(float)}
     votes = [record.get("majority_vote_correct") for record in records]
     if all(isinstance(vote, bool) for vote in votes):
         shares["majority"] = np.array(votes, dtype=float)
@@ -85,7 +86,8 @@ def load_run(path: Path) -> Run:
     # What was not evaluated as the paper does is a row of its own, whatever the file's name.
     method = "_".join([method, *marks(result)])
     facts = result | {"dataset": dataset}
-    return Run(path, name, model, method, training_seed, first, dataset, result.get("seed"), facts, shares)
+    seed = result.get("seed")
+    return Run(path, name, model, method, training_seed, first, dataset, seed, facts, shares, samples)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Row:
         if len(statistics) < len(columns) or len(columns) == 1:
             return statistics[0] if len(statistics) == len(columns) else None
         # Benchmarks are independent samples of problems: their draws must not move together.
-        draws = [cell.bootstrap(metric) for cell in cells]
+        draws = (cell.bootstrap(metric) for cell in cells)
         drawn = [np.random.default_rng(k).permutation(draw) for k, draw in enumerate(draws, 1)]
         mean = float(np.mean([statistic.mean for statistic in statistics]))
         return Statistic(mean, None, len(columns), _interval(np.mean(drawn, axis=0)))
@@ -231,10 +233,9 @@ def _table(runs: Sequence[Run], on_skip: Callable[[str], None]) -> Table:
             on_skip(f"{error}; the cell is left out")
         else:
             rows.setdefault((method, seeded, first), Row(method, first, {})).cells[dataset] = cell
-    order = list(BENCHMARKS)
     datasets = {name for row in rows.values() for name in row.cells}
-    columns = sorted(datasets, key=lambda name: (order.index(name) if name in order else len(order), name))
-    averaged = tuple(columns)
+    columns = (*(name for name in BENCHMARKS if name in datasets), *sorted(datasets.difference(BENCHMARKS)))
+    averaged = columns
     if datasets & set(PAPER_BENCHMARKS):
         averaged = PAPER_BENCHMARKS
         # A method whose runs all have a training seed in their names needs no empty row beside it.
@@ -245,8 +246,8 @@ def _table(runs: Sequence[Run], on_skip: Callable[[str], None]) -> Table:
     # The base first, then the paper's methods, each followed by its variants.
     stems = [*METHOD_TITLES, None]
     keys = sorted(rows, key=lambda key: (stems.index(method_stem(key[0])), key[0], key[1], key[2] or 0))
-    ordered = [rows[key] for key in keys]
-    return Table(model, columns, averaged if len(averaged) > 1 else (), ordered, runs[0].facts["val_n"])
+    averaged = averaged if len(averaged) > 1 else ()
+    return Table(model, columns, averaged, [rows[key] for key in keys], runs[0].facts["val_n"])
 
 
 def method_stem(method: str) -> str | None:

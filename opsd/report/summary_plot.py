@@ -37,8 +37,8 @@ def draw(tables: Sequence[Table], numbers: Mapping[str, Any], path: Path) -> Non
     wide = max(len(table.figures) for table in tables)
     width = PANEL_WIDTH_INCHES * wide + 1.6
     heights = [ROW_INCHES * max(len(_drawn(table)), 2) + 0.9 for table in tables]
-    notes = Notes(*tables)
-    below = [line for text in notes.numbered() for line in textwrap.wrap(text, int(NOTE_CHARACTERS * width))]
+    notes, characters = Notes(*tables), int(NOTE_CHARACTERS * width)
+    below = [line for text in notes.numbered() for line in textwrap.wrap(text, characters)]
     figure = plots.new_figure(width, sum(heights) + 0.5 + NOTE_INCHES * len(below))
     figure.supxlabel(plots.plain("\n".join(below), 10_000), fontsize=6, x=0.01, ha="left")
     grid = figure.subplots(len(tables), wide, squeeze=False, gridspec_kw={"height_ratios": heights})

@@ -98,8 +98,13 @@ class Engine(Protocol):
         """
         ...
 
-    def push_weights(self, model: PeftModel) -> None:
-        """Make the next `generate` sample from `model` as it is now (base + adapter)."""
+    def push_weights(self, model: PeftModel, *, measure: bool = False) -> dict[str, float]:
+        """Make the next `generate` sample from `model` as it is now (base + adapter).
+
+        With `measure`, return what of the adapter's update a push of merged weights keeps:
+        `rollout/update_kept` (projection, 1 = all) and `rollout/update_changed_share` (of the entries).
+        """
+        ...
 
     def close(self) -> None:
         """Release the engine's memory; the engine is unusable afterwards."""

@@ -83,8 +83,9 @@ class HFEngine:
                         on_finish(index, completion)
         return [results[index] for index in range(len(requests))]
 
-    def push_weights(self, model: PeftModel) -> None:
+    def push_weights(self, model: PeftModel, *, measure: bool = False) -> dict[str, float]:
         """Do nothing: the engine samples from the model that is trained, not from a copy of it."""
+        return {}
 
     def close(self) -> None:
         """Drop the reference to the model."""

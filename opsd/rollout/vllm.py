@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ class VLLMEngine:
         enable_sleep_mode: free the GPU's memory between calls (the weights move to the CPU's).
         dtype: "auto" is the checkpoint's own, where vLLM's would turn float32 into bfloat16.
         adapter: a PEFT LoRA folder, applied to every request without merging.
+        pushed_rank: the rank of the adapters that pushes hand over unmerged; None merges them.
         max_num_seqs: most sequences in one step; None is vLLM's default.
 
     Raises:
@@ -64,6 +66,7 @@ class VLLMEngine:
         enable_sleep_mode: bool = False,
         dtype: str = "auto",
         adapter: str | None = None,
+        pushed_rank: int | None = None,
         max_num_seqs: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -94,8 +97,10 @@ class VLLMEngine:
             "trust_remote_code": trust_remote_code,
             "max_num_seqs": max_num_seqs,
         }
-        if adapter is not None:
-            arguments |= {"enable_lora": True, "max_lora_rank": vllm_setup.lora_rank(adapter)}
+        self._pushes, self._pushes_adapters, self._fixed_adapter = 0, pushed_rank is not None, adapter
+        rank = vllm_setup.lora_rank(adapter) if adapter is not None else pushed_rank
+        if rank is not None:
+            arguments |= {"enable_lora": True, "max_lora_rank": vllm_setup.reserved_rank(rank)}
         self._state = vllm_process.EngineState(self._environment())
         self._build(arguments, adapter)
 
@@ -200,29 +205,50 @@ class VLLMEngine:
             self._asleep = True
         return [finished[index] for index in own]
 
-    def push_weights(self, model: PeftModel) -> None:
+    def push_weights(self, model: PeftModel, *, measure: bool = False) -> dict[str, float]:
         """See `Engine.push_weights` and opsd/rollout/vllm_push.py; `model` is not written.
 
         Raises:
-            UsageError: the adapter cannot be merged, or this engine takes no pushes.
+            UsageError: this engine takes no pushes.
             WeightPushError: the engine does not hold all that was to be pushed.
         """
-        if self._placement == "mp" or self._lora:
+        if self._placement == "mp" or self._fixed_adapter:
             raise UsageError(
                 "weights can be pushed only to an engine in this process, built without an adapter"
             )
-        vllm_push.check_pushable(model)
         self._check_alive()
-        report = vllm_push.PushReport()
-        self._stale = True
+        self._stale, report = True, vllm_push.PushReport(measure)
         with self._state.active():
             self._wake()
-            weights = vllm_push.pushed_weights(model, report)
-            self._llm.collective_rpc(vllm_push.reload_in_worker, args=(weights, report))
+            if self._pushes_adapters:
+                self._push_adapter(model)
+            else:
+                weights = vllm_push.pushed_weights(model, report)
+                self._llm.collective_rpc(vllm_push.reload_in_worker, args=(weights, report))
+                report.check()
             if not self._llm.reset_prefix_cache():
                 raise vllm_push.WeightPushError("the engine kept key-value blocks of the previous weights")
-        report.check()
         self._stale = False
+        return report.metrics()
+
+    def _push_adapter(self, model: PeftModel) -> None:
+        """Replace the engine's adapter by `model`'s, under a name and id that no earlier one had."""
+        from vllm.lora.request import LoRARequest
+
+        if self._lora:
+            self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
+        self._pushes += 1
+        dtype = self._llm.llm_engine.vllm_config.model_config.dtype
+        with tempfile.TemporaryDirectory(prefix="opsd-adapter-") as folder:
+            vllm_push.write_adapter(model, Path(folder), dtype)
+            self._lora = LoRARequest(f"push-{self._pushes}", self._pushes, folder)
+            try:
+                self._llm.llm_engine.add_lora(self._lora)
+            except ValueError as error:
+                raise vllm_push.WeightPushError(f"vLLM did not take the adapter: {error}") from error
+        (unapplied,) = self._llm.collective_rpc(vllm_push.unapplied_in_worker, args=(self._pushes,))
+        if unapplied:
+            raise vllm_push.WeightPushError(f"the engine has no layer for {', '.join(unapplied[:4])}")
 
     def close(self) -> None:
         """Release the engine's memory. A process group that existed before the engine stays."""

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from opsd.checkpoints import WEIGHTS_NAME
 from opsd.errors import UsageError
-from opsd.merging import adapted_layers, adapted_names, merged_matrix
+from opsd.files import disk_errors
+from opsd.merging import UpdateKept, adapted_layers, adapted_names, merged_matrix, update_kept
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,10 +32,21 @@ class WeightPushError(RuntimeError):
 
 @dataclass
 class PushReport:
-    """The outcome of one push: vLLM's layers that did not receive all of their weights, and an error."""
+    """The outcome of one push of merged weights."""
 
-    incomplete: list[str] = field(default_factory=list)
+    measure: bool = False  # whether to fill `kept`
+    incomplete: list[str] = field(
+        default_factory=list
+    )  # vLLM's layers that did not receive all their weights
     error: Exception | None = None
+    kept: UpdateKept = field(default_factory=UpdateKept)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what of the update arrived, by name; nothing where it was not measured, or is still 0."""
+        if not self.kept.size:
+            return {}
+        shares = self.kept.shares()
+        return {"rollout/update_kept": shares["kept"], "rollout/update_changed_share": shares["changed"]}
 
     def check(self) -> None:
         """Raise WeightPushError unless each layer received all of its weights."""
@@ -39,19 +57,23 @@ class PushReport:
             raise WeightPushError(f"{count} layers of the engine did not receive all their weights: {some}")
 
 
-def check_pushable(model: PeftModel) -> None:
-    """Check that the engine can hold the merged weights.
+def check_pushable(model: PeftModel, *, merged: bool = True) -> None:
+    """Check, before an engine is loaded, that it can hold what pushes will send.
 
     Raises:
-        UsageError: the adapter cannot be merged into single matrices, or is on an output layer that is tied
-            to the embedding (the engine holds one matrix for both).
+        UsageError: the adapter is more than LoRA on linear layers, or is on an output layer that is tied to
+            the embedding or, unless it is `merged`, on any output layer.
     """
     base: Any = model.get_base_model()
-    if "lm_head.weight" in adapted_names(model) and base.config.get_text_config().tie_word_embeddings:
-        raise UsageError(
-            "the adapter targets lm_head, which this model ties to its embedding: the engine has one matrix "
-            "for both; leave lm_head out of the target modules or sample with --rollout hf"
-        )
+    if "lm_head.weight" not in adapted_names(model):
+        return
+    tied = base.config.get_text_config().tie_word_embeddings
+    if tied or not merged:
+        why = "this model ties to its embedding, and the engine has one matrix for both"
+        remedy = "leave lm_head out of --lora_target_modules, or sample with --rollout hf"
+        if not tied:
+            why, remedy = "vLLM's adapters do not reach", f"{remedy} or --rollout_weights merged"
+        raise UsageError(f"the adapter targets lm_head, which {why}; {remedy}")
 
 
 def pushed_weights(model: PeftModel, report: PushReport) -> Iterator[tuple[str, Tensor]]:
@@ -69,11 +91,31 @@ def pushed_weights(model: PeftModel, report: PushReport) -> Iterator[tuple[str, 
         for parameter_name, parameter in base.named_parameters():
             name = parameter_name.replace(".base_layer.", ".")
             if name in adapted:
-                yield name, merged_matrix(adapted[name], model.active_adapters[0])
+                layer, adapter = adapted[name], model.active_adapters[0]
+                matrix = merged_matrix(layer, adapter)
+                if report.measure:
+                    report.kept += update_kept(layer, adapter, matrix)
+                yield name, matrix
+                del matrix  # before the next one is merged
             elif ".lora_" not in name and id(parameter) not in vocabulary:
                 yield name, parameter.detach()
     except (RuntimeError, MemoryError) as error:
         report.error = error
+
+
+def write_adapter(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write `model`'s LoRA matrices, in the engine's `dtype`, as the folder that vLLM's LoRARequest names."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    matrices = {name: matrix.to("cpu", dtype).contiguous() for name, matrix in state.items()}
+    with disk_errors(folder):
+        save_file(matrices, folder / WEIGHTS_NAME)
+        model.peft_config[model.active_adapters[0]].save_pretrained(str(folder))
+
+
+def unapplied_in_worker(worker: Any, adapter: int) -> list[str]:
+    """Return the matrices of an adapter that vLLM read and has no layer for, which it drops silently."""
+    manager = worker.model_runner.lora_manager._adapter_manager
+    return sorted(manager.get_adapter(adapter).loras.keys() - manager.modules.keys())
 
 
 def reload_in_worker(worker: Any, weights: Iterator[tuple[str, Tensor]], report: PushReport) -> None:

@@ -36,7 +36,7 @@ def local_model(name: str, revision: str | None) -> str:
 
 
 def lora_rank(folder: str) -> int:
-    """Return the rank that the engine reserves for the LoRA adapter in `folder`.
+    """Return the rank of the LoRA adapter in `folder`.
 
     Raises:
         ArtefactError: the folder holds no complete LoRA adapter, or one that vLLM would apply wrongly.
@@ -49,10 +49,18 @@ def lora_rank(folder: str) -> int:
             raise ArtefactError(
                 f"{folder} sets {key}, which vLLM does not apply; evaluate the merged checkpoint"
             )
-    rank = config["r"]
+    return config["r"]
+
+
+def reserved_rank(rank: int) -> int:
+    """Return the rank that the engine reserves for adapters of `rank`.
+
+    Raises:
+        UsageError: vLLM has no kernels for a rank that large.
+    """
     if rank > _LORA_RANKS[-1]:
-        raise ArtefactError(
-            f"{folder} has rank {rank}, but vLLM takes {_LORA_RANKS[-1]} at most; evaluate the merged model"
+        raise UsageError(
+            f"the adapter's rank is {rank}, but vLLM takes {_LORA_RANKS[-1]} at most; use merged weights"
         )
     return next(size for size in _LORA_RANKS if size >= rank)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import bench_loss, bench_padding, bench_step, step_forms
+from bench import bench_loss, bench_padding, bench_step, clip_gradient, step_forms
 from bench.memory import PeakMemory
 from opsd.objectives import Hyperparameters
 
@@ -26,6 +26,17 @@ def test_dense_and_chunked_agree(method, chunk):
     # The dense form rounds to float32 on purpose, as its definition asks.
     torch.testing.assert_close(chunked, loss.to(chunked.dtype), rtol=2e-5, atol=1e-7)
     torch.testing.assert_close(chunked_gradient, gradient, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("clip", "cut"), [("0.05", True), ("100", False)])
+def test_the_clips_gradients_are_compared(capsys, clip, cut):
+    """A clip that cuts nothing leaves the gradient as it is; the published one does not."""
+    assert clip_gradient.main(["--methods", "opsd", "--steps", "1", "--jsd_token_clip", clip]) == 0
+    head, cells = tables(capsys.readouterr().out)
+    row = dict(zip(head[1:], map(float, cells[1:]), strict=True))
+    assert (row["loss/clipped_token_share"] > 0.01) == (row["loss/clipped_teacher_mass"] > 0.01) == cut
+    for scope in ("entry", "token"):
+        assert (row[f"cosine {scope}"] < 0.95) == (abs(row[f"norm {scope}"] - 1) > 0.05) == cut
 
 
 def test_loss_bench_prints_its_table(capfd):

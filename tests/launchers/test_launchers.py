@@ -35,7 +35,8 @@ PROTOCOL = {
 # What a developer's shell may hold and a launcher reads.
 SETTINGS = shlex.split("""
     BASE_MODEL_PATH BENCHMARKS CI CUDA_VISIBLE_DEVICES DRY_RUN EVAL_ROOT GPUS HF_HUB_OFFLINE HOSTLABEL JOBS
-    HMMT25_PARQUET_PATH LEARNING_RATES MERGE_STEP METHOD METHODS_TO_RUN MODELS NUM_PROCESSES OUTPUT_ROOT
+    HMMT25_PARQUET_PATH LEARNING_RATES MERGE_DTYPE MERGE_ROUNDING MERGE_STEP METHOD METHODS_TO_RUN MODELS
+    NUM_PROCESSES OUTPUT_ROOT
     PER_DEVICE_BATCH PWOPSD_TRAIN_DATASET PYTHON PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF ROLLOUT RUN_NAME
     SEEDS STACK TENSOR_PARALLEL TRAINING_SEEDS TRANSFORMERS_OFFLINE VENV WANDB_PROJECT WORKERS
 """)
@@ -152,6 +153,7 @@ def test_every_launcher_states_the_protocols_cell(name, method):
         *("--base_model", base),
         *("--adapter", str(ROOT / "outputs" / run / "checkpoint-100")),
         *("--output", str(ROOT / "outputs" / f"{run}_merged")),
+        *("--dtype", "auto", "--rounding", "nearest"),
     ]
     # Stating a number changes nothing: the options are those of the trainer's defaults.
     kept = ("rollout", "resume_from_checkpoint")

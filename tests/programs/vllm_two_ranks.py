@@ -20,12 +20,15 @@ from tests.rollout.vllm_models import END_IDS, SEVEN, greedy, naive_merged, prom
 LENGTH = 16
 
 
-def sample(folder: str, tensor_parallel: int) -> str:
-    """Compare the completions of this rank's requests after a push with the merged model's."""
+def sample(folder: str, tensor_parallel: int, pushed_rank: int | None = None) -> str:
+    """Compare the completions of this rank's requests after two pushes with the merged model's."""
     base = AutoModelForCausalLM.from_pretrained(folder).eval()
     adapted = with_adapter(copy.deepcopy(base), SEVEN, seed=2)
     merged = naive_merged(base, adapted)
-    engine = VLLMEngine(folder, max_model_len=192, tensor_parallel_size=tensor_parallel)
+    engine = VLLMEngine(
+        folder, max_model_len=192, tensor_parallel_size=tensor_parallel, pushed_rank=pushed_rank
+    )
+    engine.push_weights(with_adapter(copy.deepcopy(base), SEVEN, seed=1))
     engine.push_weights(adapted)
     mine = [*prompts(), [9, 9]][dist.get_rank() :: 2]
     delivered = []
@@ -47,8 +50,9 @@ def sample(folder: str, tensor_parallel: int) -> str:
 
 def main(folder: str, found: str) -> None:
     dist.init_process_group("gloo")
-    shared, own = sample(folder, 2), sample(folder, 1)
-    (Path(found) / str(dist.get_rank())).write_text(f"shared engine {shared}; own engine {own}")
+    shared, own, adapter = sample(folder, 2), sample(folder, 1), sample(folder, 2, pushed_rank=4)
+    text = f"shared engine {shared}; own engine {own}; adapter in a shared engine {adapter}"
+    (Path(found) / str(dist.get_rank())).write_text(text)
 
 
 if __name__ == "__main__":

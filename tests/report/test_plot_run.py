@@ -1,4 +1,4 @@
-"""plot_run.py: every logged quantity reaches its panel, runs overlay, and a damaged log is called that."""
+"""plot_run.py: every logged quantity reaches its panel, runs overlay; what all pictures share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import matplotlib.pyplot
 import pandas as pd
 import pytest
 
 import plot_run
 from opsd.errors import ArtefactError, UsageError, run_cli
 from opsd.objectives import METHODS
-from opsd.report import run_plots
+from opsd.report import plots, run_plots
 from opsd.report.run_plots import PANELS, load_run, load_runs, panels_of, smoothed
 
 COMMON = {
@@ -46,8 +47,8 @@ def panel(figure, title: str):
     return next(axis for axis in figure.axes if axis.get_title(loc="left") == title)
 
 
-@pytest.mark.parametrize(("ending", "magic"), [("pdf", b"%PDF"), ("svg", b"<?xml"), (None, b"\x89PNG")])
-def test_runs_become_a_picture_in_every_format(tmp_path, capsys, ending, magic):
+@pytest.mark.parametrize(("ending", "magic"), [("svg", b"<?xml"), (None, b"\x89PNG")])
+def test_runs_become_a_picture(tmp_path, capsys, ending, magic):
     runs = [log_run(tmp_path / r"a$\frac{$b")]  # no formula
     output, flags = runs[0] / "metrics.png", []
     if ending:
@@ -212,3 +213,45 @@ def test_wrong_arguments(tmp_path, flags, message):
 def test_equal_names_are_told_apart(tmp_path):
     runs = load_runs([log_run(tmp_path / seed / "small_opsd") for seed in ("t1", "t2")])
     assert list(runs) == ["t1/small_opsd", "t2/small_opsd"]
+
+
+@pytest.mark.parametrize(("panels", "rows", "columns"), [(1, 1, 1), (3, 1, 3), (4, 2, 3), (7, 3, 3)])
+def test_panels_stand_in_rows_of_three(monkeypatch, panels, rows, columns):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    before = matplotlib.pyplot.get_fignums()
+    figure, axes = plots.small_multiples(panels)
+    assert matplotlib.pyplot.get_fignums() == before, "no global state"
+    assert len(axes) == panels
+    assert axes[0].get_subplotspec().get_gridspec().get_geometry() == (rows, columns)
+    assert list(figure.get_size_inches()) == [4.2 * columns, 3.0 * rows]
+    # The places that are left over show nothing.
+    assert [axis.axison for axis in figure.axes] == [True] * panels + [False] * (rows * columns - panels)
+
+
+@pytest.mark.parametrize("ending", plots.FORMATS)
+def test_a_picture_appears_complete_or_not_at_all(tmp_path, monkeypatch, ending):
+    figure, (axis,) = plots.small_multiples(1)
+    axis.plot([0, 1], [0, 1])
+    plots.label(axis, title="t", x="x", y="y")
+    path = tmp_path / "new" / f"picture{ending}"
+    plots.save(figure, path)
+    before = path.read_bytes()
+    assert len(before) > 1000
+    monkeypatch.setattr(figure, "savefig", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        plots.save(figure, path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x", "x.png.txt", "folder.PNG"])
+def test_a_wrong_ending_and_a_folder_are_refused(tmp_path, name):
+    (tmp_path / "folder.PNG").mkdir()
+    with pytest.raises(UsageError, match=r"is a folder|must end in \.png, \.pdf, \.svg"):
+        plots.check_picture(tmp_path / Path(name))
+
+
+def test_names_are_plain_and_colours_differ():
+    assert plots.plain("a$b$") == r"a\$b\$"
+    assert plots.plain("x" * 50) == "x" * 39 + "…"
+    assert len(set(plots.COLOURS)) == len(plots.COLOURS) == 8

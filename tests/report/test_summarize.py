@@ -301,13 +301,6 @@ def test_a_cell_of_unlike_runs_is_left_out_with_a_line(tmp_path, capsys, field, 
         assert part in error
 
 
-def test_a_moved_checkout_is_the_same_model(tmp_path, capsys):
-    write(tmp_path, "small_pwopsd", "small", 1, 4, base_model="here/outputs/m")
-    write(tmp_path, "small_pwopsd", "small", 2, 8, base_model="there/outputs/m")
-    code, text, _ = summarize(capsys, f"{tmp_path}/*.json")
-    assert (code, section(text, "small: Avg@2, mean")[1]) == (0, ["PW-OPSD", "75.00 ± 35.36"])
-
-
 @pytest.mark.parametrize(
     ("name", "dataset"),
     [("small_pwopsd", "small_hard"), ("small_opsd", "small"), ("small_pwopsd", "small")],

@@ -17,7 +17,7 @@ import torch
 import ea_opsd_train
 from opsd import training
 from opsd.arguments import RolloutArguments
-from opsd.errors import run_cli
+from opsd.errors import UsageError, run_cli
 from opsd.records import read_metrics
 from opsd.rollout import vllm_setup
 from tests.programs.train_recorder import recording, records
@@ -76,6 +76,7 @@ class Run:
     rows: list[dict[str, Any]]  # of train_recorder
     metrics: list[dict[str, Any]]
     base: dict[str, torch.Tensor]  # base weights after the last step
+    weights: str  # its --rollout_weights
 
     def audits(self) -> tuple[list[float], list[float]]:
         """Each step's share of tokens outside the trainer's support and difference of log-probabilities."""
@@ -85,7 +86,7 @@ class Run:
         return outside, difference
 
 
-def run(output: Path, arguments: list[str]) -> Run:
+def run(output: Path, arguments: list[str], weights: str = "merged") -> Run:
     threads = torch.get_num_threads()
     with recording(output.parent / f"{output.name}_records") as trainers:
         assert run_cli(lambda: ea_opsd_train.main(arguments)) == 0
@@ -96,28 +97,38 @@ def run(output: Path, arguments: list[str]) -> Run:
         if "lora_" not in name
     }
     rows = records(output.parent / f"{output.name}_records")
-    return Run(output, rows, read_metrics(output), base)
+    return Run(output, rows, read_metrics(output), base, weights)
 
 
-@pytest.fixture(scope="module")
-def vllm_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+@pytest.fixture(scope="module", params=["merged", "adapter"])
+def vllm_run(request: pytest.FixtureRequest, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with each of the two --rollout_weights."""
     output = tmp_path_factory.mktemp("vllm") / "run"
-    return run(output, flags(dataset, output, "vllm"))
+    return run(output, flags(dataset, output, "vllm", rollout_weights=request.param), request.param)
 
 
-@pytest.mark.parametrize("rollout", ["hf", pytest.param("vllm", marks=needs_vllm)])
-def test_the_engine_samples_from_the_student_of_the_moment(
-    rollout: str, dataset: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    """Every step's tokens lie in the trainer's own top-k/top-p support, at its own log-probabilities."""
-    if rollout == "vllm":
-        found = request.getfixturevalue("vllm_run")
-    else:
-        found = run(tmp_path / "hf", flags(dataset, tmp_path / "hf", "hf"))
+def check_on_policy(found: Run) -> None:
+    """Check that each step's tokens lie in the trainer's own support, at its own log-probabilities."""
     outside, difference = found.audits()
     assert max(outside) < AT_MOST_ONE
     assert max(difference) < 1e-4
+    assert max(abs(row["rollout/staleness"]) for row in found.metrics) < 1e-3
     assert len({row["adapter"] for row in found.rows}) == STEPS + 1, "every step moves the weights"
+
+
+@needs_vllm
+def test_the_engine_samples_from_the_student_of_the_moment(vllm_run: Run) -> None:
+    check_on_policy(vllm_run)
+    kept = [row.get("rollout/update_kept") for row in vllm_run.metrics]
+    # The first adapter is 0, and only a merge can lose something; in float32 it loses nothing.
+    assert kept == [
+        None,
+        *[pytest.approx(1, abs=1e-5) if vllm_run.weights == "merged" else None] * (STEPS - 1),
+    ]
+
+
+def test_so_does_transformers(dataset: Path, tmp_path: Path) -> None:
+    check_on_policy(run(tmp_path / "hf", flags(dataset, tmp_path / "hf", "hf")))
 
 
 @needs_vllm
@@ -126,13 +137,18 @@ def test_an_engine_that_missed_a_push_shows(
 ) -> None:
     from opsd.rollout.vllm import VLLMEngine
 
-    monkeypatch.setattr(VLLMEngine, "push_weights", lambda self, model: None)
-    outside, difference = run(tmp_path / "stale", flags(dataset, tmp_path / "stale", "vllm")).audits()
+    monkeypatch.setattr(VLLMEngine, "push_weights", lambda self, model, measure: {})
+    found = run(tmp_path / "stale", flags(dataset, tmp_path / "stale", "vllm"))
+    outside, difference = found.audits()
     # The adapter starts at zero: at the first step the engine's weights are the student's anyway.
     assert difference[0] < 1e-4
     assert outside[0] < AT_MOST_ONE
     assert min(difference[1:]) > 0.1
     assert min(outside[1:]) > 0.1
+    # It samples from the base, so that it is as far from the student as the base is.
+    base = [row["rollout/logprob_difference_base"] for row in found.metrics]
+    assert difference[1:] == pytest.approx(base[1:], rel=1e-3)
+    assert [row["rollout/staleness"] for row in found.metrics] == pytest.approx([0, 1, 1], abs=1e-3)
 
 
 @needs_vllm
@@ -152,7 +168,8 @@ def test_a_resumed_run_ends_bit_for_bit_like_the_uninterrupted_one(
     output = tmp_path / "run"
     shutil.copytree(vllm_run.output, output)
     shutil.rmtree(output / f"checkpoint-{STEPS}")
-    resumed = run(output, flags(dataset, output, "vllm", resume_from_checkpoint="auto"))
+    changes = {"rollout_weights": vllm_run.weights, "resume_from_checkpoint": "auto"}
+    resumed = run(output, flags(dataset, output, "vllm", **changes))
     assert resumed.rows == vllm_run.rows[2:]
     name = f"checkpoint-{STEPS}/adapter_model.safetensors"
     assert (output / name).read_bytes() == (vllm_run.output / name).read_bytes()
@@ -198,6 +215,8 @@ def test_an_engine_needs_as_many_ranks_as_it_is_split_over(
     assert "--vllm_tensor_parallel_size 2 does not divide the 1 processes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     training._check_engine(RolloutArguments(vllm_tensor_parallel_size=3), 6)
+    with pytest.raises(UsageError, match="transformers never merges the adapter"):
+        training._check_engine(RolloutArguments(rollout="hf", rollout_weights="adapter"), 1)
 
 
 def test_a_hub_revision_reaches_the_engine_as_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:

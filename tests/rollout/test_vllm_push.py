@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,9 +155,45 @@ def test_the_base_weights_are_bit_identical_after_many_pushes(world):
 def test_the_output_layer(world):
     """Last: later pushes of another adapter would leave the engine's output layer as it is here."""
     adapted = world.adapted(["lm_head", "k_proj"], seed=3)
+    with pytest.raises(
+        UsageError, match="ties to its embedding" if world.tied else "--rollout_weights merged"
+    ):
+        vllm_push.check_pushable(adapted, merged=False)
     if world.tied:
         with pytest.raises(UsageError, match="ties to its embedding"):
-            world.engine.push_weights(adapted)
+            vllm_push.check_pushable(adapted)
     else:
         world.engine.push_weights(adapted)
         assert world.engine_tokens() == world.merged_tokens(adapted)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "olmo3"])
+def test_greedy_completions_equal_the_adapters_after_each_push_of_it(kind, tmp_path, monkeypatch):
+    base = make_model(kind, False, tmp_path)
+    adapted = with_adapter(copy.deepcopy(base), SEVEN, seed=1)
+    world = World(
+        kind, False, base, VLLMEngine(str(tmp_path), max_model_len=192, pushed_rank=4), logits_of(base)
+    )
+    names = []
+    for seed in range(1, 6):
+        randomise(adapted, seed)
+        assert world.engine.push_weights(adapted, measure=True) == {}, "nothing is merged"
+        assert world.engine_tokens() == continuations(adapted)
+        names.append((world.engine._lora.lora_name, world.engine._lora.lora_int_id))
+    assert len(set(names)) == 5, "a name that is used again would find its predecessor's key-value blocks"
+    assert not list(Path(tempfile.gettempdir()).glob("opsd-adapter-*"))
+
+    # vLLM reads matrices of a layer that it does not have without a word.
+    state = vllm_push.get_peft_model_state_dict
+    monkeypatch.setattr(
+        vllm_push,
+        "get_peft_model_state_dict",
+        lambda *args, **kwargs: {
+            name.replace(".layers.1.", ".layers.7."): value for name, value in state(*args, **kwargs).items()
+        },
+    )
+    with pytest.raises(WeightPushError, match=r"no layer for model\.layers\.7"):
+        world.engine.push_weights(adapted)
+    with pytest.raises(RuntimeError, match="last weight push did not succeed"):
+        world.engine_tokens()
+    world.engine.close()

@@ -44,16 +44,20 @@ def test_a_cell_is_the_mean_and_deviation_of_its_training_seeds():
 
 
 def test_differences_pair_training_seeds_and_problems():
+    """Training seeds far apart do not hide a difference that each of them shows."""
     results = [
-        *(result("opsd", seed, 1, [0, 2, 4, 2]) for seed in (42, 43)),
-        *(result("pwopsd", seed, 1, [1, 3, 4, 4]) for seed in (42, 43)),
+        result(cell, seed, 1, [min(4, start + more + gain) for more in (0, 1, 2, 1)])
+        for cell, gain in (("opsd", 0), ("pwopsd", 1))
+        for seed, start in ((1, 0), (2, 1), (3, 0))
     ]
-    mean, low, high = study_report.difference(results, "pwopsd", "opsd", "small")
-    assert mean == pytest.approx(100 * (1 + 1 + 0 + 2) / 16)
-    assert 0 <= low < mean < high <= 50
-    # Where every pair differs by the same quarter, the interval is a point.
-    shifted = results[:2] + [result("pwopsd", seed, 1, [1, 3, 5, 3]) for seed in (42, 43)]
-    assert study_report.difference(shifted, "pwopsd", "opsd", "small") == pytest.approx((25, 25, 25))
+    (found,) = study_report.study_comparisons(results, [("pwopsd", "opsd")])
+    assert (found.first, found.second) == ("PW-OPSD (3 training seeds)", "OPSD (3 training seeds)")
+    assert (found.difference, *found.interval) == pytest.approx((25, 25, 25))
+    # Without the equal seeds, the seeds' own spread is in the interval.
+    for record in results[:3]:
+        record["training_seed"] += 10
+    (found,) = study_report.study_comparisons(results, [("pwopsd", "opsd")])
+    assert found.interval[0] < 0 < found.interval[1]
 
 
 def test_the_search_takes_the_best_rate_and_the_smaller_on_a_tie():
