@@ -142,7 +142,7 @@ def check_options(group: type, values: Mapping[str, Any]) -> None:
     """
     for field in _options(group):
         value, choices = values.get(field.name), field.metadata["choices"]
-        if value in (None, "") and _is_required(field):
+        if (value is None or str(value) == "") and _is_required(field):
             wanted = (
                 f"choose one of {', '.join(choices)}" if choices else f"give the {field.metadata['help']}"
             )
