@@ -16,6 +16,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,13 @@ BASE = Path(__file__).resolve().parent / "base_model"
 # A digit, a label with its plan symbol or its sign, an equals sign; everything else up to the next of them.
 MARK = r"\d|[A-F][>^]|[A-F][+\-](?=\d)|=(?=\d)"
 PIECES = rf"{MARK}|(?:(?!{MARK})[\s\S])+"
-RECIPE = Recipe(steps=500, examples=16, first_slip=0.12, last_slip=0.12)
+RECIPE = Recipe(steps=1000, examples=8, first_slip=0.12, last_slip=0.12)
 LEAP_RATE = 0.08
-# Of the teacher's examples: references of these chances of a leap, and plans of the completion.
-REFERENCE_CHANCES = (0.0, 0.1, 0.25, 0.5, 1.0)
-FORCED_CHANCES = (0.0, 0.0, 0.1, 0.3)
+# The chances of a leap in the references of the teacher's examples, and in the plans of those completions
+# that do not follow the reference. Totals that a reference leaves out teach the sums themselves.
+REFERENCE_CHANCES = (0.0, 0.1, 0.25, 0.5, 1.0, 1.0, 1.0)
+OWN_PLAN_SHARE = 0.7
+OWN_PLAN_CHANCES = (0.0, 0.0, 0.0, 0.2)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -87,10 +90,11 @@ def student_example(
 
 
 def teacher_example(tokenizer: PreTrainedTokenizerFast, problem: Problem, rng: random.Random) -> Example:
-    """Write a teacher's example; its completion follows the reference in half of them."""
+    """Write a teacher's example."""
     reference_plan = world.draw_plan(rng, (rng.choice(REFERENCE_CHANCES),) * 5)
-    forced = rng.random() < 0.5
-    plan = world.draw_plan(rng, (rng.choice(FORCED_CHANCES),) * 5) if forced else reference_plan
+    plan = reference_plan
+    if rng.random() < OWN_PLAN_SHARE:
+        plan = world.draw_plan(rng, (rng.choice(OWN_PLAN_CHANCES),) * 5)
     totals, slips = problem.totals, (False,) * len(world.LABELS)
     if rng.random() < RECIPE.forced_share:
         totals, slips = slipped_totals(problem, rng, first=RECIPE.first_slip, last=RECIPE.last_slip)
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     started = time.process_time()
-    recipe = Recipe(steps=arguments.steps)
+    recipe = replace(RECIPE, steps=arguments.steps)
     save(train(tokenizer, recipe, batches(tokenizer, recipe)), tokenizer, arguments.output)
     print(f"{arguments.output}: {arguments.steps} steps, {time.process_time() - started:.0f} s of one core")
     return 0

@@ -75,7 +75,7 @@ def test_a_teachers_targets_follow_the_reference_and_hold_no_mistake(tokenizer):
     assert forced > 10
 
 
-def test_totals_after_a_leap_are_any_number(tokenizer):
+def test_totals_after_a_leap_are_any_number():
     rng = random.Random(2)
     spoiled = [base.spoiled_totals(rng, "^>>>>", (40, 50, 60, 50, 40, 50)) for _ in range(300)]
     assert {first for first, *_ in spoiled} == {40}, "not written, so not spoiled"
