@@ -37,6 +37,9 @@ code=0
 for process in ${processes[@]+"${processes[@]}"}; do
   wait "$process" || code=$?
 done
-((code == 0)) || die "$code" "a part of the study failed (logs: $LOGS); the same command continues from here"
+if ((code)); then
+  tail -n 1 -- "$LOGS"/part*.log >&2
+  die "$code" "a part of the study failed (its last line is above, logs: $LOGS); the same command continues from here"
+fi
 run "$VENV_PYTHON" "$STUDY" collect
 run "$VENV_PYTHON" "$STUDY" report

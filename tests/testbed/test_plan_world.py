@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 
 import pytest
 import torch
 
 from opsd.objectives import Hyperparameters, position_weights
-from testbed.plan_world import base, study, world
+from testbed.plan_world import base, report, study, world
 from testbed.pretrain_base import IGNORED
+from tests.launchers.test_launchers import dry_run, launch
 
 DATA = {name.removesuffix(".jsonl"): text for name, text in world.files().items()}
 ROWS = {name: [json.loads(line) for line in text.splitlines()] for name, text in DATA.items()}
@@ -146,3 +148,47 @@ def test_weights_change_what_a_plan_learns(tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/record.json")}
     assert study.main(words.split()) == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    return report.prepared(study.read_records())
+
+
+def test_the_pages_tables_are_what_the_committed_records_give(results):
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert all(f"-->\n{text}\n<!--" in page for text in report.parts(results).values())
+    for record in results:
+        assert len(record["num_correct"]) == world.HELDOUT_ROWS
+        share = 100 * sum(record["num_correct"]) / (record["val_n"] * world.HELDOUT_ROWS)
+        assert record["right"] == pytest.approx(share, abs=1e-3)
+
+
+def test_the_crossing_by_hand():
+    """-2, -1, +3 points at k = 0, 0.1, 0.25: the difference turns at 0.1 + 0.15 / 4."""
+
+    def record(cell: str, knob: str, right: int) -> dict:
+        return {"cell": cell, "benchmark": knob, "training_seed": 1, "right": right, "val_n": 100,
+                "num_correct": [right] * 8}  # fmt: skip
+
+    gaps = {"k0": -2, "k0.1": -1, "k0.25": 3}
+    records = [record(cell, knob, 50 + gap * (cell == "pwopsd")) for cell in ("pwopsd", "opsd")
+               for knob, gap in gaps.items()]  # fmt: skip
+    assert report.crossing(records).endswith("at k = 0.14 [0.14, 0.14].")
+    assert report.crossing(records, "opsd", "pwopsd").endswith("at k = below 0 [below 0, below 0].")
+
+
+def test_the_launcher_shares_the_cells_out_and_reports(tmp_path):
+    commands = [words[1:] for _, words in dry_run("reproduce_mechanism.sh", "--seeds", "1", JOBS="2")]
+    assert [words[1:] for words in commands] == [
+        ["run", "--part", "1/2", "--seeds", "1"],
+        ["run", "--part", "2/2", "--seeds", "1"],
+        ["collect"],
+        ["report"],
+    ]
+    assert {words[0] for words in commands} == {study.__file__}
+    done = launch(
+        "reproduce_mechanism.sh", "--cells", "sft", JOBS="1", VENV=sys.prefix, OUTPUT_ROOT=str(tmp_path)
+    )
+    assert done.returncode == 2
+    assert "invalid choice: 'sft'" in done.stderr
