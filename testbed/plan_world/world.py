@@ -1,6 +1,6 @@
 """python testbed/plan_world/world.py FOLDER
 
-Write the data of the world with a knob: FOLDER/k{0,0.1,0.15,0.25,0.5}.jsonl, first{0.5,0.75}.jsonl and
+Write the data of the world with a knob: FOLDER/k{0,0.1,0.15,0.25,0.35,0.5}.jsonl, first{0.5,0.75}.jsonl and
 heldout.jsonl, the same bytes each time.
 
 A problem is a chain of six sums with labelled operations. A solution first states a plan, which says for each
@@ -39,7 +39,7 @@ SEED = 20261125
 # 40 optimizer steps of 32 see each training problem once.
 TRAIN_ROWS, HELDOUT_ROWS = 1280, 256
 # File name: the chance of a leap for each of the plan's five symbols.
-REFERENCES = {f"k{k:g}": (k,) * 5 for k in (0, 0.1, 0.15, 0.25, 0.5)}
+REFERENCES = {f"k{k:g}": (k,) * 5 for k in (0, 0.1, 0.15, 0.25, 0.35, 0.5)}
 REFERENCES |= {f"first{k:g}": (k, 0, 0, 0, 0) for k in (0.5, 0.75)}
 
 
