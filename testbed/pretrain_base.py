@@ -15,7 +15,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -226,15 +226,20 @@ def batch_loss(model: Qwen3ForCausalLM, ids: Tensor, labels: Tensor) -> tuple[Te
     return cross_entropy(logits, targets[learned], reduction="sum"), int(learned.sum())
 
 
-def train(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen3ForCausalLM:
-    """Train the base model from scratch by `recipe`."""
+def train(
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    data: Iterable[Sequence[tuple[Tensor, Tensor]]] | None = None,
+) -> Qwen3ForCausalLM:
+    """Train a base model from scratch by `recipe` on the batches of each step; by default this world's."""
     from torch.nn.utils import clip_grad_norm_
     from tqdm import tqdm
 
     model = build_model(tokenizer, recipe.seed)
     optimizers = build_optimizers(model, recipe)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    bar = tqdm(batches(tokenizer, recipe), total=recipe.steps, desc="pretraining", mininterval=2)
+    data = batches(tokenizer, recipe) if data is None else data
+    bar = tqdm(data, total=recipe.steps, desc="pretraining", mininterval=2)
     for step, parts in enumerate(bar):
         sums = [batch_loss(model, ids, labels) for ids, labels in parts]
         total = sum(count for _, count in sums)

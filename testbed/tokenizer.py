@@ -8,7 +8,7 @@ header, anything else leaves the header as it is.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from opsd.prompts import evaluation_message, student_message, teacher_message
@@ -51,15 +51,15 @@ def corpus(rows: int = 1000) -> Iterator[str]:
         yield from ("assistant\n", "\n", "\n\n", solution)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the tokenizer, deterministically."""
+def build_tokenizer(pieces: str = PIECES, texts: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """Train the tokenizer, deterministically, on `texts` split at `pieces`; by default this world's."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -70,7 +70,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(corpus() if texts is None else texts, trainer)
     # As in Qwen3 the thinking marks are single tokens, but not special ones: decoding keeps them.
     tokenizer.add_tokens(list(THINK))
     return PreTrainedTokenizerFast(

@@ -12,7 +12,7 @@ from bench import measure_departures
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("page", ["departures", "branch_viability", "vllm", "performance"])
+@pytest.mark.parametrize("page", ["departures", "branch_viability", "vllm", "performance", "mechanism"])
 def test_what_a_page_cites_exists(page):
     text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
     for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):

@@ -242,6 +242,7 @@ def test_flags_of_the_user_replace_the_launchers_visibly(given, expected, said):
         ("dsr1_l8b opsd", {"DRY_RUN": "0", "CUDA_VISIBLE_DEVICES": "0,1"}, "2 GPU(s) are visible"),
         ("quickstart.sh", {"METHOD": "sft"}, "METHOD=sft"),
         ("reproduce_small.sh", {"JOBS": "0"}, "JOBS"),
+        ("reproduce_mechanism.sh", {"JOBS": "two"}, "JOBS='two'"),
         ("reproduce_small.sh", {"SEEDS": "1 -2"}, "SEEDS"),
         ("reproduce_small.sh", {"LEARNING_RATES": "1e-3 $(id)"}, "LEARNING_RATES"),
         ("reproduce_paper.sh", {"RUN_NAME": "mine"}, "RUN_NAME is set"),
