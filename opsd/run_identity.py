@@ -49,6 +49,7 @@ MAY_CHANGE: dict[str, frozenset[str]] = {
     "evaluation": frozenset({
         "output", "adapter", "revision", "dataset_path", "num_samples", "max_model_len", "engine",
         "tensor_parallel_size", "gpu_memory_utilization", "hf_batch_size",
+        "dtype", "prompt",  # part of `model_identity` and `prompt_style`
         "grading_workers", "time_limit", "trust_remote_code",
     }),
     "diagnostic": frozenset({
