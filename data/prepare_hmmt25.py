@@ -1,7 +1,8 @@
-"""python data/prepare_hmmt25.py [--source HUB_ID or FILE.jsonl, .json, .csv, .parquet] [--output FILE]
+"""python data/prepare_hmmt25.py [--benchmark hmmt25|hmmt_feb26] [--source HUB_ID or FILE] [--output FILE]
 
-Make the parquet that the hmmt25 benchmark reads: 30 rows with the columns `problem` and `answer`, both text,
-from MathArena's release of HMMT February 2025 on the hub or from a local copy of it.
+Make the parquet that the benchmark hmmt25 (or hmmt_feb26) reads: 30 (33) rows with the columns `problem` and
+`answer`, both text, from MathArena's release of HMMT February 2025 (2026) on the hub, or from a local copy of
+it (.jsonl, .json, .csv, .parquet).
 """
 
 from __future__ import annotations
@@ -14,26 +15,26 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from opsd import REPO_ROOT
 from opsd.errors import ArtefactError, OneLineParser, run_cli
-from opsd.evaluation.benchmarks import BENCHMARKS, HMMT25_DEFAULT, HMMT25_VARIABLE, answer_text
+from opsd.evaluation.benchmarks import BENCHMARKS, answer_text
 from opsd.files import atomic_write_bytes
 from opsd.tables import load_table
 
-HUB_ID = "MathArena/hmmt_feb_2025"
-REPOSITORY = Path(__file__).resolve().parent.parent
+HUB_IDS = {"hmmt25": "MathArena/hmmt_feb_2025", "hmmt_feb26": "MathArena/hmmt_feb_2026"}
 # A problem that needs a picture cannot be given to a text model. Drawing commands (TikZ) are text.
 IMAGE_MARKS = ("\\includegraphics", "![", "<img")
 
 
-def clean_rows(rows: list[dict[str, Any]], source: str) -> list[dict[str, str]]:
-    """`rows` reduced to `problem` and `answer` as text.
+def clean_rows(rows: list[dict[str, Any]], source: str, benchmark: str = "hmmt25") -> list[dict[str, str]]:
+    """Return `rows` with `problem` and `answer` alone, as text.
 
     Raises:
         ArtefactError: their number is not the benchmark's, one has an image, lacks a text, or appears twice.
     """
-    size = BENCHMARKS["hmmt25"].size
+    size = BENCHMARKS[benchmark].size
     if len(rows) != size:
-        raise ArtefactError(f"{source} holds {len(rows)} problems; HMMT February 2025 has {size}")
+        raise ArtefactError(f"{source} holds {len(rows)} problems; {benchmark} has {size}")
     cleaned = []
     for number, row in enumerate(rows, 1):
         problem, answer = row.get("problem"), answer_text(row.get("answer"))
@@ -71,15 +72,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(
         prog="prepare_hmmt25.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", default=HUB_ID, help="a hub id or a local file (default %(default)s)")
+    parser.add_argument("--benchmark", choices=HUB_IDS, default="hmmt25", help="default %(default)s")
+    parser.add_argument("--source", help="a hub id or a local file (default: MathArena's release)")
     parser.add_argument("--split", default="train", help="split on the hub (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / HMMT25_DEFAULT)
+    parser.add_argument("--output", type=Path, help="default: where the benchmark reads it")
     args = parser.parse_args(argv)
-    rows = load_table(args.source, split=args.split, remedy="give a local copy with --source FILE")
-    write_parquet(clean_rows(list(rows), args.source), args.output)
-    print(f"{args.output}: {len(rows)} problems")
-    if args.output.resolve() != (REPOSITORY / HMMT25_DEFAULT).resolve():
-        print(f"set {HMMT25_VARIABLE}={args.output} to use it")
+    row, source = BENCHMARKS[args.benchmark], args.source or HUB_IDS[args.benchmark]
+    output = args.output or REPO_ROOT / row.path
+    rows = load_table(source, split=args.split, remedy="give a local copy with --source FILE")
+    write_parquet(clean_rows(list(rows), source, args.benchmark), output)
+    print(f"{output}: {len(rows)} problems")
+    if output.resolve() != (REPO_ROOT / row.path).resolve():
+        print(f"set {row.variable}={output} to use it")
     return 0
 
 

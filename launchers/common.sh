@@ -24,9 +24,9 @@ export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-0}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
 # Launchers and programs change their working directory.
-if [[ -n "${HMMT25_PARQUET_PATH:-}" && "$HMMT25_PARQUET_PATH" != /* ]]; then
-  export HMMT25_PARQUET_PATH="$PWD/$HMMT25_PARQUET_PATH"
-fi
+for name in HMMT25_PARQUET_PATH HMMT_FEB26_PARQUET_PATH; do
+  [[ -z "${!name:-}" || "${!name}" == /* ]] || export "$name=$PWD/${!name}"
+done
 
 # Exit codes as in opsd/errors.py: 2 = the call is wrong, 3 = a file, folder or model is missing or invalid.
 die() { # CODE MESSAGE

@@ -69,8 +69,9 @@ def hours(args: argparse.Namespace, parameters: float, kv_bytes: float, end: int
     a = {name: getattr(args, name)[end] for name in ASSUMPTIONS}
     step = step_seconds(parameters, args.gpus, a)
     tested = sum(evaluation_seconds(parameters, kv_bytes, name, args.gpus, a) for name in args.benchmarks)
-    scale = args.methods * args.gpus / 3600
-    return step, STEPS * step * scale, args.seeds * tested * scale
+    hour = args.gpus / 3600
+    # The untrained model is evaluated as well.
+    return step, args.methods * STEPS * step * hour, (args.methods + 1) * args.seeds * tested * hour
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reproduce the paper's table: 3 models x 4 methods, 4 benchmarks x 3 seeds, on one machine with GPUs.
+# Reproduce the paper's table: 3 models, untrained and by 4 methods, 4 benchmarks x 3 seeds, on one machine with GPUs.
 #
 #   bash launchers/reproduce_paper.sh            DRY_RUN=1 prints every command instead
 #
@@ -81,16 +81,20 @@ summarize() {
 }
 
 # A missing file must stop the work before its first day.
-check_hmmt25() {
-  is_one_of hmmt25 "${BENCHMARK_LIST[@]}" || return 0
-  local parquet="${HMMT25_PARQUET_PATH:-$REPO_ROOT/data/hmmt25_clean/train.parquet}"
-  [[ -f "$parquet" ]] || die 3 "hmmt25 is not at $parquet: see data/README.md, or leave it out with BENCHMARKS"
+check_hmmt() {
+  local benchmark variable parquet
+  for benchmark in hmmt25 hmmt_feb26; do
+    is_one_of "$benchmark" "${BENCHMARK_LIST[@]}" || continue
+    variable="${benchmark^^}_PARQUET_PATH"
+    parquet="${!variable:-$REPO_ROOT/data/${benchmark}_clean/train.parquet}"
+    [[ -f "$parquet" ]] || die 3 "$benchmark is not at $parquet: see data/README.md, or leave it out with BENCHMARKS"
+  done
 }
 
 check_lists
 say "${#MODEL_LIST[@]} models x ${#METHOD_LIST[@]} methods, ${#BENCHMARK_LIST[@]} benchmarks x ${#SEED_LIST[@]} seeds"
 estimate >&2
-[[ "$DRY_RUN" == 1 ]] || check_hmmt25
+[[ "$DRY_RUN" == 1 ]] || check_hmmt
 ensure_venv --with-vllm
 
 FAILED=()
@@ -110,6 +114,8 @@ for model in "${MODEL_LIST[@]}"; do
     DONE=$((DONE + 1))
     evaluate "$cell" || FAILED+=("$cell: evaluation (exit code $?; the parts that failed are named above)")
   done
+  say "== $model, untrained"
+  evaluate "$model" || FAILED+=("$model: evaluation (exit code $?; the parts that failed are named above)")
 done
 
 summarize || FAILED+=("the table (exit code $?)")

@@ -5,7 +5,7 @@
 #
 #   METHOD_NAME  a run, MODEL_METHOD or MODEL_METHOD_anything, whose merged model is outputs/METHOD_NAME_merged; or
 #                MODEL, MODEL_base or MODEL_base_anything, the untrained model.  MODEL: a file of launchers/models/ without .sh
-#   DATASET      math500, aime24, aime25, hmmt25, small, small_hard
+#   DATASET      math500, aime24, aime25, hmmt25, aime26, hmmt_feb26, small, small_hard
 #   TP           GPUs that share one copy of the model (default 4 with vllm, 1 with hf)
 #   SEED         a whole number from 0; without one the samples are seed 0's and the name holds no seed
 #

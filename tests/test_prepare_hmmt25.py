@@ -12,7 +12,7 @@ import pytest
 from data import prepare_hmmt25
 from opsd import files
 from opsd.errors import ArtefactError, run_cli
-from opsd.evaluation.benchmarks import HMMT25_VARIABLE, load_benchmark
+from opsd.evaluation.benchmarks import load_benchmark
 
 ANSWERS = ["103", "\\frac{1}{576}", "-984", "1-\\frac{2}{\\pi}", "2^{25} \\cdot 26!", "033"] * 5
 
@@ -36,19 +36,23 @@ def prepare(*argv: object) -> int:
     return run_cli(lambda: prepare_hmmt25.main([str(word) for word in argv]))
 
 
-def test_the_benchmark_reads_what_is_made(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("benchmark", "size"), [("hmmt25", 30), ("hmmt_feb26", 33)])
+def test_the_benchmark_reads_what_is_made(tmp_path, monkeypatch, capsys, benchmark, size):
     # An empty image column is no image, and an answer may be a number.
-    rows = [row | {"image": None} for row in release(row=0, answer=103)]
+    rows = [row | {"image": None} for row in release(size, row=0, answer=103)]
     source = write_source(tmp_path / "hmmt.jsonl", rows)
     output = tmp_path / "clean" / "train.parquet"
-    monkeypatch.setenv(HMMT25_VARIABLE, str(output))
-    with pytest.raises(ArtefactError, match=r"train\.parquet.*python data/prepare_hmmt25\.py"):
-        load_benchmark("hmmt25")
-    assert prepare("--source", source, "--output", output) == 0
-    assert f"{HMMT25_VARIABLE}={output}" in capsys.readouterr().out
-    loaded = load_benchmark("hmmt25")
-    assert [p.problem for p in loaded.problems] == [f"Compute ${n}$ of $\\triangle ABC$." for n in range(30)]
-    assert [p.answer for p in loaded.problems] == ANSWERS
+    variable = f"{benchmark.upper()}_PARQUET_PATH"
+    monkeypatch.setenv(variable, str(output))
+    with pytest.raises(ArtefactError, match=rf"train\.parquet.*prepare_hmmt25\.py --benchmark {benchmark}"):
+        load_benchmark(benchmark)
+    assert prepare("--benchmark", benchmark, "--source", source, "--output", output) == 0
+    assert f"{variable}={output}" in capsys.readouterr().out
+    loaded = load_benchmark(benchmark)
+    assert [p.problem for p in loaded.problems] == [
+        f"Compute ${n}$ of $\\triangle ABC$." for n in range(size)
+    ]
+    assert [p.answer for p in loaded.problems] == (ANSWERS + ANSWERS)[:size]
     columns = pyarrow.parquet.read_schema(output)
     assert [(f.name, str(f.type)) for f in columns] == [("problem", "string"), ("answer", "string")]
 
@@ -78,7 +82,7 @@ def test_a_refused_source_and_a_full_disk_leave_the_old_parquet(tmp_path, capsys
     before = output.read_bytes()
     bad = write_source(tmp_path / "bad.jsonl", release(29))
     assert prepare("--source", bad, "--output", output) == 3
-    assert "29 problems; HMMT February 2025 has 30" in capsys.readouterr().err
+    assert "29 problems; hmmt25 has 30" in capsys.readouterr().err
     assert prepare("--source", tmp_path / "absent.jsonl", "--output", output) == 3
     assert "absent.jsonl' does not exist" in capsys.readouterr().err
     monkeypatch.setattr(files.os, "replace", Mock(side_effect=OSError(28, "No space left")))

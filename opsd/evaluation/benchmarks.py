@@ -20,9 +20,6 @@ from opsd.errors import ArtefactError, UsageError
 from opsd.evaluation.grading import extract_boxed
 from opsd.tables import load_table
 
-HMMT25_VARIABLE = "HMMT25_PARQUET_PATH"
-HMMT25_DEFAULT = "data/hmmt25_clean/train.parquet"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
@@ -41,16 +38,21 @@ class Benchmark:
     remedy: str = "restore it with `git checkout testbed/data`"
 
 
+def _hmmt(name: str, *, size: int) -> Benchmark:
+    """Return a row for a file that data/prepare_hmmt25.py makes."""
+    variable = f"{name.upper()}_PARQUET_PATH"
+    remedy = f"create it with `python data/prepare_hmmt25.py --benchmark {name}`, or set {variable}"
+    return Benchmark(path=f"data/{name}_clean/train.parquet", variable=variable, size=size, remedy=remedy)
+
+
 BENCHMARKS = {
     "math500": Benchmark(hub_id="HuggingFaceH4/MATH-500", split="test", size=500),
     "aime24": Benchmark(hub_id="HuggingFaceH4/aime_2024", size=30),
     "aime25": Benchmark(hub_id="yentinglin/aime_2025", size=30),
-    "hmmt25": Benchmark(
-        path=HMMT25_DEFAULT,
-        variable=HMMT25_VARIABLE,
-        size=30,
-        remedy=f"create it with `python data/prepare_hmmt25.py`, or set {HMMT25_VARIABLE}",
-    ),
+    "hmmt25": _hmmt("hmmt25", size=30),
+    # Newer than the three base models.
+    "aime26": Benchmark(hub_id="MathArena/aime_2026", size=30),
+    "hmmt_feb26": _hmmt("hmmt_feb26", size=33),
     "small": Benchmark(path="testbed/data/heldout.jsonl", size=256),
     "small_hard": Benchmark(path="testbed/data/heldout_hard.jsonl", size=256),
 }

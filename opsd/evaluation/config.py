@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsd.errors import OneLineParser, UsageError, run_cli
-from opsd.evaluation.benchmarks import benchmark_row
+from opsd.evaluation.benchmarks import BENCHMARKS, benchmark_row
 from opsd.evaluation.grading import DEFAULT_TIME_LIMIT_S
 from opsd.evaluation.names import PAPER_MAX_NEW_TOKENS, marks, result_path
 from opsd.options import (
@@ -48,7 +48,7 @@ class EvalConfig:
     """
 
     base_model: str = option(help="folder (a merged one included) or hub id of the model")
-    dataset: str = option(help="benchmark: math500, aime24, aime25, hmmt25, small, small_hard")
+    dataset: str = option(help=f"benchmark: {', '.join(BENCHMARKS)}")
     output: str = option(help="result JSON to write; an unfinished run is resumed from the journal beside it")
     adapter: str | None = option(None, "folder of a LoRA checkpoint to evaluate on top of the base model")
     revision: str | None = option(None, "hub revision of the base model")

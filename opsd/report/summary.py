@@ -31,6 +31,8 @@ MODEL_FIELDS = ("base_model", "model_identity")
 METHOD_TITLES = {"base": "Base", "opsd": "OPSD", "eopd": "EOPD", "reopold": "REOPOLD", "pwopsd": "PW-OPSD"}
 BENCHMARK_TITLES = dict(
     zip(PAPER_BENCHMARKS, ("MATH-500", "AIME 2024", "AIME 2025", "HMMT 2025"), strict=True),
+    aime26="AIME 2026",
+    hmmt_feb26="HMMT 2026",
     small_hard="small, hard",
 )
 _HUB_NAMES = {row.hub_id: name for name, row in BENCHMARKS.items() if row.hub_id}

@@ -82,9 +82,9 @@ def test_every_cell_is_trained_and_evaluated_under_the_seeds_of_the_paper(tree, 
         ["train.sh", model, method] for model in MODELS for method in sorted(METHODS)
     ]
     assert tree.called("run_eval.sh") == [
-        ["run_eval.sh", f"{model}_{method}", benchmark, "4", seed]
+        ["run_eval.sh", cell, benchmark, "4", seed]
         for model in MODELS
-        for method in sorted(METHODS)
+        for cell in (*(f"{model}_{method}" for method in sorted(METHODS)), model)
         for benchmark in BENCHMARKS
         for seed in ("1", "2", "3")
     ]
@@ -95,7 +95,7 @@ def test_every_cell_is_trained_and_evaluated_under_the_seeds_of_the_paper(tree, 
     assert order == ["train.sh", *["run_eval.sh"] * 12, "train.sh"], "a cell is evaluated once it is trained"
     table = (tree.evaluations / "paper_table.md").read_text("utf-8")
     assert table in done.stdout
-    assert all(title in table for title in ("PW-OPSD", "EOPD", "REOPOLD", *MODELS))
+    assert all(title in table for title in ("Base", "PW-OPSD", "EOPD", "REOPOLD", *MODELS))
     # 4, 5 and 6 of 8 samples right: 62.50 ± 12.50 in every cell, and nothing is missing.
     assert "62.50 ± 12.50" in table
     assert "launchers/run_eval.sh" not in table
@@ -108,7 +108,7 @@ def test_a_failing_cell_stops_no_other(tree):
     done = tree.run(**part)
     assert done.returncode == 1
     # The cell that was not trained is not evaluated; the other one is, beyond its own failure.
-    assert [words[1] for words in tree.called("run_eval.sh")] == ["dsr1_l8b_eopd"] * 6
+    assert [words[1] for words in tree.called("run_eval.sh")] == ["dsr1_l8b_eopd"] * 6 + ["dsr1_l8b"] * 6
     for words in (
         "dsr1_l8b_opsd: training or merge (exit code 1)",
         "dsr1_l8b_eopd aime24 seed 2: exit code 3",
@@ -126,7 +126,7 @@ def test_a_failing_cell_stops_no_other(tree):
     again = tree.run(**part)
     assert again.returncode == 0, again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    assert len(list(tree.evaluations.glob("*.json"))) == 12
+    assert len(list(tree.evaluations.glob("*.json"))) == 18
 
 
 def test_a_wrong_setting_stops_at_the_first_cell_only(tree):
@@ -170,6 +170,7 @@ def test_the_estimate_is_its_formula():
     # Rollout 1024 x 2e9 / 1e12 = 2.05 s, push 1 s, computing 32 x 1e9 x (6,000 + 4,000) / (2 x 0.4e14) = 4 s;
     # 2 methods x 150 steps x 7.05 s x 2 GPUs / 3600 = 1.2. The slow end is twice that.
     # MATH-500: 6,000 samples of 4,000 tokens; (0.9 x 42e9 - 2e9) / (4,000 x 1e5) = 89.5 at once, in
-    # 37.8e9 / 2e12 = 18.9 ms a step: 5,068 s. AIME: 360 of 20,000, 17.9 at once: 7,602 s. x 3 x 2 x 2 / 3600.
-    assert "tiny: 7 to 14 s a step, training 1 to 2, evaluation 42 to 84 GPU-hours" in said
-    assert "together 43 to 87 GPU-hours, 0.9 to 1.8 days on 2 GPUs" in said
+    # 37.8e9 / 2e12 = 18.9 ms a step: 5,068 s. AIME: 360 of 20,000, 17.9 at once: 7,602 s. x 3 seeds
+    # x (2 methods + 1 untrained) x 2 GPUs / 3600 = 63.4.
+    assert "tiny: 7 to 14 s a step, training 1 to 2, evaluation 63 to 127 GPU-hours" in said
+    assert "together 65 to 129 GPU-hours, 1.3 to 2.7 days on 2 GPUs" in said
