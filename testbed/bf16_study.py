@@ -45,12 +45,13 @@ Record = Mapping[str, Any]
 def save_base(folder: Path) -> int:
     """Save the small world's base in bfloat16, with its tokenizer and templates."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from opsd.models import load_causal_lm
 
     source = ROOT / "testbed" / "base_model"
     if folder.is_dir():
         return 0
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model = load_causal_lm(str(source), dtype=torch.bfloat16)
     with atomic_directory(folder) as target:
         model.save_pretrained(target)
         for path in source.iterdir():

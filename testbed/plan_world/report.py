@@ -10,18 +10,11 @@ import numpy as np
 from opsd.report import plots
 from testbed.plan_world import world
 from testbed.plan_world.study import RECORDS, ROOT, TAIL, TITLES, read_records
-from testbed.study_report import (
-    RESAMPLES,
-    difference,
-    markdown,
-    per_problem,
-    replace_parts,
-    seed_means,
-    spread,
-)
+from testbed.study_report import markdown, replace_parts, seed_means, spread
 
 Results = Sequence[dict[str, Any]]
 PAGE = ROOT / "docs" / "mechanism.md"
+RESAMPLES = 2000
 PAIRS = (
     *((cell, "opsd") for cell in TITLES if cell not in ("base", "opsd")),
     ("pwopsd", "opsd_half"), ("opsd", "base"), ("pwopsd", "base"), ("steep", "base"), ("oracle", "base"),
@@ -46,6 +39,27 @@ def knobs(results: Results) -> list[str]:
 def found(results: Results, cell: str, knob: str) -> bool:
     """Return whether there is a result of a cell at a knob."""
     return any(record["cell"] == cell and record["benchmark"] == knob for record in results)
+
+
+def per_problem(results: Results, cell: str, knob: str) -> np.ndarray:
+    """Return the [training seeds, P] share of right samples of each problem."""
+    rows = [r for r in results if r["cell"] == cell and r["benchmark"] == knob]
+    rows.sort(key=lambda record: record["training_seed"])
+    return np.array([np.array(record["num_correct"]) / record["val_n"] for record in rows])
+
+
+def difference(results: Results, cell: str, other: str, knob: str) -> tuple[float, float, float]:
+    """Return the mean difference in points between two cells and its 95 % bootstrap interval.
+
+    Training seeds (as pairs: equal seeds share their data order) and problems are resampled together.
+    """
+    gap = 100 * (per_problem(results, cell, knob) - per_problem(results, other, knob))
+    draw = np.random.default_rng(0)
+    seeds = draw.integers(0, gap.shape[0], (RESAMPLES, gap.shape[0]))
+    problems = draw.integers(0, gap.shape[1], (RESAMPLES, gap.shape[1]))
+    means = [gap[np.ix_(s, p)].mean() for s, p in zip(seeds, problems, strict=True)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(gap.mean()), float(low), float(high)
 
 
 def value_table(results: Results, metric: str) -> str:
