@@ -194,17 +194,19 @@ def test_reproduce_small_runs_every_cell_with_every_seed():
     runs = {given["run_name"]: given for given in trains}
     searched = [given for name, given in runs.items() if "_lr" in name]
     long = [given for name, given in runs.items() if name.endswith("_t42")]
-    assert (len(searched), len(long), len(runs), len(trains)) == (4 * 2, 4, 4 * 2 + 6 + 4, len(runs))
+    assert (len(searched), len(long), len(runs), len(trains)) == (4 * 2, 4, 4 * 2 + 10 + 4, len(runs))
     assert {given["learning_rate"] for given in searched} == {"1e-4", "3e-3"}
     assert {given["max_steps"] for given in searched} == {"25"}
     assert {given["max_steps"] for given in long} == {"100"}
     assert runs["small_pwopsd_global_t1"]["position_global_reduction"] == "True"
     assert runs["small_pwopsd_flat_t1"]["position_w_min"] == "1"
+    assert runs["small_opsd_noclip_t1"]["jsd_token_clip"] == "0"
+    assert runs["small_pwopsd_tokenclip_t1"]["divergence_clip_scope"] == "token"
     assert runs["small_reopold_t1"]["reopold_t_switch"] == "16"  # a third of 50 steps
     assert runs["small_reopold_t42"]["reopold_t_switch"] == "50"
     seeds = {name.split("_t")[-1]: given["seed"] for name, given in runs.items() if "_t" in name}
     assert seeds == {"1": "1", "42": "42"}
-    assert sum(program(words) == "evaluate_math.py" for words in commands) == (1 + 6 + 4) * 2 * 2
+    assert sum(program(words) == "evaluate_math.py" for words in commands) == (1 + 10 + 4) * 2 * 2
     assert list(map(program, commands[-2:])) == ["study.py", "study.py"]
 
 
