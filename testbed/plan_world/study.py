@@ -1,6 +1,6 @@
 """The mechanism study: when does weighting positions help, and when does it cost?
 
-    python testbed/plan_world/study.py run [--references k0 k0.25] [--cells opsd pwopsd] [--seeds 1]
+    python testbed/plan_world/study.py run [--references k0 k0.35] [--cells opsd pwopsd] [--seeds 1]
     python testbed/plan_world/study.py collect     # outputs/plan_world/ -> docs/mechanism/runs.jsonl
     python testbed/plan_world/study.py report      # docs/mechanism/runs.jsonl -> tables and picture
 
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train and evaluate cells")
-    run.add_argument("--references", nargs="+", choices=world.REFERENCES, default=["k0", "k0.25"])
+    run.add_argument("--references", nargs="+", choices=world.REFERENCES, default=["k0", "k0.35"])
     run.add_argument("--cells", nargs="+", choices=TITLES, default=list(TITLES))
     run.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     run.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
