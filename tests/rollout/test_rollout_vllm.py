@@ -256,7 +256,7 @@ def test_adapters_that_vllm_would_apply_wrongly_are_refused(tmp_path):
     adapted.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text("utf-8"))
-    assert vllm_setup.lora_rank(str(tmp_path)) == 16
+    assert vllm_setup.reserved_rank(vllm_setup.lora_rank(str(tmp_path))) == 16
     for key, value in (("rank_pattern", {"q_proj": 8}), ("use_dora", True), ("peft_type", "IA3")):
         path.write_text(json.dumps({**config, key: value}), encoding="utf-8")
         with pytest.raises(ArtefactError, match=key):

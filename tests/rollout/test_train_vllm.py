@@ -181,18 +181,19 @@ def test_two_ranks_with_an_engine_each(dataset: Path, tmp_path: Path) -> None:
     """Different problems, equal weights after every step, and the effective batch that was asked for."""
     command = [sys.executable, ROOT / "launchers" / "accelerate_launch.py", "--num_processes", "2"]
     command += ["--config_file", ROOT / "launchers" / "accelerate_cpu.yaml"]
-    command += [ROOT / "tests" / "programs" / "train_recorder.py"]
-    command += flags(dataset, tmp_path / "run", "vllm", max_steps=2)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps([[flags(dataset, tmp_path / "run", "vllm", max_steps=2), None]]), "utf-8")
+    command += [ROOT / "tests" / "programs" / "rank_runs.py", plan]
     done = subprocess.run(
         [str(part) for part in command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RECORDS": str(tmp_path / "records")},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=550,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (records(tmp_path / "records", rank) for rank in (0, 1))
+    first, second = (records(tmp_path / "run_records", rank) for rank in (0, 1))
     assert [row["step"] for row in first] == [row["step"] for row in second] == [0, 1, 2]
     assert [row["adapter"] for row in first] == [row["adapter"] for row in second]
     assert len({row["adapter"] for row in first}) == 3
