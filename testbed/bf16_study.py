@@ -35,6 +35,9 @@ FORMS = {"merged": "merged, bfloat16", "float32": "merged, float32", "adapter": 
 WEIGHTS = ("merged", "adapter")
 AUDITED = ("rollout/update_kept", "rollout/staleness", "rollout/logprob_difference")
 TAIL = 10
+# Audits at the default --rollout_audit_steps 10.
+SHOWN_STEPS = (11, 21, 41)
+STEPS_TEXT = ", ".join(map(str, SHOWN_STEPS))
 RESAMPLES = 10_000
 _RUN = re.compile(
     r"small_(?P<cell>[a-z]+)_bf16_(?P<weights>merged|adapter)_lr(?P<rate>[0-9.e-]+)_t(?P<seed>\d+)"
@@ -89,7 +92,8 @@ def collect() -> int:
     text = (ROOT / "testbed" / "data" / "train.jsonl").read_text(encoding="utf-8")
     answers = [json.loads(line)["answer"] for line in text.splitlines()]
     runs = [path for path in sorted(output_root().iterdir()) if _RUN.fullmatch(path.name)]
-    records = [record(path, answers) for path in runs]
+    finished = [path for path in runs if path.with_name(f"{path.name}_merged").is_dir()]
+    records = [record(path, answers) for path in finished]
     atomic_write_text(RECORDS / "bf16.jsonl", "".join(json.dumps(found) + "\n" for found in records))
     print(f"{RECORDS / 'bf16.jsonl'}: {len(records)} runs")
     return 0
@@ -122,20 +126,16 @@ def evaluation_table(records: Sequence[Record]) -> str:
 def rollout_table(records: Sequence[Record]) -> str:
     """Return right rollouts and the audit by choice of rollout weights, over the training seeds."""
     rows = [["rate", "rollout weights", "seeds", "right rollouts, first 10 steps", "last 10 steps",
-             "kept by the push, step 10, 20, last audit", "staleness, the same"]]  # fmt: skip
+             f"kept by the push, steps {STEPS_TEXT}", "staleness, the same"]]  # fmt: skip
     for rate in sorted({found["rate"] for found in records}, key=float):
         for weights in WEIGHTS:
             runs = [r for r in records if (r["cell"], r["rate"], r["weights"]) == ("pwopsd", rate, weights)]
             shares = [100 * np.array(run["rollout_accuracy"]) for run in runs]
-            audits = [
-                [[v for v in run["metrics"][name] if v is not None] for run in runs] for name in AUDITED[:2]
-            ]
-            shown = [
-                ", ".join(f"{np.mean([run[i] for run in found]):.2f}" for i in (1, 2, -1))
-                if all(len(run) > 2 for run in found)
-                else "—"
-                for found in audits
-            ]
+            shown = []
+            for name in AUDITED[:2]:
+                values = [[run["metrics"][name][step - 1] for run in runs] for step in SHOWN_STEPS]
+                known = all(value is not None for found in values for value in found)
+                shown.append(", ".join(f"{np.mean(found):.2f}" for found in values) if known else "—")
             ends = [
                 spread([float(share[part].mean()) for share in shares])
                 for part in (slice(TAIL), slice(-TAIL, None))
