@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from opsd.errors import ArtefactError, UsageError
-from testbed import compare, study, study_report
+from testbed import bf16_study, compare, study, study_report
 from tests.launchers.test_launchers import LAUNCHERS, ROOT, dry_run, flags, launch, program
 
 
@@ -129,6 +129,16 @@ def test_the_documents_tables_are_what_the_committed_records_give(records):
     for name in ("ablation_table", "differences_table", "other_metrics_table"):
         assert getattr(study_report, name)(results) in page
     assert study_report.search_table(training) in page
+
+
+def test_the_bfloat16_tables_are_what_the_committed_records_give():
+    lines = (study.RECORDS / "bf16.jsonl").read_text("utf-8").splitlines()
+    records, page = [json.loads(line) for line in lines], (ROOT / "docs" / "merging.md").read_text("utf-8")
+    for table in (bf16_study.evaluation_table(records), bf16_study.rollout_table(records)):
+        assert f"-->\n{table}\n<!--" in page
+    # 3 of 4 against 1 of 4 samples, on each of two problems: half of the points, whatever is resampled.
+    better, worse = ({"val_n": 4, "num_correct": [right] * 2} for right in (3, 1))
+    assert bf16_study.difference(better, worse) == "+50.0 [+50.0, +50.0]"
 
 
 def test_the_committed_records_are_the_complete_study(records):
