@@ -89,8 +89,8 @@ def test_a_benchmark_has_its_size(tmp_path):
 
 
 def test_unknown_and_missing(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match=r"aime26.*math500"):
-        load_benchmark("aime26")
+    with pytest.raises(UsageError, match=r"aime27.*math500"):
+        load_benchmark("aime27")
     with pytest.raises(ArtefactError, match="check --dataset_path"):
         load_benchmark("aime24", dataset_path="no/file")
     monkeypatch.setenv("HMMT25_PARQUET_PATH", str(tmp_path / "none.parquet"))

@@ -195,7 +195,7 @@ def test_strings_are_data(checkout: Path) -> None:
         ("small_pwopsd`touch${IFS}pwned` small", {}, "unknown method"),
         ("small_pwopsd_/../x small", {}, "'small_pwopsd_/../x' does not fit a file name"),
         ("-rf small", {}, "unknown method"),
-        ("small_base aime26", {}, "unknown benchmark 'aime26'; choose from math500, aime24"),
+        ("small_base aime27", {}, "unknown benchmark 'aime27'; choose from math500, aime24"),
         ("small_base ../x", {"DATASET_PATH": "x"}, "does not fit a file name"),
         ("small_base small 0", {}, "--tensor_parallel_size is 0"),
         ("small_base small 1;touch${IFS}pwned", {}, "--tensor_parallel_size"),
