@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 from opsd.errors import ArtefactError, UsageError, disk_reason
 
 logger = logging.getLogger(__name__)
@@ -114,6 +112,8 @@ def disk_errors(target: Path) -> Iterator[None]:
 
     It says that the disk is full, a file grows over `ulimit -f`, or permission is missing.
     """
+    from safetensors import SafetensorError  # late: launchers use this module before anything is installed
+
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -8,25 +8,24 @@ Needs no package beside Python.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsd.errors import OneLineParser, UsageError, run_cli
+from opsd.errors import UsageError, run_cli
 from opsd.evaluation.benchmarks import BENCHMARKS, benchmark_row
 from opsd.evaluation.grading import DEFAULT_TIME_LIMIT_S
 from opsd.evaluation.names import PAPER_MAX_NEW_TOKENS, marks, result_path
+from opsd.files import check_place
 from opsd.options import (
     AT_LEAST_ONE,
     NOT_NEGATIVE,
     POSITIVE,
     PROPER_SHARE,
-    add_options,
     check_options,
     option,
+    option_parser,
     take,
 )
 from opsd.rollout.engine import Sampling, check_sampling
@@ -119,29 +118,21 @@ def check_config(config: EvalConfig) -> None:
 def check_output(config: EvalConfig) -> None:
     """Raise UsageError where the result cannot be written."""
     output = Path(config.output)
-    existing = next(folder for folder in output.absolute().parents if folder.exists())
     reason = ""
     if output.suffix != ".json":
         reason = "does not end in .json"
     elif output.is_dir():
         reason = "is a folder; give the name of a file in it"
-    elif not existing.is_dir():
-        reason = f"cannot be created: {str(existing)!r} is a file"
-    elif not output.exists() and not os.access(existing, os.W_OK | os.X_OK):
-        reason = f"cannot be written: no permission in {str(existing)!r}"
     if reason:
         raise UsageError(f"--output {config.output!r} {reason}")
+    if not output.exists():
+        check_place("--output", config.output)
 
 
 def parse_config(argv: Sequence[str] | None) -> tuple[EvalConfig, bool]:
     """Return a command line's configuration, and whether --replace was given. Raises UsageError."""
-    parser = OneLineParser(
-        prog="evaluate_math.py",
-        description="Sample a benchmark from a model, grade it, write the result JSON.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_options(parser, EvalConfig)
+    description = "Sample a benchmark from a model, grade it, write the result JSON."
+    parser = option_parser(EvalConfig, prog="evaluate_math.py", description=description)
     replace = "rename the result of another run at OUTPUT instead of refusing to start"
     parser.add_argument("--replace", action="store_true", help=replace)
     values = vars(parser.parse_args(argv))
