@@ -28,6 +28,7 @@ from opsd.evaluation.results import load_result  # noqa: E402
 from opsd.files import atomic_directory, atomic_write_text  # noqa: E402
 from opsd.records import read_metrics  # noqa: E402
 from opsd.report import plots  # noqa: E402
+from testbed.compare import difference_interval  # noqa: E402
 from testbed.study import CELLS, RECORDS, output_root, rollout_accuracy  # noqa: E402
 from testbed.study_report import markdown, replace_parts, smoothed, spread  # noqa: E402
 
@@ -101,12 +102,9 @@ def collect() -> int:
 
 def difference(ours: Record, theirs: Record) -> str:
     """Return the difference of two results in points with its 95 % bootstrap interval over problems."""
-    gap = 100 * (
-        np.array(ours["num_correct"]) / ours["val_n"] - np.array(theirs["num_correct"]) / theirs["val_n"]
-    )
-    draws = np.random.default_rng(0).integers(0, len(gap), (RESAMPLES, len(gap)))
-    low, high = np.percentile(gap[draws].mean(1), [2.5, 97.5])
-    return f"{gap.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+    right, reference = (np.array(result["num_correct"]) / result["val_n"] for result in (ours, theirs))
+    low, high = difference_interval(reference, right, RESAMPLES)
+    return f"{100 * (right - reference).mean():+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def evaluation_table(records: Sequence[Record]) -> str:

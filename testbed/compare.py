@@ -24,10 +24,12 @@ def shares(result: Mapping[str, Any]) -> np.ndarray:
     return np.array([record["num_correct"] / record["val_n"] for record in result["results"]])
 
 
-def difference_interval(base: np.ndarray, trained: np.ndarray) -> tuple[float, float]:
+def difference_interval(
+    base: np.ndarray, trained: np.ndarray, resamples: int = RESAMPLES
+) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean difference of two [P] shares, in points."""
     difference = 100 * (trained - base)
-    draw = np.random.default_rng(0).integers(0, len(difference), (RESAMPLES, len(difference)))
+    draw = np.random.default_rng(0).integers(0, len(difference), (resamples, len(difference)))
     low, high = np.percentile(difference[draw].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
